@@ -1,0 +1,285 @@
+"""The shape of a TeleChat2 model, from any spelling of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from telechat_mindie.errors import ConfigError
+from telechat_mindie.files import read_json
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+MODEL_TYPES = ("telechat", "telechat2", "telechat2_moe")
+ARCHITECTURES = ("telechatforcausallm", "telechat2forcausallm", "telechatmoeforcausallm", "telechat2moeforcausallm")
+
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
+    "hidden_size": ("hidden_size", "n_embed", "n_embd"),
+    "num_layers": ("n_layer", "num_hidden_layers", "num_layers"),
+    "num_heads": ("n_head", "num_attention_heads", "num_heads"),
+    "num_kv_heads": ("num_key_value_heads", "n_kv_heads"),
+    "ffn_size": ("ffn_hidden_size", "intermediate_size", "n_inner"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "seq_length": ("seq_length", "max_position_embeddings"),
+    "training_seqlen": ("training_seqlen",),
+    "base_seqlen": ("base_seqlen",),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "expert_num"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_chosen", "moe_topk"),
+    "moe_ffn_size": ("moe_intermediate_size",),
+    "bos_token_id": ("bos_token_id",),
+    "eos_token_id": ("eos_token_id",),
+    "pad_token_id": ("pad_token_id",),
+    "tie_word_embeddings": ("tie_word_embeddings",),
+    "embed_layernorm": ("embed_layernorm",),
+    "torch_dtype": ("torch_dtype", "dtype"),
+}
+"""Field -> the keys that name it in the wild (published 115B config, vLLM's attribute map, mindformers' yamls)."""
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "apply_residual_connection_post_layernorm": (False,),
+    "hidden_act": ("silu", "swish"),
+    "rope_theta": (10000,),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "num_shared_experts": (0, None),
+    "n_shared_experts": (0, None),
+    "shared_expert_num": (0, None),
+    "norm_topk_prob": (True,),
+    "attention_bias": (False,),
+}
+"""Keys that would change the computation: the published modelling code knows no other value of them."""
+
+
+@dataclass(frozen=True)
+class TelechatConfig:
+    """Sizes and constants of one TeleChat2 model. Counts are elements, lengths are tokens.
+
+    `raw` is the config.json as it was read; nothing else here depends on it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    num_kv_heads: int = 0  # 0: one a query head
+    norm_eps: float = 1e-5
+    seq_length: int = 8192
+    training_seqlen: int = 8192
+    base_seqlen: int = 8192
+    num_experts: int = 0  # 0: a dense model
+    experts_per_token: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 3
+    tie_word_embeddings: bool = False
+    embed_layernorm: bool = False
+    torch_dtype: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        self._check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        self._check_divides("num_key_value_heads", self.num_kv_heads, "num_heads", self.num_heads)
+        if self.head_dim % 2:
+            raise ConfigError("head dimension is odd", where="hidden_size / n_head", found=self.head_dim)
+        if (self.num_experts > 0) != (self.experts_per_token > 0):
+            raise ConfigError(
+                "names experts without saying how many a token uses, or the reverse",
+                where="num_local_experts, num_experts_per_tok",
+                found=f"{self.num_experts} and {self.experts_per_token}",
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                "a token cannot use more experts than there are",
+                where="num_experts_per_tok",
+                expected=f"at most {self.num_experts}",
+                found=self.experts_per_token,
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
+                raise ConfigError(
+                    "id lies outside the vocabulary", where=name, expected=f"< {self.vocab_size}", found=value
+                )
+
+    @staticmethod
+    def _check_divides(small_name: str, small: int, large_name: str, large: int) -> None:
+        if large % small:
+            raise ConfigError(
+                f"does not divide {large_name}", where=small_name, expected=f"a divisor of {large}", found=small
+            )
+
+    @cached_property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @cached_property
+    def kv_size(self) -> int:
+        """Width of one token's keys (or values) of a layer: kv heads x head dimension."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Elements of all tensors, as the published checkpoints count them (113,282,916,352 for the 115B)."""
+        return self._count(self.num_experts)
+
+    @cached_property
+    def active_parameter_count(self) -> int:
+        """Elements that one token meets: all of a dense model; attention, router and the chosen experts of a MoE."""
+        return self._count(self.experts_per_token)
+
+    def _count(self, experts: int) -> int:
+        hidden, ffn = self.hidden_size, self.ffn_size
+        mlp = 3 * hidden * ffn + hidden  # gate, up, down and down's bias
+        if self.is_moe:
+            mlp = experts * mlp + self.num_experts * hidden  # the router has no bias
+        attention = 2 * hidden * hidden + 2 * self.kv_size * hidden + hidden  # query, dense, key_value, dense's bias
+        layer = attention + mlp + 2 * hidden
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        return embeddings + self.num_layers * layer + hidden * (2 if self.embed_layernorm else 1)
+
+    def weight_bytes(self, dtype: str) -> int:
+        return self.parameter_count * ITEM_BYTES[dtype]
+
+    def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
+        """Key and value bytes of one token on one of `tp` ranks, all layers."""
+        return self.num_layers * 2 * self.kv_size // tp * ITEM_BYTES[dtype]
+
+    def allowed_tp(self) -> tuple[int, ...]:
+        """The tensor parallel sizes that divide heads, kv heads, feed-forward and vocabulary alike."""
+        sizes = (self.num_heads, self.num_kv_heads, self.ffn_size, self.vocab_size)
+        return tuple(tp for tp in range(1, self.num_kv_heads + 1) if all(size % tp == 0 for size in sizes))
+
+    def check_tp(self, tp: int) -> None:
+        """Raises ConfigError, naming the allowed values, where the model cannot be split into `tp` ranks."""
+        allowed = self.allowed_tp()
+        if tp not in allowed:
+            raise ConfigError(
+                "the model cannot be split into that many ranks",
+                where="tensor parallel size",
+                expected=f"one of {', '.join(map(str, allowed))}",
+                found=tp,
+                advice=f"It must divide {self.num_heads} heads, {self.num_kv_heads} kv heads, feed-forward "
+                f"{self.ffn_size} and vocabulary {self.vocab_size}.",
+            )
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> TelechatConfig:
+        """Read `directory`/config.json.
+
+        Raises:
+            ConfigError: the file is missing or malformed, or `from_dict` refuses it.
+        """
+        path = directory / "config.json"
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(str(error), where=path) from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TelechatConfig:
+        """From the keys of a config.json, in any of SPELLINGS.
+
+        Raises:
+            ConfigError: not a TeleChat2 config, a required key missing, a value of the wrong type, two spellings that
+                contradict each other, or a feature that the published modelling code does not have. The key is named.
+        """
+        _check_family(data)
+        _check_fixed(data)
+        values: dict[str, Any] = {}
+        for name, keys in SPELLINGS.items():
+            found = _one_value(data, keys)
+            if found is not None:
+                values[name] = found
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
+            if name not in values:
+                raise ConfigError("key is missing", where=" / ".join(SPELLINGS[name]))
+        moe_ffn_size = values.pop("moe_ffn_size", None)
+        if values.get("num_experts") and moe_ffn_size is not None:
+            values["ffn_size"] = moe_ffn_size
+        if "ffn_size" not in values:
+            raise ConfigError("key is missing", where=" / ".join(SPELLINGS["ffn_size"]))
+        # The published code crashes without base_seqlen; equal lengths mean no extension, which is what is meant.
+        trained = values.setdefault("training_seqlen", values.get("seq_length", 8192))
+        values.setdefault("seq_length", trained)
+        values.setdefault("base_seqlen", trained)
+        head_dim = data.get("head_dim")
+        config = cls(**values, raw=dict(data))
+        if head_dim is not None and head_dim != config.head_dim:
+            raise ConfigError(
+                "contradicts hidden_size / n_head", where="head_dim", expected=config.head_dim, found=head_dim
+            )
+        return config
+
+
+def _check_family(data: Mapping[str, Any]) -> None:
+    model_type = data.get("model_type")
+    architectures = data.get("architectures") or []
+    if model_type is None and not architectures:
+        raise ConfigError("names no model family", where="model_type", expected=f"one of {', '.join(MODEL_TYPES)}")
+    if model_type is not None and model_type not in MODEL_TYPES:
+        raise ConfigError(
+            "is not a TeleChat2 model",
+            where="model_type",
+            expected=f"one of {', '.join(MODEL_TYPES)}",
+            found=model_type,
+        )
+    if not isinstance(architectures, list) or any(str(name).lower() not in ARCHITECTURES for name in architectures):
+        raise ConfigError(
+            "is not a TeleChat2 model", where="architectures", expected="TelechatForCausalLM", found=architectures
+        )
+
+
+def _check_fixed(data: Mapping[str, Any]) -> None:
+    for key, allowed in FIXED.items():
+        if key in data and data[key] not in allowed:
+            raise ConfigError(
+                "is not supported: the published TeleChat2 code has no such variant",
+                where=key,
+                expected=" or ".join(str(value) for value in allowed),
+                found=data[key],
+            )
+
+
+def _one_value(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value that the spellings `keys` agree on, or None where none is given."""
+    given = {key: data[key] for key in keys if data.get(key) is not None}
+    if not given:
+        return None
+    first, value = next(iter(given.items()))
+    for key, other in given.items():
+        _check_type(key, other)
+        if other != value:
+            raise ConfigError(f"contradicts {first}", where=key, expected=value, found=other)
+    return value
+
+
+def _check_type(key: str, value: Any) -> None:
+    kind: type = int
+    if key in SPELLINGS["norm_eps"]:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1:
+            return
+        raise ConfigError("is not a small positive number", where=key, found=value)
+    if key in SPELLINGS["tie_word_embeddings"] + SPELLINGS["embed_layernorm"]:
+        kind = bool
+    elif key in SPELLINGS["torch_dtype"]:
+        if value not in ITEM_BYTES:
+            raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(ITEM_BYTES)}", found=value)
+        return
+    if type(value) is not kind:
+        raise ConfigError("has the wrong type", where=key, expected=kind.__name__, found=repr(value))
+    minimum = 0 if key.endswith("token_id") or "expert" in key else 1
+    if kind is int and not minimum <= value <= 1 << 31:
+        raise ConfigError("is out of range", where=key, expected=f"{minimum} to 2^31", found=value)

@@ -1,0 +1,23 @@
+"""The released TeleChat2 sizes, as data: for dry runs, labels, docs and tests. Conversion never looks here."""
+
+from __future__ import annotations
+
+from telechat_mindie.config import TelechatConfig
+
+VARIANTS: dict[str, TelechatConfig] = {
+    "3b": TelechatConfig(131072, 3072, 24, 24, 6144),
+    "7b": TelechatConfig(131072, 4096, 30, 32, 12288),
+    "35b": TelechatConfig(131072, 6144, 64, 48, 20480),
+    "115b": TelechatConfig(131072, 8192, 96, 64, 40960, num_kv_heads=8, norm_eps=1e-8),
+    "39b-a12b": TelechatConfig(131072, 4096, 30, 32, 6144, num_experts=16, experts_per_token=4),
+}
+"""By label. The 115B is from its published config.json, the others from the published READMEs and mindformers yamls."""
+
+
+def label_for(config: TelechatConfig) -> str:
+    """The released label of a model of this shape, else its size: `105m`, `2.4b`."""
+    for label, variant in VARIANTS.items():
+        if config.parameter_count == variant.parameter_count and config.num_layers == variant.num_layers:
+            return label
+    count = config.parameter_count
+    return f"{count / 1e9:.1f}b" if count >= 1e9 else f"{max(1, round(count / 1e6))}m"
