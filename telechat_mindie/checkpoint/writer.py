@@ -1,0 +1,134 @@
+"""Output files that are written once, front to back, hashed on the way, and remembered in a journal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from telechat_mindie.errors import OutputError
+from telechat_mindie.files import DIR_MODE, FILE_MODE, reporting_os_errors
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A finished file: its path relative to the output folder, its size, its sha256 in hex."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A file under construction. `append` writes and hashes; `finish` syncs and gives the record."""
+
+    def __init__(self, root: Path, path: str, nbytes: int) -> None:
+        self._target = root / path
+        self._path = path
+        self._nbytes = nbytes
+        self._written = 0
+        self._hash = hashlib.sha256()
+        with reporting_os_errors(self._target):
+            self._target.parent.mkdir(mode=DIR_MODE, exist_ok=True)
+            self._file = open(self._target, "wb", buffering=0)  # noqa: SIM115 - closed by finish or close
+            os.fchmod(self._file.fileno(), FILE_MODE)
+
+    def append(self, data: memoryview) -> None:
+        """Write all of `data` (bytes).
+
+        Raises:
+            OutputError: the disk is full or the file may not grow.
+        """
+        self._hash.update(data)
+        with reporting_os_errors(self._target):
+            done = 0
+            while done < len(data):
+                done += self._file.write(data[done:])
+        self._written += len(data)
+
+    def finish(self) -> FileRecord:
+        """Raises OutputError where fewer or more bytes came than were planned."""
+        if self._written != self._nbytes:
+            raise OutputError(
+                "came out with the wrong size", where=self._target, expected=self._nbytes, found=self._written
+            )
+        with reporting_os_errors(self._target):
+            os.fsync(self._file.fileno())
+            # The pages are on disk and will not be read again: leave the cache to the source.
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self.close()
+        return FileRecord(self._path, self._written, self._hash.hexdigest())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Journal:
+    """What an interrupted run had finished: a line a file, valid only for the very same conversion.
+
+    The first line holds a fingerprint of everything that decides the output. A last line cut short by a kill is
+    ignored, and so is a record whose file is not there with its size.
+    """
+
+    NAME = ".journal"
+
+    def __init__(self, root: Path, fingerprint: str, *, resume: bool) -> None:
+        self._path = root / self.NAME
+        self.records: dict[str, FileRecord] = {}
+        self.findings: dict[str, dict[str, int]] = {}
+        if resume and self._path.exists():
+            self._load(root, fingerprint)
+        with reporting_os_errors(self._path):
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close
+            self._line({"fingerprint": fingerprint})
+            for record in self.records.values():
+                self._line(asdict(record))
+            for name, counts in self.findings.items():
+                self._line({"tensor": name, **counts})
+            self._sync()
+
+    def add(self, records: list[FileRecord], findings: dict[str, dict[str, int]]) -> None:
+        """Remember finished files, and the odd numbers found in the tensors they hold."""
+        with reporting_os_errors(self._path):
+            for name, counts in findings.items():
+                self._line({"tensor": name, **counts})
+            for record in records:
+                self._line(asdict(record))
+            self._sync()
+        self.records |= {record.path: record for record in records}
+        self.findings |= findings
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _load(self, root: Path, fingerprint: str) -> None:
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+        if not entries or entries[0].get("fingerprint") != fingerprint:
+            raise OutputError(
+                "was begun with other options, another checkpoint or another version",
+                where=root,
+                advice="Run the command again without --resume.",
+            )
+        for entry in entries[1:]:
+            if "tensor" in entry:
+                self.findings[entry.pop("tensor")] = entry
+                continue
+            record = FileRecord(**entry)
+            file = root / record.path
+            if file.is_file() and file.stat().st_size == record.nbytes:
+                self.records[record.path] = record
+
+    def _line(self, entry: dict[str, object]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
