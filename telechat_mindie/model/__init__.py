@@ -1,0 +1,1 @@
+"""The TeleChat2 decoder in MindSpore."""

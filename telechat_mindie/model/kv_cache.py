@@ -1,0 +1,35 @@
+"""The paged key/value cache of one rank."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn
+
+from telechat_mindie.checkpoint.tensors import DTYPES
+
+
+class KVCache(nn.Cell):
+    """Keys and values of every layer, a row a slot: `slot = block * block_size + offset`.
+
+    Each is a matrix [num_blocks * block_size + 1, kv heads * head_dim]. The last row is scratch: what must not be
+    kept is written there, since the CPU's scatter refuses an index outside the matrix.
+    """
+
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, width: int, dtype: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.scratch_row = num_blocks * block_size
+        shape = (self.scratch_row + 1, width)
+        self.keys = _parameters("key_cache", num_layers, shape, dtype)
+        self.values = _parameters("value_cache", num_layers, shape, dtype)
+
+
+def _parameters(name: str, count: int, shape: tuple[int, int], dtype: str) -> ParameterTuple:
+    # from_numpy shares numpy's zero pages: memory that no token has used is not touched.
+    return ParameterTuple(
+        [
+            Parameter(Tensor.from_numpy(np.zeros(shape, DTYPES[dtype])), name=f"{name}.{layer}", requires_grad=False)
+            for layer in range(count)
+        ]
+    )

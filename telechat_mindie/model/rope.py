@@ -1,0 +1,80 @@
+"""Rotary embedding tables, with the published Dynamic NTK extension, computed per sequence."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+
+THETA = 10000.0
+"""Hard-wired in the published modelling code, which reads no rope_theta."""
+
+_ROUND = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+class RotaryTable:
+    """Cosines and sines for tokens of sequences of given lengths.
+
+    The published TeleChat2 code extends the context by Dynamic NTK: with L the sequence's length so far, but at least
+    the training length, alpha = max(2^ceil(log2(L / base_seqlen) + 1) - 1, 1) stretches theta to
+    theta * alpha^(d / (d - 2)), and beyond the training length both tables are multiplied by
+    0.1 * ln(L / training_seqlen) + 1 (modeling_telechat.py of Tele-AI/TeleChat2). With L up to base_seqlen =
+    training_seqlen both are 1 and the table is the plain one.
+
+    Args:
+        head_dim: d, even.
+        training_seqlen: tokens.
+        base_seqlen: tokens.
+        extend_method: "DYNAMIC_NTK", or "None" for the plain table at any length (mindformers' yaml key).
+        rotary_dtype: what the tables are rounded to; angles are always float32.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        training_seqlen: int = 8192,
+        base_seqlen: int = 8192,
+        extend_method: str = "DYNAMIC_NTK",
+        rotary_dtype: str = "float32",
+    ) -> None:
+        self._head_dim = head_dim
+        self._training_seqlen = training_seqlen
+        self._base_seqlen = base_seqlen
+        self._dynamic = extend_method == "DYNAMIC_NTK"
+        self._round = _ROUND[rotary_dtype]
+
+    def tables(self, positions: np.ndarray, sequence_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines [T, head_dim / 2] in float32, rounded to the rotary dtype.
+
+        Args:
+            positions: [T] position of each token.
+            sequence_lens: [T] length L, in tokens, of the sequence that the token belongs to, the new tokens included.
+        """
+        cos = np.empty((len(positions), self._head_dim // 2), np.float32)
+        sin = np.empty_like(cos)
+        for length in np.unique(sequence_lens):
+            chosen = sequence_lens == length
+            alpha, scale = self.extension(int(length))
+            angles = positions[chosen, None].astype(np.float32) * _inverse_frequencies(self._head_dim, alpha)
+            cos[chosen] = np.cos(angles) * np.float32(scale)
+            sin[chosen] = np.sin(angles) * np.float32(scale)
+        return cos.astype(self._round).astype(np.float32), sin.astype(self._round).astype(np.float32)
+
+    def extension(self, length: int) -> tuple[float, float]:
+        """(alpha, scale of the tables) for a sequence of `length` tokens."""
+        if not self._dynamic:
+            return 1.0, 1.0
+        length = max(length, self._training_seqlen)
+        alpha = max(2.0 ** math.ceil(math.log(length / self._base_seqlen, 2) + 1) - 1, 1.0)
+        scale = 1.0 if length <= self._training_seqlen else 0.1 * math.log(length / self._training_seqlen) + 1
+        return alpha, scale
+
+
+@lru_cache(maxsize=64)
+def _inverse_frequencies(head_dim: int, alpha: float) -> np.ndarray:
+    """[head_dim / 2] float32."""
+    theta = np.float32(THETA * alpha ** (head_dim / (head_dim - 2)))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (np.float32(1.0) / theta**exponents).astype(np.float32)
