@@ -1,0 +1,1 @@
+"""What MindIE imports: the model runner."""
