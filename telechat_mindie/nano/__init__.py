@@ -1,0 +1,1 @@
+"""telechat2-nano: a real, tiny TeleChat2 checkpoint."""

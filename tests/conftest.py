@@ -1,0 +1,23 @@
+"""Fixtures shared by the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("oracle/mha_fp32")`: a path below the shared fixtures, or a skip where they are absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"the shared fixtures are absent: {name}")
+        return path
+
+    return find
