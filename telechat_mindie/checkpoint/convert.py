@@ -14,8 +14,9 @@ import numpy as np
 from telechat_mindie.checkpoint.casting import Findings, cast_into, inspect
 from telechat_mindie.checkpoint.mapping import Target
 from telechat_mindie.checkpoint.plan import Plan, Shard, Step, steps
-from telechat_mindie.checkpoint.source import Checkpoint, read_block
+from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.tensors import DTYPES, TensorReader
+from telechat_mindie.checkpoint.views import read_block
 from telechat_mindie.checkpoint.writer import FileRecord, HashedFile, Journal
 from telechat_mindie.errors import CheckpointError, OutputError, name_some
 

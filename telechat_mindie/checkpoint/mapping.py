@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,13 @@ RULES = (
     # Old exports saved this buffer of the rotary embedding; it is computed, not learned.
     Rule(_LAYER + "self_attention.rotary_emb.inv_freq", None, Role.REPLICATED, "d"),
 )
+
+MINDFORMERS_DROPPED = re.compile(
+    r"^(adam_[mv]|moments|accu_grads|moment[12])\.|^(beta[12]_power|scale_sense)$|"
+    r"^(global_step|epoch_num|step_num|learning_rate|loss_scale|current_iterator_step|last_overflow_iterator_step)$|"
+    r"\.router\.(router\.topk_bias|e_score_correction_bias)$"
+)
+"""What a training checkpoint of mindformers holds besides weights: optimizer state, counters, unused router buffers."""
 
 
 @dataclass(frozen=True, slots=True)

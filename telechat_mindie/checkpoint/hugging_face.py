@@ -1,0 +1,90 @@
+"""The Hugging Face form of a checkpoint: safetensors or torch archives, with or without an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from telechat_mindie.checkpoint.mapping import check_names, weights
+from telechat_mindie.checkpoint.safetensors_format import read_safetensors
+from telechat_mindie.checkpoint.tensors import StoredTensor
+from telechat_mindie.checkpoint.torch_format import read_torch_bin
+from telechat_mindie.checkpoint.views import SourceWeight, whole
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import CheckpointError, name_some
+from telechat_mindie.files import read_json
+
+FORMATS = (
+    ("Hugging Face safetensors", "model.safetensors.index.json", "*.safetensors", read_safetensors),
+    ("Hugging Face torch archive", "pytorch_model.bin.index.json", "pytorch_model*.bin", read_torch_bin),
+)
+
+
+def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]] | None:
+    """(kind, tensors by name) of the directory's weights; None where it holds no such files.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or hostile, or does not hold what the index says.
+    """
+    for kind, index, pattern, read in FORMATS:
+        weight_map = _read_index(directory / index) if (directory / index).exists() else None
+        files = sorted(set(weight_map.values()) if weight_map else (path.name for path in directory.glob(pattern)))
+        if not files:
+            continue
+        stored: dict[str, StoredTensor] = {}
+        for file in files:
+            tensors = read(directory / file, directory)
+            twice = stored.keys() & tensors.keys()
+            if twice:
+                raise CheckpointError(
+                    f"holds weights that another file holds too: {name_some(twice)}", where=directory / file
+                )
+            stored |= tensors
+        if weight_map is not None:
+            _check_index(weight_map, stored, directory / index)
+        return kind, stored
+    return None
+
+
+def source_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
+    """Every weight that the config asks for, each a whole stored tensor.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes do not fit the config.
+    """
+    check_names(stored, config, where)
+    found: dict[str, SourceWeight] = {}
+    for weight in weights(config).values():
+        tied = config.tie_word_embeddings and weight.name == "lm_head.weight" and weight.name not in stored
+        tensor = stored["transformer.word_embeddings.weight" if tied else weight.name]
+        if tensor.shape != weight.shape:
+            raise CheckpointError(
+                "has the wrong shape", where=weight.name, expected=list(weight.shape), found=list(tensor.shape)
+            )
+        found[weight.name] = whole(weight.name, tensor)
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("has no weight_map", where=path)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or "/" in file or "\\" in file or "\0" in file or file in (".", ".."):
+            raise CheckpointError("names a file outside its folder", where=path, found=f"{name!r} -> {file!r}")
+        if len(file) > 255:
+            raise CheckpointError("names a file with an over-long name", where=path, found=f"{file[:40]}...")
+    return weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], stored: Mapping[str, StoredTensor], path: Path) -> None:
+    absent = [name for name in weight_map if name not in stored]
+    if absent:
+        raise CheckpointError(f"weights of the index are in none of its files: {name_some(absent)}", where=path)
+    unlisted = stored.keys() - weight_map.keys()
+    if unlisted:
+        raise CheckpointError(f"weights of the files are not in the index: {name_some(unlisted)}", where=path)
+    for name, file in weight_map.items():
+        actual = stored[name].extents[0].file.name if stored[name].extents else file
+        if actual != file:
+            raise CheckpointError("lies in another file than the index says", where=name, expected=file, found=actual)

@@ -1,0 +1,193 @@
+"""The mindformers form of a checkpoint: .ckpt or safetensors, whole or in rank_N folders, kv_concat or qkv_concat.
+
+It is whatever mindformers' convert_weight.py, convert_gmm.py and transform_ckpt.py make, or this package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, mindformers_targets, weights
+from telechat_mindie.checkpoint.mindspore_format import read_mindspore_ckpt
+from telechat_mindie.checkpoint.plan import steps
+from telechat_mindie.checkpoint.safetensors_format import read_safetensors
+from telechat_mindie.checkpoint.sharding import Role
+from telechat_mindie.checkpoint.tensors import StoredTensor
+from telechat_mindie.checkpoint.views import SourceWeight, Tile, float_dtype
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import CheckpointError, name_some
+
+MAX_RANKS = 1024
+
+Ranks = Sequence[Mapping[str, StoredTensor]]
+"""Each rank's tensors by mindformers name; a whole checkpoint is one rank."""
+
+
+def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
+    """The tensors of a file, of a folder's files, or of its rank_0 .. rank_N folders; None where there are none.
+
+    Raises:
+        CheckpointError: a rank folder is missing or empty, or a file is damaged or hostile.
+    """
+    if path.is_file():
+        return [_read_files([path], path.parent)]
+    folders = {int(entry.name[5:]): entry for entry in path.glob("rank_*") if entry.name[5:].isdecimal()}
+    if folders:
+        count = max(folders) + 1
+        missing = [f"rank_{rank}" for rank in range(min(count, MAX_RANKS)) if rank not in folders]
+        if missing or count > MAX_RANKS:
+            raise CheckpointError(f"rank folders are missing: {name_some(missing)}", where=path)
+        return [_read_files(_weight_files(folders[rank]), folders[rank], required=True) for rank in range(count)]
+    files = _weight_files(path)
+    return [_read_files(files, path)] if files else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".safetensors"))
+
+
+def _read_files(files: Sequence[Path], root: Path, required: bool = False) -> dict[str, StoredTensor]:
+    if required and not files:
+        raise CheckpointError("holds no .ckpt or .safetensors file", where=root)
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        read = read_safetensors if file.suffix == ".safetensors" else read_mindspore_ckpt
+        tensors = {name: tensor for name, tensor in read(file, root).items() if not MINDFORMERS_DROPPED.search(name)}
+        twice = stored.keys() & tensors.keys()
+        if twice:
+            raise CheckpointError(
+                f"holds weights that another file holds too: {name_some(twice)}",
+                where=file,
+                advice="Leave one checkpoint in the folder.",
+            )
+        stored |= tensors
+    return stored
+
+
+def source_weights(ranks: Ranks, config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
+    """Every weight that the config asks for, put together from the ranks' tensors.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes do not fit the config and the number of ranks.
+    """
+    tp = len(ranks)
+    config.check_tp(tp)
+    targets = _layout(ranks[0], config, tp)
+    _check_ranks(ranks, targets, tp, where)
+    tiles: dict[str, list[Tile]] = {}
+    dtypes: dict[str, str] = {}
+    for target in targets:
+        for source, tile in _tiles(target, ranks, config):
+            tiles.setdefault(source, []).append(tile)
+            dtypes[source] = float_dtype(target.name, tile.stored)
+    shapes = weights(config)
+    return {name: SourceWeight(name, dtypes[name], shapes[name].shape, tuple(tiles[name])) for name in shapes}
+
+
+def _tiles(target: Target, ranks: Ranks, config: TelechatConfig) -> Iterator[tuple[str, Tile]]:
+    """Where each part of a target's sources lies in the ranks' tensors: the converter's own steps, read backwards."""
+    row = [0] * len(ranks)
+    for step in steps(target, config, len(ranks)):
+        takers = step.takers[:1] if target.role is Role.REPLICATED else step.takers
+        for rank, (begin, end) in takers:
+            rows, columns = step.rows[1] - step.rows[0], end - begin
+            width = rows if step.transposed else columns
+            stored = ranks[rank][target.name]
+            yield step.source, Tile(stored, step.rows[0], begin, rows, columns, width, row[rank], step.transposed)
+            row[rank] += columns if step.transposed else rows
+
+
+def _layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) -> list[Target]:
+    """The targets of the form that the tensors are in: packed or not, experts for the grouped matmul or not."""
+    packed = any(name.endswith(".attention.w_qkv.weight") for name in stored)
+    forms = [
+        mindformers_targets(config, qkv_concat=packed, transposed_experts=transposed)
+        for transposed in ((True, False) if config.is_moe else (False,))
+    ]
+    if len(forms) == 1:
+        return forms[0]
+    name = "model.layers.0.feed_forward.ffn.w1.weight"
+    shapes = [next(t.rank_shape(tp) for t in form if t.name == name) for form in forms]
+    if shapes[0] == shapes[1]:
+        raise CheckpointError(
+            "does not show whether the experts are stored for the grouped matmul: both ways have the same shape",
+            where=name,
+            found=list(shapes[0]),
+        )
+    return forms[0] if name in stored and stored[name].shape == shapes[0] else forms[1]
+
+
+def _check_ranks(ranks: Ranks, targets: Sequence[Target], tp: int, where: Path) -> None:
+    names = {target.name for target in targets}
+    for rank, stored in enumerate(ranks):
+        place = f"{where}, rank {rank}" if tp > 1 else str(where)
+        for problem, odd in (("missing", names - stored.keys()), ("unknown", stored.keys() - names)):
+            if odd:
+                raise CheckpointError(f"{len(odd)} weights are {problem}: {name_some(odd)}", where=place)
+        for target in targets:
+            found = stored[target.name]
+            if found.shape != target.rank_shape(tp):
+                raise CheckpointError(
+                    f"{target.name} has the wrong shape for {tp} rank(s)",
+                    where=place,
+                    expected=list(target.rank_shape(tp)),
+                    found=list(found.shape),
+                    advice="A rank folder is missing, or the config belongs to another model.",
+                )
+            if found.dtype != ranks[0][target.name].dtype:
+                raise CheckpointError(
+                    f"{target.name} has another dtype than in rank 0",
+                    where=place,
+                    expected=ranks[0][target.name].dtype,
+                    found=found.dtype,
+                )
+
+
+def infer_config(ranks: Ranks, where: Path, head_dim: int = 128) -> TelechatConfig:
+    """The model's shape from its tensors, for a checkpoint that comes without config.json.
+
+    Args:
+        head_dim: 128 in every released model; the tensors do not tell it. Neither do they tell how many experts a
+            token uses, which conversion does not need; the published 4 is taken.
+
+    Raises:
+        CheckpointError: a tensor that must be there is not, or the sizes do not fit each other.
+    """
+    stored, tp = ranks[0], len(ranks)
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in stored:
+            raise CheckpointError("weight is missing", where=f"{where}: {name}", advice="Name a config.json.")
+        return stored[name].shape
+
+    hidden = shape("model.norm_out.weight")[0]
+    layer = "model.layers.0."
+    found_tp = hidden // max(1, shape(layer + "attention.wo.weight")[1])
+    if found_tp != tp:
+        raise CheckpointError(
+            "number of rank folders does not fit the weights' shapes", where=where, expected=found_tp, found=tp
+        )
+    if hidden % head_dim:
+        raise CheckpointError(
+            f"hidden size is no multiple of {head_dim}", where=where, found=hidden, advice="Name a config.json."
+        )
+    packed, router = layer + "attention.w_qkv.weight", layer + "feed_forward.router.dense.weight"
+    kv_rows = tp * (shape(packed)[0] if packed in stored else shape(layer + "attention.wk_v.weight")[0])
+    experts = shape(router)[0] if router in stored else 0
+    if experts:
+        per_rank = set(shape(layer + "feed_forward.ffn.w1.weight")[1:]) - {hidden} or {hidden}
+        ffn = tp * per_rank.pop()
+    else:
+        ffn = tp * shape(layer + "feed_forward.w2.weight")[1]
+    return TelechatConfig(
+        vocab_size=tp * shape("model.tok_embeddings.embedding_weight")[0],
+        hidden_size=hidden,
+        num_layers=1 + max(int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))),
+        num_heads=hidden // head_dim,
+        ffn_size=ffn,
+        num_kv_heads=(kv_rows - (hidden if packed in stored else 0)) // 2 // head_dim,
+        num_experts=experts,
+        experts_per_token=min(4, experts),
+    )
