@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# From checkpoint to answer on a bare machine: telechat2-nano becomes a model directory and answers a question.
+set -euo pipefail
+source "$(dirname "$0")/venv.sh"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+set -x
+telechat-mindie nano "$work/telechat2-nano"
+telechat-mindie build "$work/model_path" --checkpoint "$work/telechat2-nano"
+{ set +x; } 2>/dev/null
+(cd "$work" && find model_path | sort)
+set -x
+telechat-mindie generate "$work/model_path" "生抽与老抽的区别？"
