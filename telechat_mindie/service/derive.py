@@ -1,0 +1,238 @@
+"""The values of conf/config.json that follow from a model directory and its host, each with where it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from telechat_mindie.errors import InputError
+from telechat_mindie.service import ports
+from telechat_mindie.service.options import GB, ModelFacts, ServiceOptions, parse_devices
+from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
+from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER
+from telechat_mindie.service.schema.violations import Location
+
+Origin = Literal["checkpoint", "flag", "computed", "template", "MindIE default"]
+
+RESERVE_SHARE = 0.2
+"""Of a card, kept free: what MindIE leaves with NPU_MEMORY_FRACTION 0.8, the default (MindIE-LLM v3.0.0.beta.2
+mindie_llm/model_wrapper/utils/env.py:88)."""
+
+INPUT_SHARE = 0.75
+"""Of maxSeqLen, for the prompt: 6144 of 8192, as in TeleChat2's README (mindformers r1.6.0
+research/telechat2/README.md:645-646)."""
+
+SHIPPED_BATCH, SHIPPED_PREFILL_BATCH, SHIPPED_PREFILL_TOKENS = 200, 50, 8192
+"""maxBatchSize, maxPrefillBatchSize and maxPrefillTokens of every generation's default."""
+
+KEPT_BLOCKS = (
+    1  # the last, for dummy batches: MindIE-LLM v3.0.0.beta.2 mindie_llm/connector/common/input_metadata_builder.py:155
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A value that `service-config` decided on."""
+
+    location: Location
+    value: Any
+    origin: Origin
+    reason: str
+
+
+class _Ledger:
+    """Takes each value down as it is decided, and lets `--set` win over it."""
+
+    def __init__(self, overrides: Mapping[Location, Any]) -> None:
+        self.overrides = dict(overrides)
+        self.entries: list[Derived] = []
+
+    def settle(self, location: Location, value: Any, origin: Origin, reason: str) -> Any:
+        """Note a value and return the one that holds: the user's own, where `--set` names the location."""
+        if location in self.overrides:
+            value, origin, reason = self.overrides.pop(location), "flag", "--set"
+        self.entries.append(Derived(location, value, origin, reason))
+        return value
+
+    def close(self) -> tuple[Derived, ...]:
+        """All entries, with the overrides of values that nothing else decides at the end."""
+        for location in list(self.overrides):
+            self.settle(location, None, "flag", "--set")
+        return tuple(self.entries)
+
+
+def derive(
+    facts: ModelFacts, options: ServiceOptions, base: Mapping[str, Any], is_free: ports.IsFree = ports.is_free
+) -> tuple[Derived, ...]:
+    """Every value that differs, or may differ, from the file that is rendered over.
+
+    Args:
+        facts: of the model directory.
+        options: of the user.
+        base: the content of the file: MindIE's default, or the user's template.
+        is_free: tells whether a port can be bound.
+
+    Raises:
+        InputError: an option is malformed, the devices do not fit tp and instances, a length exceeds the model's, or
+            the memory of a card does not hold the weights and one request of maxSeqLen.
+    """
+    overrides: dict[Location, Any] = {}
+    for text in options.overrides:
+        location, value = parse_override(text, options.generation)
+        overrides[location] = value
+    ledger = _Ledger(overrides)
+    _server(ledger, options, base, is_free)
+    _devices(ledger, facts, options)
+    max_seq_len = _lengths(ledger, facts, options)
+    _model(ledger, facts)
+    _memory(ledger, facts, options, max_seq_len)
+    return ledger.close()
+
+
+def _server(ledger: _Ledger, options: ServiceOptions, base: Mapping[str, Any], is_free: ports.IsFree) -> None:
+    if options.insecure_http:
+        ledger.settle((*SERVER, "httpsEnabled"), False, "flag", "--insecure-http")
+    elif options.template is None:
+        ledger.settle((*SERVER, "httpsEnabled"), True, "MindIE default", "--insecure-http turns it off")
+    # The ports of a template are the user's own choice until --port-base says otherwise.
+    if options.template is not None and options.port_base is None:
+        return
+    wanted = options.port_base if options.port_base is not None else base["ServerConfig"]["port"]
+    others = (("BackendConfig", "multiNodesInferPort"), ("ServerConfig", "interCommPort"))
+    avoid = [section[name] for key, name in others if isinstance(section := base.get(key), dict) and name in section]
+    first = ports.free_run(wanted, 3, avoid, is_free)
+    origin: Origin
+    if first != wanted:
+        origin, reason = "computed", f"the next three free ports from {wanted} on"
+    elif options.port_base is not None:
+        origin, reason = "flag", f"--port-base {wanted}, free"
+    else:
+        origin, reason = "MindIE default", "free"
+    for offset, name in enumerate(("port", "managementPort", "metricsPort")):
+        ledger.settle((*SERVER, name), first + offset, origin, reason)
+
+
+def _devices(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> None:
+    tp, instances = facts.tp, options.instances
+    if not 1 <= instances <= 10:
+        raise InputError("is not a number of instances", where=f"--instances {instances}", expected="1 to 10")
+    needed = tp * instances
+    devices = tuple(range(needed)) if options.devices is None else parse_devices(options.devices)
+    if len(devices) != needed:
+        whole, rest = divmod(len(devices), tp)
+        raise InputError(
+            "do not fit the model directory",
+            where=f"--devices {options.devices}",
+            expected=f"{needed} devices: tp {tp} in {instances} instance(s)",
+            found=f"{len(devices)}",
+            advice=f"Say --instances {whole} for all of them."
+            if whole and not rest
+            else f"Name {needed}, or build the directory for another tp.",
+        )
+    rows = [list(devices[start : start + tp]) for start in range(0, needed, tp)]
+    origin: Origin = "computed" if options.devices is None else "flag"
+    reason = f"the first {needed}" if options.devices is None else f"--devices {options.devices}"
+    ledger.settle((*BACKEND, "modelInstanceNumber"), instances, "flag" if instances > 1 else "computed", "--instances")
+    ledger.settle((*BACKEND, "npuDeviceIds"), rows, origin, f"{reason}, tp {tp} an instance")
+    ledger.settle((*MODEL_ENTRY, "worldSize"), tp, "checkpoint", "the tp that the directory was built for")
+
+
+def _lengths(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> int:
+    """Settle the lengths and return maxSeqLen."""
+    wanted = facts.max_seq_len if options.max_seq_len is None else options.max_seq_len
+    if not 2 <= wanted <= facts.max_seq_len:
+        raise InputError(
+            "is not a length that the model directory serves",
+            where=f"--max-seq-len {wanted}",
+            expected=f"2 to {facts.max_seq_len}",
+            advice="Build the directory with a greater --max-seq-len for more.",
+        )
+    origin: Origin = "checkpoint" if options.max_seq_len is None else "flag"
+    max_seq_len = int(ledger.settle((*DEPLOY, "maxSeqLen"), wanted, origin, "tokens of prompt and answer"))
+
+    prompt = options.max_input_len
+    if prompt is not None and not 1 <= prompt < max_seq_len:
+        raise InputError(
+            "leaves no room for an answer",
+            where=f"--max-input-len {prompt}",
+            expected=f"1 to {max_seq_len - 1}, below maxSeqLen",
+        )
+    origin, reason = "flag", "--max-input-len"
+    if prompt is None:
+        prompt = max(1, int(max_seq_len * INPUT_SHARE))
+        origin, reason = "computed", f"{INPUT_SHARE:.0%} of maxSeqLen, the rest is for the answer"
+    prompt = ledger.settle((*DEPLOY, "maxInputTokenLen"), prompt, origin, reason)
+
+    # MindIE raises a lower value by itself to min(maxSeqLen, maxInputTokenLen + maxIterTimes), and says so only in
+    # its log (MindIE-LLM v3.0.0.beta.2 src/llm_manager_v2/impl/llm_manager_impl.cpp:585-592).
+    tokens = max(SHIPPED_PREFILL_TOKENS, max_seq_len)
+    ledger.settle(
+        (*SCHEDULE, "maxPrefillTokens"), tokens, "computed", f"{SHIPPED_PREFILL_TOKENS}, or maxSeqLen if longer"
+    )
+    # maxSeqLen - 1 is the most that 1.0 documents (mindspore docs r2.6.0, usage/mindie_deployment.md), and all that a
+    # prompt of one token leaves.
+    ledger.settle(
+        (*SCHEDULE, "maxIterTimes"), max_seq_len - 1, "computed", "maxSeqLen - 1, so that it never cuts an answer"
+    )
+    return max_seq_len
+
+
+def _model(ledger: _Ledger, facts: ModelFacts) -> None:
+    ledger.settle((*MODEL_ENTRY, "modelName"), facts.model_name, "checkpoint", "the model directory's name")
+    ledger.settle((*MODEL_ENTRY, "modelWeightPath"), facts.model_path, "flag", "MODEL_PATH")
+    ledger.settle((*MODEL_ENTRY, "backendType"), "ms", "checkpoint", "a directory for MindSpore")
+    ledger.settle((*SCHEDULE, "cacheBlockSize"), facts.block_size, "checkpoint", "block_size of the directory's yaml")
+
+
+def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq_len: int) -> None:
+    """Settle npuMemSize and the batches from what a card has left.
+
+    npuMemSize = card - reserve - weights - logits, in whole GB. Logits are those of a full batch in float32, the
+    sampler's own copy (mindie_llm/text_generator/samplers/token_selectors/ms_selectors.py:125).
+    maxBatchSize = KV blocks / blocks of a typical request (docs/zh/user_guide/user_manual/
+    service_parameter_configuration.md:151), at most what MindIE ships. Both of MindIE-LLM v3.0.0.beta.2.
+    """
+    reserve = options.device_mem_gb * RESERVE_SHARE if options.reserve_gb is None else options.reserve_gb
+    sane = math.isfinite(options.device_mem_gb) and 0 <= reserve < options.device_mem_gb and options.request_tokens > 0
+    if not sane:
+        raise InputError(
+            "must be positive, and the reserve less than the card",
+            where="--device-mem, --reserve, --request-tokens",
+            found=f"{options.device_mem_gb:g} GB, {reserve:g} GB, {options.request_tokens} tokens",
+        )
+    weights = facts.weight_bytes_per_rank / GB
+    logits = SHIPPED_BATCH * facts.vocab_size * 4 / GB
+    left = options.device_mem_gb - reserve - weights - logits
+    account = f"{options.device_mem_gb:g} GB card - {reserve:g} reserve - {weights:.1f} weights - {logits:.1f} logits"
+    location = (*MODEL_ENTRY, "npuMemSize")
+    if options.dynamic_kv:
+        chosen = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
+    else:
+        chosen = ledger.settle(location, max(0, math.floor(left)), "computed", account)
+    cache = left if chosen == -1 else chosen
+    blocks = max(0, int(cache * GB // (facts.kv_bytes_per_token_per_rank * facts.block_size)) - KEPT_BLOCKS)
+    longest = math.ceil(max_seq_len / facts.block_size)
+    if blocks < longest or weights + max(cache, 0) > options.device_mem_gb:
+        raise InputError(
+            "the memory of a card does not hold the weights and the KV cache of one request",
+            where=f"maxSeqLen {max_seq_len}, tp {facts.tp}",
+            expected=f"{longest} KV blocks of {facts.block_size} tokens"
+            f" ({longest * facts.block_size * facts.kv_bytes_per_token_per_rank / GB:.1f} GB)",
+            found=f"{blocks} in {max(cache, 0):.1f} GB: {account}",
+            advice="Build for a greater tp, serve a smaller --max-seq-len, or correct --device-mem and --reserve.",
+        )
+    typical = math.ceil(min(options.request_tokens, max_seq_len) / facts.block_size)
+    batch = ledger.settle(
+        (*SCHEDULE, "maxBatchSize"),
+        max(1, min(SHIPPED_BATCH, blocks // typical)),
+        "computed",
+        f"{blocks} KV blocks / {typical} for a request of {options.request_tokens} tokens, at most {SHIPPED_BATCH}",
+    )
+    ledger.settle(
+        (*SCHEDULE, "maxPrefillBatchSize"),
+        min(SHIPPED_PREFILL_BATCH, batch),
+        "computed",
+        f"{SHIPPED_PREFILL_BATCH}, or maxBatchSize if smaller",
+    )

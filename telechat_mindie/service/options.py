@@ -1,0 +1,87 @@
+"""What `service-config` starts from: facts of the model directory, and what the user asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from telechat_mindie.errors import InputError
+
+GB = 2**30  # MindIE's unit of npuMemSize: mindie_llm/text_generator/utils/kvcache_settings.py
+MAX_DEVICES = 1024
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model directory says about itself. Lengths are tokens."""
+
+    model_name: str
+    model_path: str  # absolute
+    tp: int
+    max_seq_len: int
+    block_size: int
+    weight_bytes_per_rank: int
+    kv_bytes_per_token_per_rank: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What the user asked for; None leaves a value to be derived.
+
+    Attributes:
+        devices: card numbers as `0-7` or `0,2,4-5`; None takes the first ones.
+        instances: copies of the model, each on tp devices.
+        device_mem_gb: memory of one card, in GB of 2^30 bytes.
+        reserve_gb: memory of a card kept for activations, communication buffers and the system; None for a share of
+            the card.
+        dynamic_kv: npuMemSize -1, where the runner supports it.
+        max_seq_len: tokens of prompt and answer together.
+        max_input_len: tokens of a prompt.
+        request_tokens: tokens of a typical request, prompt and answer, for which the batch is sized.
+        port_base: the first of three ports in a row; the next free three from there on are taken.
+        insecure_http: httpsEnabled false.
+        generation: the generation of MindIE, a key of `schema.GENERATIONS`.
+        template: an existing conf/config.json to patch; None renders MindIE's default.
+        overrides: `ScheduleConfig.maxBatchSize=64`: values that win over every other source.
+        mindie_home: where certificates are looked up; None leaves their presence open.
+    """
+
+    devices: str | None = None
+    instances: int = 1
+    device_mem_gb: float = 64
+    reserve_gb: float | None = None
+    dynamic_kv: bool = False
+    max_seq_len: int | None = None
+    max_input_len: int | None = None
+    request_tokens: int = 1024
+    port_base: int | None = None
+    insecure_http: bool = False
+    generation: str = "3.0.0.beta"
+    template: Path | None = None
+    overrides: tuple[str, ...] = ()
+    mindie_home: Path | None = None
+
+
+def parse_devices(text: str) -> tuple[int, ...]:
+    """`0-3,6` as (0, 1, 2, 3, 6), in the order given.
+
+    Raises:
+        InputError: not of that form, a range that runs backwards, a device twice, or over 1024 devices.
+    """
+    devices: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isascii() or not first.isdigit() or (dash and not (last.isascii() and last.isdigit())):
+            raise InputError(
+                "is not a list of devices", where=f"--devices {text}", expected="0-7 or 0,2,4-5", found=repr(part)
+            )
+        begin, end = int(first), int(last) if dash else int(first)
+        if not begin <= end < begin + MAX_DEVICES:
+            raise InputError("is not a range of devices", where=f"--devices {text}", found=repr(part))
+        devices.extend(range(begin, end + 1))
+    if len(set(devices)) != len(devices) or len(devices) > MAX_DEVICES:
+        raise InputError(
+            "names a device twice, or too many", where=f"--devices {text}", found=f"{len(devices)} devices"
+        )
+    return tuple(devices)

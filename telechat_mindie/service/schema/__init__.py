@@ -1,0 +1,58 @@
+"""The schema of MindIE's conf/config.json, by generation: types, ranges, defaults, and the rules between fields.
+
+Importable on its own: pydantic and the standard library, no framework.
+
+What is known of each generation, and from where:
+
+- `3.0.0.beta`: everything, from the C++ of MindIE-LLM v3.0.0.beta.2 (v3.0.0.beta.1 differs in a few ATB features).
+- `2.0`: the default file, from a public project that embeds it. The source is closed; rules are those of 3.0.0.beta
+  where both have the field. Later 2.x releases add fields of 3.0.0.beta one by one, all of which are accepted.
+- `1.0`: the files that the MindSpore project documents for 1.0.RC3 and 1.0.0. The source is closed here too.
+
+`docs/mindie-conf.md` says the same for users, with the differences in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from telechat_mindie.service.schema import rules_backend, rules_model, rules_plugin, rules_server
+from telechat_mindie.service.schema.files import default_config, json_schema, load, parse, read_text
+from telechat_mindie.service.schema.service import GENERATIONS, model_of
+from telechat_mindie.service.schema.settings import Settings
+from telechat_mindie.service.schema.structure import check_structure
+from telechat_mindie.service.schema.violations import Violation, json_path
+
+__all__ = [
+    "GENERATIONS",
+    "Violation",
+    "default_config",
+    "json_path",
+    "json_schema",
+    "load",
+    "parse",
+    "read_text",
+    "validate",
+]
+
+RULES = (*rules_server.RULES, *rules_backend.RULES, *rules_model.RULES, *rules_plugin.RULES)
+
+
+def validate(data: Mapping[str, Any], generation: str) -> list[Violation]:
+    """Every violation in the content of a conf/config.json at once, errors first.
+
+    Values are judged one by one, then the rules between fields on the values that are sound; so a fault is told once,
+    and no fault hides another. `data` is not changed.
+
+    Raises:
+        InputError: the generation is not one of GENERATIONS.
+    """
+    model_of(generation)
+    by_location = check_structure(generation, data, default_config(generation))
+    violations = [violation for found in by_location.values() for violation in found]
+    unsound = {location for location, found in by_location.items() if any(v.rule != "unknown-key" for v in found)}
+    settings = Settings.of(generation, data, unsound)
+    for rule in RULES:
+        violations.extend(rule(settings))
+    return sorted(violations, key=lambda violation: violation.severity)

@@ -1,0 +1,96 @@
+"""What the rules between fields read: the values that are sound by themselves, defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_origin
+
+from telechat_mindie.service.schema.base import MindieObject
+from telechat_mindie.service.schema.service import MODELS
+from telechat_mindie.service.schema.structure import child_model
+from telechat_mindie.service.schema.violations import Location, Violation
+
+SERVER: Location = ("ServerConfig",)
+BACKEND: Location = ("BackendConfig",)
+DEPLOY: Location = (*BACKEND, "ModelDeployConfig")
+SCHEDULE: Location = (*BACKEND, "ScheduleConfig")
+
+
+def model_location(index: int, *rest: str | int) -> Location:
+    """Where the ModelConfig entry `index`, or something in it, stands."""
+    return (*DEPLOY, "ModelConfig", index, *rest)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A conf/config.json without its unsound values, so that one fault is told once.
+
+    A value that fails its own check, or is compulsory and missing, is simply absent from the dicts: rules ask with
+    `.get` and keep silent where an operand is None.
+    """
+
+    generation: str
+    raw: Mapping[str, Any]
+    server: dict[str, Any]
+    backend: dict[str, Any]
+    deploy: dict[str, Any]
+    schedule: dict[str, Any]
+    models: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, generation: str, data: Mapping[str, Any], unsound: Collection[Location]) -> Settings:
+        """Collect the sound values of `data`; `unsound` holds the locations that violate the structure."""
+        sound = _sound(MODELS[generation], data, unsound, ())
+        backend = sound.get("BackendConfig", {})
+        deploy = backend.get("ModelDeployConfig", {})
+        return cls(
+            generation,
+            data,
+            sound.get("ServerConfig", {}),
+            backend,
+            deploy,
+            backend.get("ScheduleConfig", {}),
+            deploy.get("ModelConfig", []),
+        )
+
+    def given(self, *location: str | int) -> bool:
+        """Whether the file itself has a value at the location."""
+        value: Any = self.raw
+        for step in location:
+            try:
+                value = value[step]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return True
+
+
+def _sound(
+    model: type[MindieObject], data: Mapping[str, Any], unsound: Collection[Location], location: Location
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        here = (*location, name)
+        if name not in data:
+            if not field.is_required():
+                default = field.default
+                values[name] = default.model_dump() if isinstance(default, MindieObject) else default
+            continue
+        if here in unsound:
+            continue
+        child = child_model(field)
+        if child is None:
+            if not any(place[: len(here)] == here for place in unsound):  # no item of a list is unsound
+                values[name] = data[name]
+        elif get_origin(field.annotation) is list:
+            values[name] = [
+                _sound(child, item, unsound, (*here, index)) if (*here, index) not in unsound else {}
+                for index, item in enumerate(data[name])
+            ]
+        else:
+            values[name] = _sound(child, data[name], unsound, here)
+    return values
+
+
+Rule = Callable[[Settings], Iterable[Violation]]
+"""A rule between fields: the violations of it that a file has."""
