@@ -281,5 +281,5 @@ def _check_type(key: str, value: Any) -> None:
     if type(value) is not kind:
         raise ConfigError("has the wrong type", where=key, expected=kind.__name__, found=repr(value))
     minimum = 0 if key.endswith("token_id") or "expert" in key else 1
-    if kind is int and not minimum <= value <= 1 << 31:
+    if isinstance(value, int) and kind is int and not minimum <= value <= 1 << 31:
         raise ConfigError("is out of range", where=key, expected=f"{minimum} to 2^31", found=value)

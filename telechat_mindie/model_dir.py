@@ -135,7 +135,7 @@ def find_yaml(path: Path) -> Path:
 
 
 def _serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
-    values = {}
+    values: dict[str, Any] = {}
     kinds = {field.name: field.type for field in fields(ServingConfig)}
     for name, key in YAML_KEYS.items():
         value = model_config.get(key)

@@ -24,6 +24,7 @@ class Limits:
     num_blocks: int
     block_size: int
     max_seq_len: int
+    scratch_row: int | None = None  # see RaggedBatch
 
 
 def ragged_batch(
@@ -82,6 +83,7 @@ def ragged_batch(
         logits_rows=_logits_rows(prefill, prefill_head_indices, starts + query_lens - 1, total),
         # After a prefix hit the mask only says what causality says anyway; it matters for drafts that form a tree.
         mask=None if spec_mask is None or prefill else _visible(spec_mask, total),
+        scratch_row=limits.scratch_row,
     )
 
 

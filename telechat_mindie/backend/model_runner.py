@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 
+from telechat_mindie.backend.caches import HostCache, block_count, external_caches
 from telechat_mindie.backend.inputs import Limits, ragged_batch
-from telechat_mindie.config import ITEM_BYTES
+from telechat_mindie.backend.model_config import ModelConfig
+from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.cpu import CpuKernels
@@ -22,43 +25,18 @@ from telechat_mindie.model_dir import ModelDir
 from telechat_mindie.tokenizer import TelechatTokenizer
 
 
-class ModelConfig:
-    """What MindIE reads of a model, as plain attributes: it takes `__dict__`, and overwrites keys it has as well.
-
-    `max_position_embedding` (singular, as MindIE spells it) is the directory's longest sequence in tokens. `top_k` is
-    also the k of MindIE's warm-up sampling, which fails where it exceeds the vocabulary.
-    """
-
-    def __init__(self, directory: ModelDir) -> None:
-        config, serving = directory.config, directory.serving
-        self.max_position_embedding = serving.max_seq_len
-        self.seq_length = serving.max_seq_len
-        self.vocab_size = config.vocab_size
-        self.hidden_size = config.hidden_size
-        self.num_layers = config.num_layers
-        self.num_heads = config.num_heads
-        self.bos_token_id = config.bos_token_id
-        self.eos_token_id = config.eos_token_id
-        self.pad_token_id = config.pad_token_id
-        self.do_sample = serving.do_sample
-        self.temperature = serving.temperature
-        self.top_k = min(serving.top_k, config.vocab_size)
-        self.top_p = serving.top_p
-        self.repetition_penalty = serving.repetition_penalty
-
-
 class ModelRunner:
     """One rank of a built TeleChat2 model, driven by MindIE with numpy arrays.
 
     Args:
         model_path: directory that `telechat-mindie build` made.
-        npu_mem_size: GB for the key/value cache.
-        cpu_mem_size: GB for swapped-out blocks in host memory.
+        npu_mem_size: GB for the key/value cache; -1: every `forward` brings the caches.
+        cpu_mem_size: GB for swapped-out blocks in host memory; 0: none.
         block_size: tokens of a cache block.
         rank_id: this process's rank.
         world_size: number of ranks; must be the directory's tensor parallel size.
         npu_device_ids: the one device of this process.
-        plugin_params: JSON of MindIE's plugins, or None.
+        plugin_params: JSON of MindIE's plugins, or None; see `parse_plugin_params`.
         num_blocks: blocks of the cache instead of what npu_mem_size gives; not passed by MindIE.
 
     Attributes that MindIE reads: `model_config`, `tokenizer`, `dtype`, `num_layers`, `num_kv_heads` (of this rank),
@@ -104,17 +82,20 @@ class ModelRunner:
         self.num_layers = config.num_layers
         self.num_kv_heads = config.num_kv_heads // world_size
         self.head_size = config.head_dim
-        self.npu_num_blocks = num_blocks or self._block_count(npu_mem_size, directory.serving.dtype, block_size)
-        self.cpu_num_blocks = (
-            self._block_count(cpu_mem_size, directory.serving.dtype, block_size) if cpu_mem_size else 0
-        )
+        self.plugin_params = parse_plugin_params(plugin_params)
+        token_bytes = config.kv_bytes_per_token(directory.serving.dtype, world_size)
+        self.npu_num_blocks = num_blocks or 0
+        if num_blocks is None and npu_mem_size != -1:
+            self.npu_num_blocks = block_count(npu_mem_size, token_bytes, block_size, "npu_mem_size")
+        self.cpu_num_blocks = block_count(cpu_mem_size, token_bytes, block_size, "cpu_mem_size") if cpu_mem_size else 0
         self._limits = Limits(config.vocab_size, self.npu_num_blocks, block_size, directory.serving.max_seq_len)
 
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
-        cache_dtype = CpuKernels.cache_dtype(directory.serving.dtype)
+        self._cache_dtype = CpuKernels.cache_dtype(directory.serving.dtype)
         width = config.kv_size // world_size
-        self._cache = KVCache(config.num_layers, self.npu_num_blocks, block_size, width, cache_dtype)
+        self._cache = KVCache(config.num_layers, self.npu_num_blocks, block_size, width, self._cache_dtype)
+        self._host_cache = HostCache(self._cache, self.cpu_num_blocks)
         rotary = RotaryTable(
             config.head_dim,
             config.training_seqlen,
@@ -130,16 +111,6 @@ class ModelRunner:
             self.model = TelechatForCausalLM(config, weights, self._kernels, parallel, self._cache)
             weights.check_all_taken()
         self.model.set_train(False)
-
-    def _block_count(self, gigabytes: int, dtype: str, block_size: int) -> int:
-        """MindIE's own number of blocks for a cache of that size (kvcache_settings.py): it hands out no more."""
-        token_bytes = self.num_layers * 2 * self.num_kv_heads * self.head_size * ITEM_BYTES[dtype]
-        count = (gigabytes << 30) // (token_bytes * block_size)
-        if count < 1:
-            raise InputError(
-                "is too small for one block", where="npu_mem_size", expected="at least 1 GB", found=gigabytes
-            )
-        return count
 
     def forward(
         self,
@@ -167,7 +138,7 @@ class ModelRunner:
             position_ids: [T] positions; by default each sequence's go on where its cache ends.
             adapter_ids: LoRA adapters; only None is supported.
             prefill_head_indices: [B] index in T of each sequence's last token.
-            key_cache, value_cache: caches from outside; only None is supported.
+            key_cache, value_cache: with npu_mem_size -1, a tensor [blocks, block_size, kv heads, head_size] a layer.
             spec_mask: [T, C] 0 where a draft token may look, else a large negative number.
             q_seq_lens: [B] new tokens of each sequence; by default all of it (prefill) or one.
 
@@ -179,10 +150,18 @@ class ModelRunner:
         """
         if adapter_ids is not None and any(adapter is not None for adapter in adapter_ids):
             raise InputError("LoRA adapters are not supported", where="adapter_ids", found=list(adapter_ids))
+        limits, caches = self._limits, None
         if key_cache is not None or value_cache is not None:
-            raise InputError("caches from outside are not supported", where="key_cache, value_cache")
+            expected = (self.num_layers, limits.block_size, self.num_kv_heads * self.head_size)
+            caches, blocks = external_caches(key_cache, value_cache, expected, self._cache_dtype)
+            # MindIE keeps the last block for dummy batches, so its last slot holds nothing.
+            limits = replace(limits, num_blocks=blocks, scratch_row=blocks * limits.block_size - 1)
+        elif not self.npu_num_blocks:
+            raise InputError(
+                "is missing", where="key_cache", advice="With npu_mem_size -1 each call brings its own."
+            )
         batch = ragged_batch(
-            self._limits,
+            limits,
             input_ids=input_ids,
             valid_length_each_example=valid_length_each_example,
             block_tables=block_tables,
@@ -195,9 +174,25 @@ class ModelRunner:
         )
         logits = np.empty((len(batch.logits_rows), self.model_config.vocab_size), np.float32)
         for call in self._kernels.calls(batch):
-            out = self.model(call.token_ids, call.logits_rows, call.inputs).asnumpy()
+            out = self.model(call.token_ids, call.logits_rows, call.inputs, caches).asnumpy()
             logits[call.rows] = out[: len(call.rows)]
         return ms.Tensor(logits)
+
+    def swap(self, block_tables: np.ndarray, swap_type: bool) -> None:
+        """Copy cache blocks between device and host memory.
+
+        Args:
+            block_tables: [n, 2] pairs (from, to).
+            swap_type: True: from the device to the host, False: back.
+
+        Raises:
+            InputError: not such pairs, or a block out of range.
+        """
+        self._host_cache.swap(block_tables, bool(swap_type))
+
+    def generate_position_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        """Positions [T] int32 of one prompt's tokens [T]: TeleChat2 counts from 0."""
+        return np.arange(len(input_ids), dtype=np.int32)
 
 
 class MindIEModelRunner(ModelRunner):

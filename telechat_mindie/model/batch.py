@@ -22,8 +22,10 @@ class RaggedBatch:
     block_tables: np.ndarray  # [B, W] int32, -1 where unused
     logits_rows: np.ndarray  # [R] int32, the tokens whose logits are wanted
     mask: np.ndarray | None = None  # [T, C] bool, True where a token may look; None: causal
+    scratch_row: int | None = None  # cache row for what is not kept, where the cache is not the model's own
 
     @property
     def query_starts(self) -> np.ndarray:
         """[B] index of each sequence's first new token."""
-        return np.cumsum(self.query_lens) - self.query_lens
+        starts: np.ndarray = np.cumsum(self.query_lens) - self.query_lens
+        return starts

@@ -5,7 +5,7 @@ Attribute names make the parameter names, and those are mindformers' (`model.lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -82,9 +82,10 @@ class Layer(nn.Cell):
         self.attention = Attention(config, take, f"{name}.attention", kernels, parallel)
         self.ffn_norm = Weight(take, f"{name}.ffn_norm", (config.hidden_size,))
         if config.is_moe:
-            from telechat_mindie.model.moe import MoE
+            from telechat_mindie.model.moe import KernelRoutedMoE, MoE
 
-            self.feed_forward = MoE(config, take, f"{name}.feed_forward", kernels, parallel)
+            kind = KernelRoutedMoE if kernels.routes_experts else MoE
+            self.feed_forward = kind(config, take, f"{name}.feed_forward", kernels, parallel)
         else:
             self.feed_forward = FeedForward(config, take, f"{name}.feed_forward", kernels, parallel)
 
@@ -116,11 +117,10 @@ class Embedding(nn.Cell):
 
 class Backbone(nn.Cell):
     def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel, cache: KVCache
+        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.cache = cache
         self.embed_layernorm = config.embed_layernorm
         self.tok_embeddings = Embedding(config, take, f"{name}.tok_embeddings", parallel)
         if config.embed_layernorm:
@@ -130,12 +130,14 @@ class Backbone(nn.Cell):
         )
         self.norm_out = Weight(take, f"{name}.norm_out", (config.hidden_size,))
 
-    def construct(self, token_ids: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    def construct(
+        self, token_ids: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
         x = self.tok_embeddings(token_ids)
         if self.embed_layernorm:
             x = self.kernels.norm(x, self.embedding_norm.weight)
         for index, layer in enumerate(self.layers):
-            x = layer(x, self.cache.keys[index], self.cache.values[index], inputs)
+            x = layer(x, keys[index], values[index], inputs)
         return x
 
 
@@ -156,17 +158,32 @@ class TelechatForCausalLM(nn.Cell):
         super().__init__()
         self.kernels = kernels
         self.parallel = parallel
-        self.model = Backbone(config, take, "model", kernels, parallel, cache)
+        self.cache = cache
+        self.model = Backbone(config, take, "model", kernels, parallel)
         shape = rank_shape((config.vocab_size, config.hidden_size), Role.COLUMN, parallel.size)
         self.lm_head = Weight(take, "lm_head", shape)
         self.gather = ops.Gather()
 
-    def construct(self, token_ids: Tensor, logits_rows: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    def construct(
+        self,
+        token_ids: Tensor,
+        logits_rows: Tensor,
+        inputs: tuple[Tensor, ...],
+        caches: tuple[list[Tensor], list[Tensor]] | None = None,
+    ) -> Tensor:
         """Logits [R, vocabulary] of the tokens `logits_rows` [R] among `token_ids` [T], the same on every rank.
 
-        `inputs` is the kernels' own and comes from their `calls`.
+        `inputs` is the kernels' own and comes from their `calls`. `caches` are every layer's keys and values in place
+        of the model's own cache, in the same layout.
         """
-        x = self.model(token_ids, inputs)
+        if caches is None:
+            x = self.model(token_ids, self.cache.keys, self.cache.values, inputs)
+        else:
+            x = self.model(token_ids, caches[0], caches[1], inputs)
         x = self.gather(x, logits_rows, 0)
         logits = self.kernels.norm_linear(x, self.model.norm_out.weight, self.lm_head.weight)
         return self.parallel.concatenate_columns(logits)
+
+    def kvcache(self, layer: int) -> tuple[Parameter, Parameter]:
+        """Keys and values of a layer, which MindIE asks for where prefill and decode run on different machines."""
+        return self.cache.keys[layer], self.cache.values[layer]

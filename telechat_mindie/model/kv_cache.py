@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from telechat_mindie.checkpoint.tensors import DTYPES
 
@@ -19,10 +19,30 @@ class KVCache(nn.Cell):
         super().__init__(auto_prefix=False)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
         self.scratch_row = num_blocks * block_size
         shape = (self.scratch_row + 1, width)
         self.keys = _parameters("key_cache", num_layers, shape, dtype)
         self.values = _parameters("value_cache", num_layers, shape, dtype)
+
+        self._gather = ops.Gather()
+        self._scatter = ops.ScatterUpdate()
+
+    def read_blocks(self, blocks: np.ndarray) -> np.ndarray:
+        """[layers, 2, n * block_size, width]: keys and values of n blocks, as the cache stores them."""
+        rows = self._rows(blocks)
+        layers = zip(self.keys, self.values, strict=True)
+        return np.stack([[self._gather(side, rows, 0).asnumpy() for side in layer] for layer in layers])
+
+    def write_blocks(self, blocks: np.ndarray, contents: np.ndarray) -> None:
+        """The inverse of `read_blocks`."""
+        rows = self._rows(blocks)
+        for layer, found in zip(zip(self.keys, self.values, strict=True), contents, strict=True):
+            for side, values in zip(layer, found, strict=True):
+                self._scatter(side, rows, Tensor(np.ascontiguousarray(values)))
+
+    def _rows(self, blocks: np.ndarray) -> Tensor:
+        return Tensor((blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel().astype(np.int32))
 
 
 def _parameters(name: str, count: int, shape: tuple[int, int], dtype: str) -> ParameterTuple:

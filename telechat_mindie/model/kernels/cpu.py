@@ -36,6 +36,8 @@ class CpuKernels(nn.Cell):
     power of two, over a context padded to L. Sequences with one new token (decode) run together, any other alone.
     """
 
+    routes_experts = False
+
     def __init__(self, config: TelechatConfig, tp: int, cache: KVCache, rotary: RotaryTable) -> None:
         super().__init__(auto_prefix=False)
         self.eps = config.norm_eps
@@ -153,12 +155,13 @@ class CpuKernels(nn.Cell):
         context = query if fresh else _bucket(int(seen.max()), 64)
 
         def padded(values: np.ndarray, fill: float, dtype: type) -> np.ndarray:
-            out = np.full((rows * query, *values.shape[1:]), fill, dtype)
+            out: np.ndarray = np.full((rows * query, *values.shape[1:]), fill, dtype)
             out[places] = values
             return out
 
         cos, sin = self._rotary.tables(batch.positions[tokens], np.repeat(lengths, size))
-        slots = np.where(batch.slots[tokens] < 0, self._scratch_row, batch.slots[tokens])
+        scratch_row = self._scratch_row if batch.scratch_row is None else batch.scratch_row
+        slots = np.where(batch.slots[tokens] < 0, scratch_row, batch.slots[tokens])
         mask = np.full((rows, query, context), BLOCKED, np.float32)
         visible = np.arange(context) < ends[..., None]
         if batch.mask is not None:
@@ -169,11 +172,11 @@ class CpuKernels(nn.Cell):
         inputs = [
             padded(cos[:, None], 1, np.float32),
             padded(sin[:, None], 0, np.float32),
-            padded(slots, self._scratch_row, np.int32),
+            padded(slots, scratch_row, np.int32),
             mask[:, None, None],
         ]
         if not fresh:
-            inputs.append(self._cache_rows(batch.block_tables[sequences], seen, rows, context))
+            inputs.append(self._cache_rows(batch.block_tables[sequences], seen, (rows, context), scratch_row))
         wanted, destinations = _wanted(batch.logits_rows, tokens, places)
         return Call(
             Tensor(padded(batch.token_ids[tokens], 0, np.int32)),
@@ -182,13 +185,13 @@ class CpuKernels(nn.Cell):
             destinations,
         )
 
-    def _cache_rows(self, tables: np.ndarray, seen: np.ndarray, rows: int, context: int) -> np.ndarray:
-        """[rows, context] int32: where in the cache each position of each sequence lies."""
-        position = np.arange(context)
+    def _cache_rows(self, tables: np.ndarray, seen: np.ndarray, shape: tuple[int, int], scratch_row: int) -> np.ndarray:
+        """[sequences, context] int32 of `shape`: where in the cache each position of each sequence lies."""
+        position = np.arange(shape[1])
         block = np.minimum(position // self._block_size, tables.shape[1] - 1)
         found = tables[:, block] * self._block_size + position % self._block_size
-        out = np.full((rows, context), self._scratch_row, np.int32)
-        out[: len(tables)] = np.where(position < seen[:, None], found, self._scratch_row)
+        out = np.full(shape, scratch_row, np.int32)
+        out[: len(tables)] = np.where(position < seen[:, None], found, scratch_row)
         return out
 
 
