@@ -68,3 +68,15 @@ class MoE(nn.Cell):
         one, zero = Tensor(1.0, values.dtype), Tensor(0.0, values.dtype)
         picked = self.one_hot(indices, self.num_experts, one, zero)  # [T, k, experts]
         return (picked * values.expand_dims(-1)).sum(1)
+
+
+class KernelRoutedMoE(MoE):
+    """The same with the routing inside the kernels, which also add the bias, a share of it on every rank."""
+
+    def construct(self, x: Tensor, norm_weight: Tensor) -> Tensor:
+        normed = self.kernels.norm(x, norm_weight)
+        ffn = self.ffn
+        mixed = self.kernels.experts(
+            normed, self.router.dense.weight, ffn.w1.weight, ffn.w3.weight, ffn.w2.weight, ffn.w2.bias
+        )
+        return x + self.parallel.sum(mixed)

@@ -10,6 +10,7 @@ An implementation is a Cell with these methods; T is the tokens of a call, weigh
     attention(qkv [T, (heads + 2 kv heads) * head_dim], key_cache, value_cache, inputs) -> [T, heads * head_dim]
                                                                       rotary, cache write, attention over the context
     experts(x, gates [T, E], gate, up, down) -> [T, h]                the experts' weighted sum, without down's bias
+    experts(x, router [E, h], gate, up, down, bias) -> [T, h]         where `routes_experts`: the routing too
 
 and of plain Python, outside the graph:
 

@@ -1,0 +1,300 @@
+"""Every released size's Ascend graphs, exported without an NPU and read back from the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import ConfigError, InputError, OutputError
+from telechat_mindie.model.export import ExportReport, export
+from telechat_mindie.model.mindir import GraphFile, read_mindir
+from telechat_mindie.variants import VARIANTS
+
+CASES = {
+    "7b tp1": ("7b", 1, "float16"),
+    "35b tp2": ("35b", 2, "float16"),
+    "115b tp8": ("115b", 8, "float16"),
+    "39b-a12b tp2": ("39b-a12b", 2, "bfloat16"),
+    "39b-a12b tp8": ("39b-a12b", 8, "bfloat16"),
+}
+
+PARAMETERS_PER_RANK = {
+    "7b tp1": 7_617_351_680,
+    "35b tp2": 17_718_319_104,
+    "115b tp8": 14_163_124_224,
+    "39b-a12b tp2": 19_667_202_048,
+    "39b-a12b tp8": 4_920_029_184,
+}
+
+SCRIPT = """
+import json, pathlib, resource, sys, time
+from telechat_mindie.model.export import export
+from telechat_mindie.variants import VARIANTS
+for case, (variant, tp, dtype) in json.loads(sys.argv[1]).items():
+    start = time.perf_counter()
+    report = export(VARIANTS[variant], tp, pathlib.Path(sys.argv[2]), dtype, variant)
+    used = {"seconds": time.perf_counter() - start, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    print(json.dumps([case, report.as_dict(), used]))
+"""
+
+
+@dataclasses.dataclass
+class Exported:
+    """One case: the report, what it took, and the files as they are read here."""
+
+    report: dict[str, Any]
+    used: dict[str, float]
+    config: TelechatConfig
+    tp: int
+    dtype: str
+
+    def graph(self, kind: str) -> GraphFile:
+        return read_mindir(Path(self.report["graphs"][kind]["path"]))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """All cases in one process of their own, so that its memory is theirs alone."""
+    target = tmp_path_factory.mktemp("mindir")
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES), str(target)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = {}
+    for line in run.stdout.splitlines():
+        if line.startswith("["):
+            case, report, used = json.loads(line)
+            variant, tp, dtype = CASES[case]
+            found[case] = Exported(report, used, VARIANTS[variant], tp, dtype)
+    return found
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest, exports: dict[str, Exported]) -> Exported:
+    return exports[request.param]
+
+
+def _published(moe: bool, tp: int, prefill: bool) -> Counter[str]:
+    """The operators of one layer of mindformers' graph, read off the constructs of research/telechat2/infer, r1.6.0.
+
+    In graph mode, with the switches of the published predict yamls (qkv_concat for dense models, not for the MoE);
+    casts between equal dtypes are left out, they leave nothing in a graph.
+    """
+    count: Counter[str] = Counter()
+    count.update(RmsNorm=2, Cast=4)  # norm.py: to float32 and back
+    count.update(ApplyRotaryPosEmb=1, Contiguous=2)  # modules/infer_attention.py, InferRotaryEmbedding
+    count.update(ReshapeAndCache=1, Contiguous=2)  # parallel_paged_attention_mgr.py
+    if prefill:
+        count.update(Reshape=3, Contiguous=3, FlashAttentionScore=1)  # modules/flash_attention.py
+    else:
+        count.update(PagedAttention=1)
+    # Every linear of layers.py flattens its input and restores its shape; row linears of a rank add up (tp > 1).
+    linears = 3 if moe else 2  # telechat_transformers.py: wq, wk_v, wo | w_qkv, wo
+    count.update(MatMul=linears, Reshape=2 * linears, SplitWithSize=1, Add=1)
+    count.update(Add=2)  # transformer.py: the residuals
+    if moe:
+        count.update(Reshape=3)  # key_value by heads, then keys and values back
+        count.update(Reshape=2, Cast=1, MatMul=1, MoeGatingTopKSoftmax=1)  # moe.py, the router in float32
+        count.update(MoeInitRouting=1, MoeComputeExpertTokens=1, Cast=1)
+        count.update(ReduceSum=1, Add=1, Div=1, Cast=1)  # the chosen experts' weights
+        count.update(StridedSlice=3, Sub=1)  # counts from running sums
+        count.update(GroupedMatmulV4=3, Reshape=6, SiLU=1, Mul=1)
+        count.update(Div=1, Cast=1, Reshape=1, Zeros=1, MoeFinalizeRouting=1)
+    else:
+        count.update(MatMul=2, Reshape=4, SplitWithSize=1, SiLU=1, Mul=1, Add=1)
+    if tp > 1:
+        count.update(AllReduce=2)
+    return count
+
+
+SAME = {"Divs": {"Div": 1}, "Swiglu": {"SplitWithSize": 1, "SiLU": 1, "Mul": 1}}
+"""Operators of ours and what does the same in the published graph: a division by a number, and a fused one."""
+
+
+@pytest.mark.slow
+class TestReleasedSizes:
+    def test_little_time_and_memory(self, case: Exported) -> None:
+        assert case.used["seconds"] < 60
+        assert case.used["bytes"] < 3e9
+
+    def test_inputs_have_mindies_dtypes_and_dynamic_axes(self, case: Exported) -> None:
+        depth = case.config.head_dim
+        shared = {
+            "token_ids": ("int32", (None,)),
+            "logits_rows": ("int32", (None,)),
+            "cos": (case.dtype, (None, depth)),
+            "sin": (case.dtype, (None, depth)),
+            "slot_mapping": ("int32", (None,)),
+            "batch_valid_length": ("int32", (None,)),
+            "q_seq_lens": ("int32", (None,)),
+        }
+        own = {
+            "prefill": {"attention_mask": (case.dtype, (128, 128))},
+            "decode": {"attention_mask": (case.dtype, (None, None)), "block_tables": ("int32", (None, None))},
+        }
+        for kind, others in own.items():
+            inputs = {value.name: (value.dtype, value.shape) for value in case.graph(kind).inputs}
+            assert inputs == shared | others
+
+    def test_logits_of_the_whole_vocabulary(self, case: Exported) -> None:
+        for kind in ("prefill", "decode"):
+            (logits,) = case.graph(kind).outputs
+            assert (logits.dtype, logits.shape) == (case.dtype, (None, 131072))
+
+    def test_every_parameter_has_the_ranks_shape(self, case: Exported) -> None:
+        two = dataclasses.replace(case.config, num_layers=2)
+        targets = mindformers_targets(two, qkv_concat=not two.is_moe, transposed_experts=two.is_moe)
+        expected = {target.name: target.rank_shape(case.tp) for target in targets}
+        if two.is_moe:  # the decoder packs q, k and v of every model
+            for layer in range(2):
+                name = f"model.layers.{layer}.attention."
+                query, key_value = expected.pop(f"{name}wq.weight"), expected.pop(f"{name}wk_v.weight")
+                expected[f"{name}w_qkv.weight"] = (query[0] + key_value[0], query[1])
+        cache = (1024, 128, two.num_kv_heads // case.tp, two.head_dim)
+        for kind in ("prefill", "decode"):
+            parameters = case.graph(kind).parameters
+            assert {value.dtype for value in parameters} == {case.dtype}
+            shapes = {value.name: value.shape for value in parameters}
+            caches = {name: shapes.pop(name) for name in list(shapes) if "_cache." in name}
+            assert shapes == expected
+            assert {name.split("cache.", 1)[1] for name in caches} == {
+                f"{side}_cache.{layer}" for side in ("key", "value") for layer in range(2)
+            }
+            assert set(caches.values()) == {cache}
+
+    def test_no_operator_more_than_the_published_layer_has(self, case: Exported) -> None:
+        for kind, graph in case.report["graphs"].items():
+            published = _published(case.config.is_moe, case.tp, kind == "prefill")
+            ours: Counter[str] = Counter()
+            for operator, count in graph["layer_operators"].items():
+                for name, times in SAME.get(operator, {operator: 1}).items():
+                    ours[name] += times * count
+            assert not ours - published
+            assert sum(graph["layer_operators"].values()) < published.total()
+
+    def test_fused_operators_and_nothing_that_waits_for_the_device(self, case: Exported) -> None:
+        for kind, attention in (("prefill", "FlashAttentionScore"), ("decode", "PagedAttention")):
+            operators = case.graph(kind).operators
+            for operator in (attention, "ApplyRotaryPosEmb", "ReshapeAndCache"):
+                assert operators[operator] == 2
+            assert operators["RmsNorm"] == 5
+            assert operators["AllReduce"] == (5 if case.tp > 1 else 0)
+            assert operators["AllGather"] == (1 if case.tp > 1 else 0)
+            if case.config.is_moe:
+                assert operators["GroupedMatmulV4"] == 6
+            else:
+                assert operators["Swiglu"] == 2
+            # FlashAttentionScore's lengths, once for all layers, as in the published graph.
+            assert operators["TensorToTuple"] == (2 if kind == "prefill" else 0)
+            waiting = {"TensorToScalar", "TupleToTensor", "ScalarToTensor", "NonZero", "Unique", "MaskedSelect"}
+            assert not waiting & set(operators)
+
+    def test_parameters_of_the_whole_model(self, exports: dict[str, Exported]) -> None:
+        assert {name: case.report["parameters_per_rank"] for name, case in exports.items()} == PARAMETERS_PER_RANK
+        for name, case in exports.items():
+            # Only norms, router and the row linears' biases are on every rank.
+            assert 0 <= PARAMETERS_PER_RANK[name] * case.tp / case.config.parameter_count - 1 < 1e-3
+
+
+TINY = TelechatConfig(64, 64, 3, 4, 96, num_kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    return export(TINY, 2, tmp_path_factory.mktemp("out") / "new", "bfloat16", "tiny", num_blocks=8, block_size=16)
+
+
+class TestExport:
+    def test_files_are_named_after_model_and_split(self, report: ExportReport) -> None:
+        names = [Path(graph.path).name for graph in report.graphs.values()]
+        assert names == ["tiny_tp2_prefill.mindir", "tiny_tp2_decode.mindir"]
+        for graph in report.graphs.values():
+            assert Path(graph.path).stat().st_mode & 0o777 == 0o640
+
+    def test_figures(self, report: ExportReport) -> None:
+        assert (report.num_layers, report.written_layers) == (3, 2)
+        targets = mindformers_targets(TINY, qkv_concat=True, transposed_experts=False)
+        assert report.parameters_per_rank == sum(math.prod(target.rank_shape(2)) for target in targets)
+        decode = report.graphs["decode"]
+        assert decode.cache.shape == (8, 16, 1, 16)
+        read = read_mindir(Path(decode.path)).operators
+        assert read == Counter({name: 2 * count for name, count in decode.layer_operators.items()}) + Counter(
+            decode.other_operators
+        )
+
+    def test_json_and_table(self, report: ExportReport) -> None:
+        data = json.loads(json.dumps(report.as_dict()))
+        assert data["graphs"]["prefill"]["inputs"][0] == {"name": "token_ids", "dtype": "int32", "shape": [None]}
+        table = report.table()
+        assert "The files hold 2 of 3 layers" in table
+        assert "logits bfloat16 [*, 64]" in table
+        row = next(line.split() for line in table.splitlines() if line.startswith("MatMul"))
+        assert row == ["MatMul", "4", "1", "4", "1"]
+
+    def test_caches_that_mindie_owns_are_arguments(self, tmp_path: Path, report: ExportReport) -> None:
+        given = export(TINY, 2, tmp_path, "bfloat16", "tiny", block_size=16, external_cache=True)
+        for kind, graph in given.graphs.items():
+            read = read_mindir(Path(graph.path))
+            caches = {value.name: (value.dtype, value.shape) for value in read.inputs if "_cache" in value.name}
+            names = [f"{side}_cache.{layer}" for side in ("key", "value") for layer in range(2)]
+            assert caches == dict.fromkeys(names, ("bfloat16", (None, 16, 1, 16)))
+            assert not any("_cache" in value.name for value in read.parameters)
+            assert graph.external_cache
+            assert graph.inputs == report.graphs[kind].inputs
+            assert graph.layer_operators == report.graphs[kind].layer_operators
+        assert "cache  key and value of each layer bfloat16 [*, 16, 1, 16], an argument" in given.table()
+
+    def test_a_model_of_one_layer(self, tmp_path: Path) -> None:
+        report = export(dataclasses.replace(TINY, num_layers=1), 1, tmp_path, "float16", "one")
+        assert report.written_layers == 1
+        assert report.graphs["decode"].layer_operators["PagedAttention"] == 1
+        assert report.graphs["decode"].other_operators == {}
+
+    def test_existing_files_are_kept(self, tmp_path: Path) -> None:
+        kept = tmp_path / "tiny_tp1_decode.mindir"
+        kept.write_text("mine")
+        with pytest.raises(OutputError, match=r"tiny_tp1_decode.mindir: exists already.*--force"):
+            export(TINY, 1, tmp_path, "float16", "tiny")
+        assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+        export(TINY, 1, tmp_path, "float16", "tiny", force=True)
+        assert len(read_mindir(kept).inputs) == 9
+
+    @pytest.mark.parametrize(
+        ("tp", "dtype", "block_size", "error", "message"),
+        [
+            (4, "float16", 16, ConfigError, "tensor parallel size: .*expected one of 1, 2, found 4"),
+            (1, "float32", 16, InputError, "expected float16 or bfloat16, found float32"),
+            (1, "int8", 16, InputError, "found int8"),
+            (1, "float16", 20, ConfigError, "cacheBlockSize"),
+        ],
+    )
+    def test_misuse_leaves_nothing(
+        self, tmp_path: Path, tp: int, dtype: str, block_size: int, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            export(TINY, tp, tmp_path / "out", dtype, "tiny", block_size=block_size)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_target_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot be written"):
+            export(TINY, 1, tmp_path / "file" / "out", "float16", "tiny")
+
+
+@pytest.mark.parametrize("content", [b"not a graph", b"", b"\x08\x01"])
+def test_other_files_are_not_read_as_graphs(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.mindir"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x.mindir: (is not a MINDIR file|holds no graph)"):
+        read_mindir(path)
+    with pytest.raises(InputError, match="no such file"):
+        read_mindir(tmp_path / "missing.mindir")
