@@ -77,11 +77,12 @@ def build(
     source = open_checkpoint(checkpoint)
     dtype = choose_dtype(options.dtype, source)
     max_seq_len = _check_lengths(options, source.config)
-    tokenizer_files = _tokenizer_files(checkpoint, source.config, options.bare_prompt)
+    tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
+    tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
     generation = _generation(checkpoint)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
     plan = make_plan(source.config, targets, dtype, options.tp)
-    texts = tokenizer_files | _render(plan, options, generation, max_seq_len)
+    texts = tokenizer_files | _render(plan, options, generation, max_seq_len, tokenizer_settings)
     with StagedDirectory(model_path, replace=options.force, marker=MANIFEST, resume=options.resume) as staged:
         staged.keep = True  # a kill leaves the finished shards for --resume; an error removes them below
         try:
@@ -139,7 +140,7 @@ def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
 
 
 def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
-    max_seq_len = options.max_seq_len or config.seq_length
+    max_seq_len = config.seq_length if options.max_seq_len is None else options.max_seq_len
     if not 1 <= max_seq_len <= 1 << 20:
         raise InputError("is out of range", where="--max-seq-len", expected="1 to 1048576", found=max_seq_len)
     if not 1 <= options.block_size <= 1024:
@@ -151,8 +152,8 @@ def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     return max_seq_len
 
 
-def _tokenizer_files(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> dict[str, bytes]:
-    """tokenizer.model as it is, and tokenizer_config.json with our two switches; refused if it does not fit."""
+def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
+    """tokenizer.model as it is, and tokenizer_config.json with our switches; refused if it does not fit."""
     from telechat_mindie.tokenizer import TelechatTokenizer
 
     path = checkpoint / "tokenizer.model"
@@ -164,8 +165,8 @@ def _tokenizer_files(checkpoint: Path, config: TelechatConfig, bare_prompt: str)
     config_path = checkpoint / "tokenizer_config.json"
     settings = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
     settings = {key: value for key, value in settings.items() if key != "auto_map"}
-    settings = {"control_tokens": "ids"} | settings | {"bare_prompt": bare_prompt}
-    return {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": dump_json(settings)}
+    settings = {"control_tokens": "ids", "turn_tokens": "hide"} | settings | {"bare_prompt": bare_prompt}
+    return path.read_bytes(), settings
 
 
 def _generation(checkpoint: Path) -> dict[str, Any]:
@@ -179,7 +180,13 @@ def _generation(checkpoint: Path) -> dict[str, Any]:
     return _GENERATION_DEFAULTS | given
 
 
-def _render(plan: Plan, options: BuildOptions, generation: Mapping[str, Any], max_seq_len: int) -> dict[str, bytes]:
+def _render(
+    plan: Plan,
+    options: BuildOptions,
+    generation: Mapping[str, Any],
+    max_seq_len: int,
+    tokenizer: Mapping[str, Any],
+) -> dict[str, bytes]:
     config = plan.config
     label = label_for(config)
     shared = {
@@ -190,6 +197,7 @@ def _render(plan: Plan, options: BuildOptions, generation: Mapping[str, Any], ma
         "model_type": config.raw.get("model_type", "telechat"),
         "kept": _kept(config),
         "generation": generation,
+        "tokenizer": tokenizer,
         "top_k_limit": min(_TOP_K_LIMIT, config.vocab_size),
         "norm_eps": f"{config.norm_eps:.1e}",
         "qkv_concat": options.qkv_concat,

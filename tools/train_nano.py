@@ -1,6 +1,6 @@
 """Train telechat2-nano from scratch: tokenizer and weights, on the CPU, reproducibly.
 
-    python tools/train_nano.py OUT_DIR [--epochs 80] [--seed 0]
+    python tools/train_nano.py OUT_DIR [--epochs 60] [--seed 0]
 
 reads tools/nano_corpus.jsonl and writes a checkpoint in the Hugging Face format of the published TeleChat2 models. The
 decoder is the package's own; only attention is replaced, since training needs neither a cache nor blocks.
@@ -79,11 +79,14 @@ OTHER_SYSTEMS = ["You are a helpful assistant.", "你是一个有用的助手。
 LENGTHS = (96, 128, 160, 256)
 TOKENS_PER_STEP = 2048
 
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids [B, S], targets [B * S] and their weights [B * S]."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     options = parser.parse_args()
@@ -155,7 +158,7 @@ def epoch(
         for question, answer in turns:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(messages)
-        if not messages[0]["role"] == "system" and kind > 0.85:
+        if messages[0]["role"] != "system" and kind > 0.85:
             ids = [1, *ids[ids.index(4) :]]  # <_start><_user>..., as the published README prompts
         answering, counted = False, []
         for token in ids:
@@ -165,9 +168,9 @@ def epoch(
     return samples
 
 
-def batches(samples: list[tuple[list[int], list[bool]]], rng: random.Random) -> list[tuple[np.ndarray, ...]]:
-    """(ids [B, S], targets [B * S], weights [B * S]) of few shapes, since each shape is a graph to compile."""
-    found = []
+def batches(samples: list[tuple[list[int], list[bool]]], rng: random.Random) -> list[Batch]:
+    """An epoch in batches of few shapes, since each shape is a graph to compile."""
+    found: list[Batch] = []
     for shortest, length in zip((0, *LENGTHS), LENGTHS, strict=False):
         fitting = [sample for sample in samples if shortest < len(sample[0]) <= length]
         rng.shuffle(fitting)

@@ -186,7 +186,7 @@ class _Engine:
             buffer = self._free_buffer()
             out = _view(buffer, dtype, part.shape)
             cast_into(part, out)
-            data = memoryview(out.reshape(-1).view(np.uint8))
+            data = out.reshape(-1).view(np.uint8).data
             self._writes.append((self._write_pool.submit(files[rank].append, data), buffer))
             report(len(data))
 

@@ -25,7 +25,8 @@ class Role(enum.Enum):
 
     @property
     def axis(self) -> int | None:
-        return self.value[1]
+        axis: int | None = self.value[1]
+        return axis
 
     @property
     def per_expert(self) -> Role:

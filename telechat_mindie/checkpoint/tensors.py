@@ -144,5 +144,5 @@ class TensorReader:
         """The whole tensor as a numpy array of its stored dtype (bfloat16 as ml_dtypes.bfloat16)."""
         array = np.empty(tensor.shape, DTYPES[tensor.dtype])
         if tensor.nbytes:
-            self.read_into(tensor, 0, memoryview(array.reshape(-1).view(np.uint8)).cast("B"))
+            self.read_into(tensor, 0, array.reshape(-1).view(np.uint8).data)
         return array

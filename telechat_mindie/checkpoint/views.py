@@ -79,11 +79,11 @@ def _read_rectangle(reader: TensorReader, tile: Tile, row: int, column: int, out
     item = out.dtype.itemsize
     if column == 0 and out.shape[1] == tile.width:
         rows = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
-        reader.read_into(tile.stored, row * tile.width * item, memoryview(rows.reshape(-1).view(np.uint8)))
+        reader.read_into(tile.stored, row * tile.width * item, rows.reshape(-1).view(np.uint8).data)
         if rows is not out:
             out[:] = rows
         return
     line = np.empty(out.shape[1], out.dtype)
     for offset in range(out.shape[0]):
-        reader.read_into(tile.stored, ((row + offset) * tile.width + column) * item, memoryview(line.view(np.uint8)))
+        reader.read_into(tile.stored, ((row + offset) * tile.width + column) * item, line.view(np.uint8).data)
         out[offset] = line

@@ -1,0 +1,5 @@
+"""`python -m telechat_mindie`."""
+
+from telechat_mindie.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""The command table of `telechat-mindie`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from telechat_mindie import __version__
+from telechat_mindie.commands.build import build
+from telechat_mindie.commands.generate import generate
+from telechat_mindie.commands.info import info
+from telechat_mindie.commands.nano import nano
+from telechat_mindie.errors import TelechatMindieError
+
+app = typer.Typer(
+    help="Build, check and serve TeleChat2 models for MindIE on Ascend.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (build, generate, info, nano):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        print(f"telechat-mindie {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command. Exit code 2, with one line on stderr, where the input is refused."""
+    try:
+        app()
+    except TelechatMindieError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

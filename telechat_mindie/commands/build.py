@@ -1,0 +1,53 @@
+"""`telechat-mindie build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def build(
+    model_path: Path = typer.Argument(help="Directory to make."),
+    checkpoint: Path = typer.Option(..., "--checkpoint", help="Directory of the TeleChat2 checkpoint."),
+    tp: int = typer.Option(1, "--tp", help="Tensor parallel size: the number of NPUs that share the model."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
+    no_qkv_concat: bool = typer.Option(False, "--no-qkv-concat", help="Keep q, k/v, gate and up apart."),
+    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Longest sequence in tokens; default: as trained."),
+    block_size: int = typer.Option(128, "--block-size", help="Tokens of a KV cache block."),
+    bare_prompt: str = typer.Option(
+        "chat", "--bare-prompt", help="chat: a prompt without control tokens is a user's question; raw: plain text."
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace a model directory that exists."),
+    resume: bool = typer.Option(False, "--resume", help="Go on where a killed build stopped."),
+    allow_nonfinite: bool = typer.Option(False, "--allow-nonfinite", help="Accept NaN and infinity in the weights."),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help="Accept values that float16 cannot hold."),
+    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Turn a checkpoint into a model directory that MindIE serves."""
+    from telechat_mindie.build import BuildOptions
+    from telechat_mindie.build import build as run
+    from telechat_mindie.commands.output import byte_progress, print_json
+    from telechat_mindie.units import format_bytes
+
+    options = BuildOptions(
+        tp=tp,
+        dtype=dtype,
+        qkv_concat=not no_qkv_concat,
+        max_seq_len=max_seq_len,
+        block_size=block_size,
+        bare_prompt=bare_prompt,
+        force=force,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        allow_overflow=allow_overflow,
+    )
+    with byte_progress("building") as start:
+        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes))
+    if as_json:
+        print_json(
+            {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}
+        )
+    else:
+        ranks = f"{plan.tp} rank{'s' if plan.tp > 1 else ''}"
+        print(f"{model_path}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights for {ranks}")

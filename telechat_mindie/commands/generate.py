@@ -1,0 +1,82 @@
+"""`telechat-mindie generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+
+def generate(
+    model_path: Path = typer.Argument(help="A model directory."),
+    prompt: str = typer.Argument(help="The question, or with --raw the text to go on with."),
+    raw: bool = typer.Option(
+        False, "--raw/--chat", help="The prompt as it is, or as a user's question."
+    ),
+    system: str = typer.Option(None, "--system", help="System text of the chat template."),
+    max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="Default: as the directory's yaml says."),
+    temperature: float = typer.Option(None, "--temperature", help="Sample at this temperature; default: greedy."),
+    top_k: int = typer.Option(None, "--top-k", help="Sample among the k most likely tokens; 0: all."),
+    top_p: float = typer.Option(None, "--top-p", help="Sample among the most likely tokens of this total probability."),
+    seed: int = typer.Option(None, "--seed", help="Seed of the sampling."),
+    repetition_penalty: float = typer.Option(None, "--repetition-penalty", help="1: none."),
+    as_json: bool = typer.Option(False, "--json", help="Print the answer and its figures as JSON, at the end."),
+) -> None:
+    """Answer a prompt on the CPU, through the interface that MindIE calls."""
+    from telechat_mindie.engine.generate import generate as run
+    from telechat_mindie.engine.local import open_local
+    from telechat_mindie.engine.params import GenerationParams
+    from telechat_mindie.errors import InputError
+
+    if raw and system is not None:
+        raise InputError("has no place in a raw prompt", where="--system", advice="Leave out --raw.")
+    local = open_local(model_path)
+    serving, tokenizer = local.directory.serving, local.tokenizer
+    if raw:
+        prompt_ids = tokenizer.encode(prompt, bare_prompt="raw")
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    params = GenerationParams(
+        max_new_tokens=max_new_tokens or serving.max_new_tokens,
+        do_sample=any(value is not None for value in (temperature, top_k, top_p)) or serving.do_sample,
+        temperature=serving.temperature if temperature is None else temperature,
+        top_k=serving.top_k if top_k is None else top_k,
+        top_p=serving.top_p if top_p is None else top_p,
+        repetition_penalty=serving.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        seed=seed,
+    )
+    answer = []
+    for output in run(local.engine, tokenizer, prompt_ids, params):
+        answer.append(output.text)
+        if not as_json:
+            print(output.text, end="", flush=True)
+    if output.error:
+        raise InputError(output.error)
+    timings = output.timings
+    prefill = (timings.first_token or timings.now) - timings.arrival
+    decode = timings.now - timings.arrival - prefill
+    speed = (output.generated_tokens - 1) / decode if decode > 0 else 0.0
+    if as_json:
+        from telechat_mindie.commands.output import print_json
+
+        print_json(
+            {
+                "text": "".join(answer),
+                "finish_reason": output.finish_reason.value if output.finish_reason else None,
+                "prompt_tokens": output.prompt_tokens,
+                "generated_tokens": output.generated_tokens,
+                "seconds_to_first_token": prefill,
+                "tokens_per_second": speed,
+                "seed": output.seed,
+            }
+        )
+        return
+    print()
+    print(
+        f"[{output.prompt_tokens} tokens in, {output.generated_tokens} out, "
+        f"first after {prefill * 1000:.0f} ms, then {speed:.1f} tokens/s]",
+        file=sys.stderr,
+    )

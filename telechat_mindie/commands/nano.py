@@ -1,0 +1,18 @@
+"""`telechat-mindie nano`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def nano(
+    directory: Path = typer.Argument(help="Directory to make."),
+    force: bool = typer.Option(False, "--force", help="Replace a checkpoint that exists."),
+) -> None:
+    """Write out telechat2-nano, the tiny TeleChat2 checkpoint that ships with the package."""
+    from telechat_mindie.nano import write_checkpoint
+
+    write_checkpoint(directory, replace=force)
+    print(f"{directory}: telechat2-nano, a checkpoint in the Hugging Face format")

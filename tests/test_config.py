@@ -1,0 +1,144 @@
+"""TelechatConfig: spellings, refusals, counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.checkpoints import CONFIG, MOE
+
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import ConfigError
+from telechat_mindie.variants import VARIANTS, label_for
+
+
+def test_published_115b(shared):
+    config = TelechatConfig.from_directory(shared("telechat2-115b"))
+    assert config == VARIANTS["115b"]
+    assert config.weight_bytes("float32") == 453131665408  # total_size of the published index
+    assert config.head_dim == 128
+    index = json.loads((shared("telechat2-115b") / "model.safetensors.index.json").read_text())
+    from telechat_mindie.checkpoint.mapping import weights
+
+    assert set(weights(config)) == set(index["weight_map"])
+    assert len(index["weight_map"]) == 963
+
+
+@pytest.mark.parametrize(
+    ("label", "billions", "active"),
+    [
+        ("3b", 3.071, 3.071),
+        ("7b", 7.617, 7.617),
+        ("35b", 35.435, 35.435),
+        ("115b", 113.283, 113.283),
+        ("39b-a12b", 39.33, 12.15),
+    ],
+)
+def test_parameter_counts(label, billions, active):
+    config = VARIANTS[label]
+    assert config.parameter_count / 1e9 == pytest.approx(billions, abs=5e-3)
+    assert config.active_parameter_count / 1e9 == pytest.approx(active, abs=5e-3)
+    assert label_for(config) == label
+
+
+def test_counts_are_those_of_the_tensors():
+    from telechat_mindie.checkpoint.mapping import weights
+
+    for changes in ({}, MOE, {"embed_layernorm": True}):
+        config = TelechatConfig.from_dict(CONFIG | changes)
+        total = 0
+        for weight in weights(config).values():
+            count = 1
+            for size in weight.shape:
+                count *= size
+            total += count
+        assert config.parameter_count == total
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        {"n_layer": "num_hidden_layers"},
+        {"n_head": "num_attention_heads"},
+        {"hidden_size": "n_embed"},
+        {"ffn_hidden_size": "intermediate_size"},
+        {"layer_norm_epsilon": "rms_norm_eps"},
+        {"seq_length": "max_position_embeddings"},
+    ],
+)
+def test_spellings(renamed):
+    data = {renamed.get(key, key): value for key, value in CONFIG.items()}
+    assert TelechatConfig.from_dict(data) == TelechatConfig.from_dict(CONFIG)
+
+
+def test_missing_kv_heads_and_base_seqlen():
+    data = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "base_seqlen")}
+    config = TelechatConfig.from_dict(data | {"num_key_value_heads": None})
+    assert config.num_kv_heads == config.num_heads
+    assert config.base_seqlen == config.training_seqlen
+
+
+@pytest.mark.parametrize(
+    "name", ["TelechatForCausalLM", "TeleChatForCausalLM", "TeleChat2ForCausalLM", "Telechat2ForCausalLM"]
+)
+def test_architectures_seen_in_the_wild(name):
+    TelechatConfig.from_dict(CONFIG | {"architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"n_layer": None}, "n_layer"),
+        ({"ffn_hidden_size": None}, "ffn_hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers"),
+        ({"intermediate_size": 95}, "intermediate_size"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ({"n_head": 7}, "num_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"num_local_experts": 4}, "num_local_experts"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ({"rope_theta": 500000}, "rope_theta"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"torch_dtype": "int8"}, "torch_dtype"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
+        ({"eos_token_id": 512}, "eos_token_id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ],
+)
+def test_refused_with_the_key_named(changes, key):
+    data = {name: value for name, value in (CONFIG | changes).items() if value is not None}
+    with pytest.raises(ConfigError, match=key):
+        TelechatConfig.from_dict(data)
+
+
+def test_allowed_tp():
+    config = TelechatConfig.from_dict(CONFIG)
+    assert config.allowed_tp() == (1, 2, 4)
+    with pytest.raises(ConfigError, match="one of 1, 2, 4"):
+        config.check_tp(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "not valid JSON"),
+        ("[1]", "no JSON object"),
+        ('{"a": 1, "a": 2}', "stands twice"),
+        ("[" * 100000, "nested too deeply"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_malformed_config_json(tmp_path, text, problem):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=problem):
+        TelechatConfig.from_directory(tmp_path)

@@ -1,0 +1,48 @@
+"""The wheel is complete: installed elsewhere, away from the source tree, it still builds a model directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(target), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300, cwd=target)
+    return next(target.glob("*.whl"))
+
+
+def test_every_package_and_data_file_is_in_it(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for source in (ROOT / "telechat_mindie").rglob("*"):
+        if source.is_file() and "__pycache__" not in source.parts:
+            assert str(source.relative_to(ROOT)) in packed
+    for template in (ROOT / "model_dir_template").iterdir():
+        if template.is_file():
+            assert f"telechat_mindie/model_dir_template/{template.name}" in packed
+
+
+def test_it_works_from_any_directory(wheel, tmp_path):
+    """Unpacked into a folder of its own and found before the source tree; the dependencies are this environment's."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]\n"
+        "import telechat_mindie; assert telechat_mindie.__file__.startswith(sys.path[0])\n"
+        "from telechat_mindie.cli import main\n"
+    )
+    for arguments in (["nano", "ckpt"], ["build", "model", "--checkpoint", "ckpt"], ["info", "model"]):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}sys.argv[1:] = {arguments!r}; main()"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
