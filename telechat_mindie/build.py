@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import telechat_mindie
-from telechat_mindie.checkpoint.convert import Progress, convert
+from telechat_mindie.checkpoint.convert import ConvertOptions, Written, choose_dtype, convert_staged
 from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import Plan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
-from telechat_mindie.checkpoint.writer import FileRecord, Journal
+from telechat_mindie.checkpoint.writer import FileRecord
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, TokenizerError
 from telechat_mindie.files import StagedDirectory, dump_json, read_json, write_file
@@ -22,7 +23,6 @@ from telechat_mindie.model_dir import MANIFEST
 from telechat_mindie.templates import render
 from telechat_mindie.variants import label_for
 
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 BARE_PROMPTS = ("chat", "raw")
 
 _MODULES = ("telechat.py", "telechat_config.py", "telechat_tokenizer.py")
@@ -42,7 +42,7 @@ _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_nam
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(ConvertOptions):
     """What a person may choose. Lengths are tokens; `max_seq_len` None: as the checkpoint's config.json says."""
 
     tp: int = 1
@@ -52,9 +52,6 @@ class BuildOptions:
     block_size: int = 128
     bare_prompt: str = "chat"
     force: bool = False
-    resume: bool = False
-    allow_nonfinite: bool = False
-    allow_overflow: bool = False
 
 
 def build(
@@ -75,7 +72,7 @@ def build(
     """
     options = options or BuildOptions()
     source = open_checkpoint(checkpoint)
-    dtype = choose_dtype(options.dtype, source)
+    dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = _check_lengths(options, source.config)
     tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
     tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
@@ -84,59 +81,15 @@ def build(
     plan = make_plan(source.config, targets, dtype, options.tp)
     texts = tokenizer_files | _render(plan, options, generation, max_seq_len, tokenizer_settings)
     with StagedDirectory(model_path, replace=options.force, marker=MANIFEST, resume=options.resume) as staged:
-        staged.keep = True  # a kill leaves the finished shards for --resume; an error removes them below
-        try:
-            journal = Journal(staged.path, fingerprint(plan, source, options.qkv_concat), resume=options.resume)
-            try:
-                records = convert(
-                    plan,
-                    source,
-                    staged.path,
-                    journal,
-                    allow_nonfinite=options.allow_nonfinite,
-                    allow_overflow=options.allow_overflow,
-                    progress=on_start(plan) if on_start else None,
-                )
-            finally:
-                journal.close()
-            for name, data in texts.items():
-                write_file(staged.path / name, data)
-                records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
-            write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, records, journal)))
-            (staged.path / Journal.NAME).unlink()
-            staged.commit()
-        except Exception:
-            staged.keep = options.resume
-            raise
+        progress = on_start(plan) if on_start else None
+        written = convert_staged(plan, source, staged, options, progress, options.qkv_concat)
+        records = written.records
+        for name, data in texts.items():
+            write_file(staged.path / name, data)
+            records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+        write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, written)))
+        staged.commit()
     return plan
-
-
-def choose_dtype(wanted: str, source: Checkpoint) -> str:
-    """`auto`: a 16-bit checkpoint keeps its dtype; float32 becomes float16 for a dense model, bfloat16 for a MoE.
-
-    The latter is what the published mindformers yamls serve; the published 115B checkpoint is float32.
-    """
-    if wanted not in DTYPES:
-        raise InputError("unknown dtype", where="--dtype", expected=" or ".join(DTYPES), found=wanted)
-    if wanted != "auto":
-        return wanted
-    if source.dtype != "float32":
-        return source.dtype
-    return "bfloat16" if source.config.is_moe else "float16"
-
-
-def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
-    """A hash of everything that decides the bytes of a conversion: plan, options, version, and the source's files."""
-    files = {}
-    for weight in source.weights.values():
-        for tile in weight.tiles:
-            for extent in tile.stored.extents:
-                if extent.file.name not in files:
-                    status = extent.file.stat()
-                    files[str(extent.file)] = (status.st_size, status.st_mtime_ns)
-    shards = [[shard.file, hashlib.sha256(shard.header).hexdigest()] for shard in plan.shards]
-    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files.items())]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
@@ -224,9 +177,7 @@ def _kept(config: TelechatConfig) -> dict[str, Any]:
     return {key: value for key, value in config.raw.items() if key not in rendered.union(_HUGGING_FACE_ONLY)}
 
 
-def _manifest(
-    plan: Plan, source: Checkpoint, options: BuildOptions, records: list[FileRecord], journal: Journal
-) -> dict[str, Any]:
+def _manifest(plan: Plan, source: Checkpoint, options: BuildOptions, written: Written) -> dict[str, Any]:
     return {
         "format": 1,
         "tool": f"telechat-mindie {telechat_mindie.__version__}",
@@ -236,6 +187,6 @@ def _manifest(
         "qkv_concat": options.qkv_concat,
         "parameters": plan.config.parameter_count,
         "tensors_per_rank": sum(len(shard.targets) for shard in plan.shards),
-        "odd_values": journal.findings,
-        "files": {record.path: {"nbytes": record.nbytes, "sha256": record.sha256} for record in records},
+        "odd_values": written.findings,
+        "files": {record.path: {"nbytes": record.nbytes, "sha256": record.sha256} for record in written.records},
     }

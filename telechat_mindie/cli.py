@@ -8,9 +8,16 @@ import typer
 
 from telechat_mindie import __version__
 from telechat_mindie.commands.build import build
+from telechat_mindie.commands.check import check
+from telechat_mindie.commands.convert import convert
+from telechat_mindie.commands.doctor import doctor
 from telechat_mindie.commands.generate import generate
 from telechat_mindie.commands.info import info
+from telechat_mindie.commands.manifests import manifests
 from telechat_mindie.commands.nano import nano
+from telechat_mindie.commands.plan import plan
+from telechat_mindie.commands.service_config import service_config
+from telechat_mindie.commands.verify import verify
 from telechat_mindie.errors import TelechatMindieError
 
 app = typer.Typer(
@@ -20,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (build, generate, info, nano):
+for command in (build, check, convert, doctor, generate, info, manifests, nano, plan, service_config, verify):
     app.command()(command)
 
 

@@ -79,7 +79,7 @@ class TelechatConfig:
     pad_token_id: int = 3
     tie_word_embeddings: bool = False
     embed_layernorm: bool = False
-    torch_dtype: str | None = None
+    torch_dtype: str | None = field(default=None, compare=False)  # of the weights, not of the model
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     Raises:
         ConfigError: absent, unreadable, over `limit` bytes, not UTF-8 JSON, not an object, a key twice, too deep.
     """
-    text = _read_text(path, limit)
+    text = read_text(path, limit)
     try:
         data = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
@@ -48,7 +48,7 @@ def read_yaml(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
     Raises:
         ConfigError: absent, unreadable, over `limit` bytes, not YAML, not a mapping, with aliases or duplicate keys.
     """
-    text = _read_text(path, limit)
+    text = read_text(path, limit)
     try:
         data = yaml.load(text, Loader=_PlainLoader)
     except RecursionError:
@@ -85,7 +85,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_text(path: Path, limit: int) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """A UTF-8 file's text. Raises ConfigError where it is absent, no regular file, over `limit` bytes, or not UTF-8."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
@@ -169,18 +170,22 @@ class StagedDirectory:
         replace: allow an existing target that holds `marker`.
         marker: name of the file that every directory of this kind holds.
         resume: keep what an interrupted run left in the partial directory.
+        single_file: the target is a file; `commit_file` moves it out of the partial directory.
 
     Raises:
         OutputError: the target exists, its parent is missing or cannot be written, or another run is making it.
     """
 
-    def __init__(self, target: Path, *, replace: bool, marker: str, resume: bool = False) -> None:
+    def __init__(
+        self, target: Path, *, replace: bool, marker: str = "", resume: bool = False, single_file: bool = False
+    ) -> None:
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
         self.keep = False
         self._replace = replace
         self._marker = marker
         self._resume = resume
+        self._single_file = single_file
         self._lock: int | None = None
 
     def __enter__(self) -> StagedDirectory:
@@ -235,6 +240,14 @@ class StagedDirectory:
                 self.path.rename(self.target)
             sync_directory(self.target.parent)
 
+    def commit_file(self, name: str) -> None:
+        """Sync the file `name` of the partial directory and give it the target's name."""
+        with reporting_os_errors(self.target):
+            _sync_file(self.path / name)
+            self._check_target()
+            (self.path / name).replace(self.target)
+            sync_directory(self.target.parent)
+
     def _check_target(self) -> None:
         target = self.target
         if target.is_symlink():
@@ -242,6 +255,11 @@ class StagedDirectory:
         if not target.parent.is_dir():
             raise OutputError("parent folder is missing", where=target, advice=f"mkdir -p {target.parent}")
         if not target.exists():
+            return
+        if self._single_file:
+            if target.is_dir() or not self._replace:
+                advice = None if target.is_dir() else "Choose another path, or replace it with --force."
+                raise OutputError("exists", where=target, advice=advice)
             return
         if not target.is_dir():
             raise OutputError("exists and is not a directory", where=target)

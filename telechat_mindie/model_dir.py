@@ -156,3 +156,27 @@ def _serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
         if size < 1:
             raise ConfigError("must be positive", where=f"{where}: {key}", found=size)
     return serving
+
+
+def config_json_from_yaml(path: Path) -> dict[str, Any]:
+    """What config.json says for a mindformers yaml: its model_config, with the keys that MindIE's C++ reads.
+
+    Raises:
+        ConfigError: no model.model_config, or no TeleChat2 model in it.
+    """
+    described = read_yaml(path)
+    model = described.get("model")
+    model_config = model.get("model_config") if isinstance(model, dict) else None
+    if not isinstance(model_config, dict):
+        raise ConfigError("has no model.model_config", where=path)
+    found = {key: value for key, value in model_config.items() if key not in ("type", "auto_map")}
+    found |= {"model_type": "telechat", "architectures": ["TelechatForCausalLM"]}
+    found["torch_dtype"] = model_config.get("param_init_type", model_config.get("compute_dtype", "float16"))
+    experts = described.get("moe_config")
+    if isinstance(experts, dict) and experts.get("expert_num", 1) > 1:
+        found |= {"num_local_experts": experts["expert_num"], "num_experts_per_tok": experts.get("num_experts_chosen")}
+    try:
+        TelechatConfig.from_dict(found)
+    except ConfigError as error:
+        raise ConfigError(str(error), where=path) from None
+    return found

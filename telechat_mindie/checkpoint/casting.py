@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 FLOAT16_OVERFLOW = 65520.0
@@ -31,11 +30,16 @@ class Findings:
         return self
 
 
-def inspect(block: np.ndarray, target_dtype: str) -> Findings:
-    """Count NaN, infinity and values that overflow in `target_dtype`. The common case, none, is two fast passes."""
+def inspect(block: np.ndarray, target_dtype: str, scratch: np.ndarray | None = None) -> Findings:
+    """Count NaN, infinity and values that overflow in `target_dtype`. The common case, none, is two fast passes.
+
+    Args:
+        scratch: bytes to compute in, at least as many as the block's; without it they are allocated at each call.
+    """
     source_dtype = block.dtype.name
     if source_dtype in _INFINITY_BITS:
-        magnitude = int((block.view(np.uint16) & 0x7FFF).max(initial=0))
+        out = None if scratch is None else scratch[: block.nbytes].view(np.uint16).reshape(block.shape)
+        magnitude = int(np.bitwise_and(block.view(np.uint16), 0x7FFF, out=out).max(initial=0))
         limit = _INFINITY_BITS[source_dtype]
         if target_dtype == "float16" and source_dtype == "bfloat16":
             limit = 0x4780  # 65536.0, the first bfloat16 above FLOAT16_OVERFLOW
@@ -64,6 +68,3 @@ def cast_into(source: np.ndarray, target: np.ndarray) -> None:
     wide = source.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(target, wide, casting="unsafe")
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -1,67 +1,114 @@
-"""Runs a plan: reads ahead, checks and casts, writes behind, in buffers of constant size."""
+"""Runs a plan: every shard of every rank, journalled, in buffers of constant size."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
-from telechat_mindie.checkpoint.casting import Findings, cast_into, inspect
-from telechat_mindie.checkpoint.mapping import Target
-from telechat_mindie.checkpoint.plan import Plan, Shard, Step, steps
+import telechat_mindie
+from telechat_mindie.checkpoint.casting import Findings
+from telechat_mindie.checkpoint.pipeline import Pipeline, Progress
+from telechat_mindie.checkpoint.plan import Plan, Shard
 from telechat_mindie.checkpoint.source import Checkpoint
-from telechat_mindie.checkpoint.tensors import DTYPES, TensorReader
-from telechat_mindie.checkpoint.views import read_block
 from telechat_mindie.checkpoint.writer import FileRecord, HashedFile, Journal
-from telechat_mindie.errors import CheckpointError, OutputError, name_some
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import CheckpointError, InputError, OutputError, name_some
+from telechat_mindie.files import StagedDirectory
 
-BLOCK_BYTES = 8 << 20
-DEPTH = 3  # blocks read ahead, and blocks waiting to be written
+DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
 
-Progress = Callable[[int], None]
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What a person may choose of any conversion."""
+
+    resume: bool = False
+    allow_nonfinite: bool = False
+    allow_overflow: bool = False
 
 
 @dataclass(frozen=True)
-class Block:
-    """Part of a step that fits a buffer: `take` gives, for a rank, the slice of the block that is appended to its file.
+class Written:
+    """What a conversion wrote, and the odd numbers of the source by weight."""
 
-    `rows` and `columns` are of the source weight. With `transposed` the block's array is [columns, rows].
+    records: list[FileRecord]
+    findings: dict[str, dict[str, int]]
+
+
+def choose_dtype(wanted: str, stored: str, config: TelechatConfig) -> str:
+    """`auto`: a 16-bit checkpoint keeps its dtype; float32 becomes float16 for a dense model, bfloat16 for a MoE.
+
+    The latter is what the published mindformers yamls serve; the published 115B checkpoint is float32.
     """
-
-    step: Step
-    dtype: str
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-        return (columns, rows) if self.step.transposed else (rows, columns)
-
-    def takers(self, array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        for rank, (begin, end) in self.step.takers:
-            left, right = max(begin, self.columns[0]) - self.columns[0], min(end, self.columns[1]) - self.columns[0]
-            if left < right:
-                yield rank, array[left:right] if self.step.transposed else array[:, left:right]
+    if wanted not in DTYPE_CHOICES:
+        raise InputError("unknown dtype", where="--dtype", expected=" or ".join(DTYPE_CHOICES), found=wanted)
+    if wanted != "auto":
+        return wanted
+    if stored != "float32":
+        return stored
+    return "bfloat16" if config.is_moe else "float16"
 
 
-def blocks(target: Target, plan: Plan, checkpoint: Checkpoint) -> Iterator[Block]:
-    """A target's bytes in the order of its file: whole source rows at a time, or source columns where transposed."""
-    for step in steps(target, plan.config, plan.tp):
-        dtype = checkpoint.weights[step.source].dtype
-        item = max(DTYPES[dtype].itemsize, DTYPES[plan.dtype].itemsize)
-        rows, columns = step.rows, (0, step.columns)
-        cut = columns if step.transposed else rows
-        across = rows[1] - rows[0] if step.transposed else step.columns
-        stride = max(1, BLOCK_BYTES // (across * item))
-        for begin in range(*cut, stride):
-            piece = (begin, min(begin + stride, cut[1]))
-            yield Block(step, dtype, rows, piece) if step.transposed else Block(step, dtype, piece, columns)
+def convert_staged(
+    plan: Plan,
+    source: Checkpoint,
+    staged: StagedDirectory,
+    options: ConvertOptions,
+    progress: Progress | None = None,
+    *choices: object,
+) -> Written:
+    """Run the plan into a staged directory, with a journal that a killed run leaves behind for `resume`.
+
+    An error, unlike a kill or an interrupt, removes what was written, unless it was a resumed run.
+
+    Args:
+        choices: whatever else decides the output; another value makes an old journal invalid.
+
+    Raises:
+        CheckpointError, OutputError: see `convert`.
+    """
+    staged.keep = True
+    try:
+        journal = Journal(staged.path, fingerprint(plan, source, *choices), resume=options.resume)
+        try:
+            records = convert(
+                plan,
+                source,
+                staged.path,
+                journal,
+                allow_nonfinite=options.allow_nonfinite,
+                allow_overflow=options.allow_overflow,
+                progress=progress,
+            )
+        finally:
+            journal.close()
+    except Exception:
+        staged.keep = options.resume
+        raise
+    (staged.path / Journal.NAME).unlink()
+    staged.keep = False
+    return Written(records, journal.findings)
+
+
+def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
+    """A hash of everything that decides the bytes of a conversion: plan, options, version, and the source's files."""
+    files = {}
+    for weight in source.weights.values():
+        for tile in weight.tiles:
+            for extent in tile.stored.extents:
+                if extent.file.name not in files:
+                    status = extent.file.stat()
+                    files[str(extent.file)] = (status.st_size, status.st_mtime_ns)
+    shards = [
+        [shard.file, shard.nbytes, hashlib.sha256(b"".join(frame.prefix for frame in shard.frames)).hexdigest()]
+        for shard in plan.shards
+    ]
+    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files.items())]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def convert(
@@ -70,7 +117,6 @@ def convert(
     root: Path,
     journal: Journal,
     *,
-    folder: str = "rank_{rank}",
     allow_nonfinite: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
@@ -78,7 +124,6 @@ def convert(
     """Write every shard of every rank below `root`, skipping those that the journal has.
 
     Args:
-        folder: each rank's folder below root.
         progress: called with the number of output bytes just written (or found finished).
 
     Returns:
@@ -89,124 +134,36 @@ def convert(
         OutputError: not enough space, or a file cannot be written.
     """
     report = progress or (lambda _: None)
-    done = [all(_path(folder, rank, shard) in journal.records for rank in range(plan.tp)) for shard in plan.shards]
-    _check_space(
-        root, sum(shard.nbytes * plan.tp for shard, finished in zip(plan.shards, done, strict=True) if not finished)
-    )
-    with _Engine(plan, checkpoint) as engine:
-        for shard, finished in zip(plan.shards, done, strict=True):
-            if finished:
-                report(shard.nbytes * plan.tp)
-                continue
-            files = [HashedFile(root, _path(folder, rank, shard), shard.nbytes) for rank in range(plan.tp)]
+    pending = [shard for shard in plan.shards if not _is_finished(plan, shard, journal)]
+    report(plan.output_bytes - plan.tp * sum(shard.nbytes for shard in pending))
+    _check_space(root, plan.tp * sum(shard.nbytes for shard in pending))
+    syncing: Future[None] | None = None
+    with Pipeline(plan, checkpoint) as pipeline, ThreadPoolExecutor(1, "sync") as sync_pool:
+        for shard in pending:
+            files = [HashedFile(root, plan.path(rank, shard), shard.frames) for rank in range(plan.tp)]
             try:
-                findings = engine.write(shard, files, report)
+                findings = pipeline.write(shard, files, report)
                 _judge(findings, allow_nonfinite, allow_overflow)
-                records = [file.finish() for file in files]
-            finally:
+            except BaseException:
                 for file in files:
                     file.close()
-            journal.add(records, {name: asdict(found) for name, found in findings.items()})
-    return [journal.records[_path(folder, rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
+                raise
+            if syncing is not None:
+                syncing.result()
+            syncing = sync_pool.submit(_finish, files, findings, journal)  # while the next shard is written
+        if syncing is not None:
+            syncing.result()
+    return [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
 
 
-def _path(folder: str, rank: int, shard: Shard) -> str:
-    return str(Path(folder.format(rank=rank), shard.file))
+def _is_finished(plan: Plan, shard: Shard, journal: Journal) -> bool:
+    return all(plan.path(rank, shard) in journal.records for rank in range(plan.tp))
 
 
-class _Engine:
-    """One thread reads ahead and one writes behind; checking and casting go on in between."""
-
-    def __init__(self, plan: Plan, checkpoint: Checkpoint) -> None:
-        self._plan = plan
-        self._checkpoint = checkpoint
-        self._reader = TensorReader()
-        self._read_pool = ThreadPoolExecutor(1, "read")
-        self._write_pool = ThreadPoolExecutor(1, "write")
-        self._read_buffers = [np.empty(BLOCK_BYTES, np.uint8) for _ in range(DEPTH + 1)]
-        self._write_buffers = deque(np.empty(BLOCK_BYTES, np.uint8) for _ in range(DEPTH))
-        self._writes: deque[tuple[Future[None], np.ndarray]] = deque()
-
-    def __enter__(self) -> _Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._read_pool.shutdown(cancel_futures=True)
-        self._write_pool.shutdown(cancel_futures=True)
-        self._reader.__exit__()
-
-    def write(self, shard: Shard, files: list[HashedFile], report: Progress) -> dict[str, Findings]:
-        """Fill the ranks' files of one shard; returns the odd numbers by source weight."""
-        findings: dict[str, Findings] = {}
-        for file in files:
-            file.append(memoryview(shard.header))
-        report(len(shard.header) * len(files))
-        pending: deque[tuple[Block, Future[np.ndarray]]] = deque()
-        work = (block for target in shard.targets for block in blocks(target, self._plan, self._checkpoint))
-        for number, block in enumerate(work):
-            buffer = self._read_buffers[number % len(self._read_buffers)]
-            pending.append((block, self._read_pool.submit(self._read, block, buffer)))
-            if len(pending) > DEPTH:
-                self._deliver(*pending.popleft(), files, findings, report)
-        while pending:
-            self._deliver(*pending.popleft(), files, findings, report)
-        while self._writes:
-            self._wait_for_write()
-        return findings
-
-    def _read(self, block: Block, buffer: np.ndarray) -> np.ndarray:
-        weight = self._checkpoint.weights[block.step.source]
-        dtype = DTYPES[block.dtype]
-        rows, columns = block.rows[1] - block.rows[0], block.columns[1] - block.columns[0]
-        if block.step.transposed:
-            array = np.empty((rows, columns), dtype)
-            read_block(self._reader, weight, block.rows, block.columns, array)
-            turned = _view(buffer, dtype, (columns, rows))
-            turned[:] = array.T
-            return turned
-        array = _view(buffer, dtype, (rows, columns))
-        read_block(self._reader, weight, block.rows, block.columns, array)
-        return array
-
-    def _deliver(
-        self,
-        block: Block,
-        reading: Future[np.ndarray],
-        files: list[HashedFile],
-        findings: dict[str, Findings],
-        report: Progress,
-    ) -> None:
-        array = reading.result()
-        found = inspect(array, self._plan.dtype)
-        if found:
-            findings.setdefault(block.step.source, Findings())
-            findings[block.step.source] += found
-        dtype = DTYPES[self._plan.dtype]
-        for rank, part in block.takers(array):
-            buffer = self._free_buffer()
-            out = _view(buffer, dtype, part.shape)
-            cast_into(part, out)
-            data = out.reshape(-1).view(np.uint8).data
-            self._writes.append((self._write_pool.submit(files[rank].append, data), buffer))
-            report(len(data))
-
-    def _free_buffer(self) -> np.ndarray:
-        if not self._write_buffers:
-            self._wait_for_write()
-        return self._write_buffers.popleft()
-
-    def _wait_for_write(self) -> None:
-        writing, buffer = self._writes.popleft()
-        writing.result()
-        self._write_buffers.append(buffer)
-
-
-def _view(buffer: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The front of a byte buffer as an array; a single row wider than the buffer gets memory of its own."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    if nbytes > buffer.nbytes:
-        return np.empty(shape, dtype)
-    return buffer[:nbytes].view(dtype).reshape(shape)
+def _finish(files: list[HashedFile], findings: dict[str, Findings], journal: Journal) -> None:
+    """Sync a shard's files, then remember them."""
+    records = [file.finish() for file in files]
+    journal.add(records, {name: asdict(found) for name, found in findings.items()})
 
 
 def _judge(findings: dict[str, Findings], allow_nonfinite: bool, allow_overflow: bool) -> None:

@@ -27,7 +27,7 @@ def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]] | None:
         CheckpointError: a file is missing, damaged or hostile, or does not hold what the index says.
     """
     for kind, index, pattern, read in FORMATS:
-        weight_map = _read_index(directory / index) if (directory / index).exists() else None
+        weight_map = read_index(directory / index) if (directory / index).exists() else None
         files = sorted(set(weight_map.values()) if weight_map else (path.name for path in directory.glob(pattern)))
         if not files:
             continue
@@ -65,7 +65,8 @@ def source_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, w
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Weight -> file of an index; files are plain names. Raises CheckpointError for anything else."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", where=path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, mindformers_targets, weights
@@ -66,19 +67,25 @@ def _read_files(files: Sequence[Path], root: Path, required: bool = False) -> di
     return stored
 
 
-def source_weights(ranks: Ranks, config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
+@dataclass(frozen=True)
+class Layout:
+    """The form that a checkpoint's tensors are in, and the targets that make it up."""
+
+    packed: bool
+    transposed_experts: bool
+    targets: tuple[Target, ...]
+
+
+def source_weights(ranks: Ranks, form: Layout, config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
     """Every weight that the config asks for, put together from the ranks' tensors.
 
     Raises:
         CheckpointError: names, shapes or dtypes do not fit the config and the number of ranks.
     """
-    tp = len(ranks)
-    config.check_tp(tp)
-    targets = _layout(ranks[0], config, tp)
-    _check_ranks(ranks, targets, tp, where)
+    _check_ranks(ranks, form.targets, len(ranks), where)
     tiles: dict[str, list[Tile]] = {}
     dtypes: dict[str, str] = {}
-    for target in targets:
+    for target in form.targets:
         for source, tile in _tiles(target, ranks, config):
             tiles.setdefault(source, []).append(tile)
             dtypes[source] = float_dtype(target.name, tile.stored)
@@ -99,17 +106,27 @@ def _tiles(target: Target, ranks: Ranks, config: TelechatConfig) -> Iterator[tup
             row[rank] += columns if step.transposed else rows
 
 
-def _layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) -> list[Target]:
-    """The targets of the form that the tensors are in: packed or not, experts for the grouped matmul or not."""
+def layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) -> Layout:
+    """The form that a rank's tensors are in: packed or not, experts for the grouped matmul or not.
+
+    Raises:
+        ConfigError: the model cannot be split into `tp` ranks.
+        CheckpointError: the experts' shapes do not tell which.
+    """
+    config.check_tp(tp)
     packed = any(name.endswith(".attention.w_qkv.weight") for name in stored)
     forms = [
-        mindformers_targets(config, qkv_concat=packed, transposed_experts=transposed)
+        Layout(
+            packed,
+            transposed,
+            tuple(mindformers_targets(config, qkv_concat=packed, transposed_experts=transposed)),
+        )
         for transposed in ((True, False) if config.is_moe else (False,))
     ]
     if len(forms) == 1:
         return forms[0]
     name = "model.layers.0.feed_forward.ffn.w1.weight"
-    shapes = [next(t.rank_shape(tp) for t in form if t.name == name) for form in forms]
+    shapes = [next(t.rank_shape(tp) for t in form.targets if t.name == name) for form in forms]
     if shapes[0] == shapes[1]:
         raise CheckpointError(
             "does not show whether the experts are stored for the grouped matmul: both ways have the same shape",

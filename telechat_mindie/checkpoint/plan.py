@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from telechat_mindie.checkpoint.containers import SAFETENSORS, Container, Frame
 from telechat_mindie.checkpoint.mapping import Part, Target
-from telechat_mindie.checkpoint.safetensors_format import encode_safetensors_header
 from telechat_mindie.checkpoint.sharding import Role, rank_range
 from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
@@ -32,18 +33,23 @@ class Shard:
 
     file: str
     targets: tuple[Target, ...]
-    header: bytes
-    nbytes: int  # of one rank's file, header included
+    frames: tuple[Frame, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of one rank's file."""
+        return sum(len(frame.prefix) + frame.nbytes for frame in self.frames)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion into `tp` folders of safetensors shards of `dtype`."""
+    """A conversion into shards of `dtype` for `tp` ranks; `folder` is each rank's, below the output directory."""
 
     config: TelechatConfig
     dtype: str
     tp: int
     shards: tuple[Shard, ...]
+    folder: str = "rank_{rank}"
 
     @property
     def rank_bytes(self) -> int:
@@ -54,11 +60,28 @@ class Plan:
     def output_bytes(self) -> int:
         return self.tp * self.rank_bytes
 
+    def path(self, rank: int, shard: Shard) -> str:
+        """A rank's file, relative to the output directory."""
+        return (f"{self.folder}/{shard.file}" if self.folder else shard.file).format(rank=rank)
+
 
 def make_plan(
-    config: TelechatConfig, targets: Sequence[Target], dtype: str, tp: int, shard_bytes: int = SHARD_BYTES
+    config: TelechatConfig,
+    targets: Sequence[Target],
+    dtype: str,
+    tp: int = 1,
+    *,
+    container: Container = SAFETENSORS,
+    shard_bytes: int | None = None,
+    folder: str = "rank_{rank}",
+    file: str = "model-{number:05d}-of-{count:05d}",
 ) -> Plan:
-    """Lay `targets` out in shards of at most `shard_bytes` (one tensor at least) for `tp` ranks.
+    """Lay `targets` out in shards of at most `shard_bytes` (one tensor at least; SHARD_BYTES) for `tp` ranks.
+
+    Args:
+        container: the files' format.
+        folder: of each rank, by `{rank}`, below the output directory; may be empty.
+        file: name of a shard, without suffix, by its `{number}`, the `{count}` of shards and `{{rank}}`.
 
     Raises:
         ConfigError: the model cannot be split into `tp` ranks; the allowed values are named.
@@ -68,20 +91,18 @@ def make_plan(
     groups: list[list[Target]] = [[]]
     filled = 0
     for target in targets:
-        nbytes = _elements(target.rank_shape(tp)) * item
-        if groups[-1] and filled + nbytes > shard_bytes:
+        nbytes = math.prod(target.rank_shape(tp)) * item
+        if groups[-1] and filled + nbytes > (shard_bytes or SHARD_BYTES):
             groups.append([])
             filled = 0
         groups[-1].append(target)
         filled += nbytes
     shards = []
     for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        entries = [(target.name, dtype, target.rank_shape(tp)) for target in group]
-        header, _ = encode_safetensors_header(entries, {"format": "np"})
-        body = sum(_elements(target.rank_shape(tp)) for target in group) * item
-        shards.append(Shard(file, tuple(group), header, len(header) + body))
-    return Plan(config, dtype, tp, tuple(shards))
+        frames = container.frames([(target.name, dtype, target.rank_shape(tp)) for target in group])
+        name = file.format(number=number, count=len(groups)) + container.suffix
+        shards.append(Shard(name, tuple(group), frames))
+    return Plan(config, dtype, tp, tuple(shards), folder)
 
 
 def steps(target: Target, config: TelechatConfig, tp: int) -> Iterator[Step]:
@@ -109,10 +130,3 @@ def _picked_rows(part: Part, head_dim: int, rank: int, tp: int) -> Iterator[tupl
     for head in range(begin, end, 2 * head_dim):  # head_dim rows of the key, then head_dim of the value
         first = head if part.pick == "keys" else head + head_dim
         yield first, first + head_dim
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -15,12 +15,23 @@ from telechat_mindie.errors import CheckpointError, InputError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every weight is accounted for. `kind` says what the files are, for messages and manifests."""
+    """A checkpoint whose every weight is accounted for.
+
+    Attributes:
+        kind: what the files are, for messages and manifests.
+        weights: by Hugging Face name.
+        ranks: number of rank_N folders; 0 for a whole checkpoint.
+        packed: MindSpore weights in qkv_concat form.
+        transposed_experts: MindSpore experts stored for the grouped matmul.
+    """
 
     path: Path
     kind: str
     config: TelechatConfig
     weights: Mapping[str, SourceWeight]
+    ranks: int = 0
+    packed: bool = False
+    transposed_experts: bool = False
 
     @property
     def dtype(self) -> str:
@@ -65,8 +76,17 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
             expected="*.safetensors, pytorch_model*.bin, *.ckpt or rank_N folders",
         )
     config = TelechatConfig.from_directory(config_dir) if has_config else mindformers.infer_config(ranks, path)
-    kind = "MindSpore" if len(ranks) == 1 else f"MindSpore, {len(ranks)} ranks"
-    return Checkpoint(path, kind, config, mindformers.source_weights(ranks, config, path))
+    form = mindformers.layout(ranks[0], config, len(ranks))
+    by_rank = path.is_dir() and (path / "rank_0").is_dir()
+    return Checkpoint(
+        path,
+        f"MindSpore, {len(ranks)} ranks" if by_rank else "MindSpore",
+        config,
+        mindformers.source_weights(ranks, form, config, path),
+        ranks=len(ranks) if by_rank else 0,
+        packed=form.packed,
+        transposed_experts=form.transposed_experts,
+    )
 
 
 def _elements(weight: SourceWeight) -> int:

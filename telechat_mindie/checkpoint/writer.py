@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from telechat_mindie.checkpoint.containers import Frame
 from telechat_mindie.errors import OutputError
 from telechat_mindie.files import DIR_MODE, FILE_MODE, reporting_os_errors
+
+FLUSH_BYTES = 128 << 20
+"""Data of a file that waits in the page cache at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,42 +28,78 @@ class FileRecord:
 
 
 class HashedFile:
-    """A file under construction. `append` writes and hashes; `finish` syncs and gives the record."""
+    """A file under construction, written front to back.
 
-    def __init__(self, root: Path, path: str, nbytes: int) -> None:
+    `frame` cuts data into what is due; `hash` and `write` take the same pieces, each in order, from any thread;
+    `finish` syncs and gives the record.
+
+    Args:
+        frames: what the file consists of: each frame's prefix goes in by itself, before the first byte of its data.
+    """
+
+    def __init__(self, root: Path, path: str, frames: Sequence[Frame]) -> None:
         self._target = root / path
         self._path = path
-        self._nbytes = nbytes
+        self._frames = deque(frames)
+        self._left = 0  # data bytes of the frame that is open
         self._written = 0
+        self._flushed = 0
         self._hash = hashlib.sha256()
         with reporting_os_errors(self._target):
             self._target.parent.mkdir(mode=DIR_MODE, exist_ok=True)
             self._file = open(self._target, "wb", buffering=0)  # noqa: SIM115 - closed by finish or close
             os.fchmod(self._file.fileno(), FILE_MODE)
 
-    def append(self, data: memoryview) -> None:
-        """Write all of `data` (bytes).
+    def frame(self, data: memoryview) -> list[memoryview]:
+        """`data` with the prefixes that are due in between. Raises OutputError for more data than was planned."""
+        pieces = []
+        while len(data):
+            if not self._left:
+                if not self._frames:
+                    raise OutputError("gets more data than was planned", where=self._target)
+                opened = self._frames.popleft()
+                pieces.append(memoryview(opened.prefix))
+                self._left = opened.nbytes
+            pieces.append(data[: self._left])
+            data = data[len(pieces[-1]) :]
+            self._left -= len(pieces[-1])
+        return pieces
+
+    def hash(self, pieces: Sequence[memoryview]) -> None:
+        for piece in pieces:
+            self._hash.update(piece)
+
+    def write(self, pieces: Sequence[memoryview]) -> None:
+        """Raises OutputError where the disk is full or the file may not grow."""
+        with reporting_os_errors(self._target):
+            for piece in pieces:
+                done = 0
+                while done < len(piece):
+                    done += self._file.write(piece[done:])
+                self._written += len(piece)
+
+    @property
+    def flush_is_due(self) -> bool:
+        return self._written - self._flushed >= FLUSH_BYTES
+
+    def flush(self) -> None:
+        """Put what was written on disk and out of the page cache, so that a large file does not fill the memory.
 
         Raises:
-            OutputError: the disk is full or the file may not grow.
+            OutputError: the disk failed or is full.
         """
-        self._hash.update(data)
+        written = self._written
         with reporting_os_errors(self._target):
-            done = 0
-            while done < len(data):
-                done += self._file.write(data[done:])
-        self._written += len(data)
+            os.fdatasync(self._file.fileno())
+            os.posix_fadvise(self._file.fileno(), 0, written, os.POSIX_FADV_DONTNEED)
+        self._flushed = written
 
     def finish(self) -> FileRecord:
-        """Raises OutputError where fewer or more bytes came than were planned."""
-        if self._written != self._nbytes:
-            raise OutputError(
-                "came out with the wrong size", where=self._target, expected=self._nbytes, found=self._written
-            )
+        """Sync and close. Raises OutputError where less data came than was planned."""
+        if self._left or self._frames:
+            raise OutputError("came out too short", where=self._target, found=f"{self._written} bytes")
         with reporting_os_errors(self._target):
             os.fsync(self._file.fileno())
-            # The pages are on disk and will not be read again: leave the cache to the source.
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
         return FileRecord(self._path, self._written, self._hash.hexdigest())
 

@@ -1,0 +1,122 @@
+"""What a conversion and the model it makes will need, before anything is read or written."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from telechat_mindie.checkpoint.blocks import BLOCK_BYTES, TURN_BYTES
+from telechat_mindie.checkpoint.hugging_face import read_index
+from telechat_mindie.checkpoint.mapping import check_names
+from telechat_mindie.checkpoint.pipeline import DEPTH
+from telechat_mindie.checkpoint.plan import Plan
+from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.config import ITEM_BYTES, TelechatConfig
+from telechat_mindie.errors import CheckpointError, InputError
+from telechat_mindie.files import read_json, reporting_os_errors
+
+INTERPRETER_BYTES = 80 << 20
+"""Python with numpy and the tokenizer, measured."""
+
+PROBE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a checkpoint without its weights: config, dtype, bytes and number of tensors."""
+
+    config: TelechatConfig
+    dtype: str
+    nbytes: int
+    tensors: int
+
+
+def source_facts(checkpoint: Path) -> Source:
+    """From the headers of a checkpoint, or from its config.json and index alone where the shards are not there.
+
+    Raises:
+        ConfigError, CheckpointError: as `open_checkpoint`; or an index whose total size fits no dtype.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.exists() or any(checkpoint.glob("*.safetensors")):
+        found = open_checkpoint(checkpoint)
+        return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
+    config = TelechatConfig.from_directory(checkpoint)
+    names = read_index(index)
+    check_names(names, config, index)
+    total = read_json(index).get("metadata", {}).get("total_size")
+    for dtype in ("float32", "float16"):  # a 16-bit index does not say which of the two it is
+        if total == config.weight_bytes(dtype):
+            dtype = config.torch_dtype or dtype if ITEM_BYTES[dtype] == 2 else dtype
+            return Source(config, dtype, total, len(names))
+    raise CheckpointError(
+        "total_size does not fit the model that config.json describes",
+        where=index,
+        expected=f"{config.weight_bytes('float32')} or {config.weight_bytes('float16')}",
+        found=total,
+    )
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes of anonymous memory that a conversion holds, whatever the model's size."""
+    turned = [target for shard in plan.shards for target in shard.targets if target.transposed]
+    largest = max((target.shape[-1] * target.shape[-2] for target in turned), default=0)
+    return INTERPRETER_BYTES + (2 * DEPTH + 3) * BLOCK_BYTES + min(TURN_BYTES, 4 * largest)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a card's memory leaves for the KV cache. Bytes are of one card."""
+
+    device_bytes: int
+    reserve_bytes: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    tokens: int
+    sequences: int
+
+
+def fit(plan: Plan, device_gb: float, reserve_share: float, block_size: int, max_seq_len: int) -> Fit:
+    """How many tokens and longest sequences fit beside the weights.
+
+    Raises:
+        InputError: the weights alone do not fit, or not one longest sequence; with the numbers.
+    """
+    device = int(device_gb * (1 << 30))
+    reserve = int(device * reserve_share)
+    per_token = plan.config.kv_bytes_per_token(plan.dtype, plan.tp)
+    left = device - reserve - plan.rank_bytes
+    tokens = max(0, left) // (per_token * block_size) * block_size
+    if tokens < max_seq_len:
+        needed = reserve + plan.rank_bytes + per_token * max_seq_len
+        raise InputError(
+            f"the model does not fit a card: weights {plan.rank_bytes} + one sequence of {max_seq_len} tokens "
+            f"{per_token * max_seq_len} + reserve {reserve} bytes",
+            where=f"tp {plan.tp}, {device_gb:g} GB a card",
+            expected=f"at least {needed / (1 << 30):.1f} GB",
+            found=f"{device_gb:g} GB",
+            advice="Choose a larger --tp, a 16-bit --dtype or a smaller --max-seq-len.",
+        )
+    return Fit(device, reserve, plan.rank_bytes, per_token, tokens, tokens // max_seq_len)
+
+
+def probe_disk(folder: Path, nbytes: int = PROBE_BYTES) -> float:
+    """Bytes a second that a file in `folder` is written and synced at; the file is removed again.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = folder / f".telechat-mindie-probe.{os.getpid()}"
+    chunk = os.urandom(BLOCK_BYTES)
+    with reporting_os_errors(path):
+        try:
+            with open(path, "wb", buffering=0) as file:
+                begin = time.monotonic()
+                for _ in range(nbytes // BLOCK_BYTES):
+                    file.write(chunk)
+                os.fsync(file.fileno())
+                return nbytes / (time.monotonic() - begin)
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""`telechat-mindie convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def convert(
+    checkpoint: Path = typer.Argument(help="A checkpoint in any form, or a model directory."),
+    output: Path = typer.Argument(help="File or directory to make."),
+    to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
+    config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
+    tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
+    qkv_concat: bool = typer.Option(False, "--qkv-concat", help="MindSpore: pack q/k/v and gate/up."),
+    gmm: bool = typer.Option(False, "--gmm", help="MindSpore: store experts for the grouped matmul."),
+    force: bool = typer.Option(False, "--force", help="Replace an output that exists."),
+    resume: bool = typer.Option(False, "--resume", help="Go on where a killed conversion stopped."),
+    allow_nonfinite: bool = typer.Option(False, "--allow-nonfinite", help="Accept NaN and infinity in the weights."),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help="Accept values that float16 cannot hold."),
+) -> None:
+    """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers."""
+    from telechat_mindie.checkpoint.convert import ConvertOptions
+    from telechat_mindie.checkpoint.source import open_checkpoint
+    from telechat_mindie.commands.output import byte_progress
+    from telechat_mindie.convert import MindSporeForm, to_hugging_face, to_mindspore
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.units import format_bytes
+
+    forms = ("hf", "safetensors", "ckpt")
+    if to not in forms:
+        raise InputError("unknown form", where="--to", expected=" or ".join(forms), found=to)
+    if to == "hf" and (tp is not None or qkv_concat or gmm):
+        raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
+    source = open_checkpoint(checkpoint, config)
+    with byte_progress("converting") as start:
+        if to == "hf":
+            options = ConvertOptions(resume=resume, allow_nonfinite=allow_nonfinite, allow_overflow=allow_overflow)
+            plan = to_hugging_face(source, output, options, dtype, force, lambda plan: start(plan.output_bytes))
+        else:
+            form = MindSporeForm(
+                container=to,
+                dtype=dtype,
+                tp=tp or 1,
+                ranks=tp is not None,
+                qkv_concat=qkv_concat,
+                transposed_experts=gmm,
+                force=force,
+                resume=resume,
+                allow_nonfinite=allow_nonfinite,
+                allow_overflow=allow_overflow,
+            )
+            plan = to_mindspore(source, output, form, lambda plan: start(plan.output_bytes))
+    print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}")

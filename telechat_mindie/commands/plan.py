@@ -1,0 +1,109 @@
+"""`telechat-mindie plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def plan(
+    checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint; config.json and the index are enough."),
+    variant: str = typer.Option(None, "--variant", help="A released size instead: 3b, 7b, 35b, 115b or 39b-a12b."),
+    tp: int = typer.Option(1, "--tp", help="Tensor parallel size."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
+    no_qkv_concat: bool = typer.Option(False, "--no-qkv-concat", help="Keep q, k/v, gate and up apart."),
+    max_seq_len: int = typer.Option(None, "--max-seq-len", min=1, help="Longest sequence in tokens."),
+    block_size: int = typer.Option(128, "--block-size", min=1, help="Tokens of a KV cache block."),
+    device_mem: float = typer.Option(None, "--device-mem", "--npu-mem", help="Memory of a card in GB: what fits?"),
+    target: Path = typer.Option(Path(), "--target", help="Folder to build in: its free space and speed are measured."),
+    no_probe: bool = typer.Option(False, "--no-probe", help="Do not write a file to measure the disk."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Say what a build would write, need and leave room for, without building."""
+    import shutil
+
+    from telechat_mindie.checkpoint.convert import choose_dtype
+    from telechat_mindie.checkpoint.estimate import Source, fit, peak_memory, probe_disk, source_facts
+    from telechat_mindie.checkpoint.mapping import mindformers_targets, weights
+    from telechat_mindie.checkpoint.plan import make_plan
+    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.service.derive import RESERVE_SHARE
+    from telechat_mindie.units import format_bytes
+    from telechat_mindie.variants import VARIANTS
+
+    if (checkpoint is None) == (variant is None):
+        raise InputError("name one of the two", where="--checkpoint, --variant")
+    if variant is not None and variant not in VARIANTS:
+        raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
+    if variant is not None:
+        config = VARIANTS[variant]
+        source = Source(config, "float32", config.weight_bytes("float32"), len(weights(config)))
+    else:
+        source = source_facts(checkpoint)
+        config = source.config
+    targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
+    made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
+    length = max_seq_len or config.seq_length
+    free = shutil.disk_usage(target).free
+    short = max(0, made.output_bytes - free)
+    missing = f": {format_bytes(short)} too little" if short else ""
+    facts: dict[str, object] = {
+        "source": {"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
+        "parameters": config.parameter_count,
+        "dtype": made.dtype,
+        "tp": tp,
+        "files": [{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
+        "rank_bytes": made.rank_bytes,
+        "output_bytes": made.output_bytes,
+        "peak_memory_bytes": peak_memory(made),
+        "disk_free_bytes": free,
+        "disk_short_bytes": short,
+        "kv_bytes_per_token": config.kv_bytes_per_token(made.dtype, tp),
+        "max_seq_len": length,
+    }
+    rows = [
+        ("source", f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}"),
+        ("output", f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}"),
+        ("weights a card", f"{format_bytes(made.rank_bytes)} ({made.rank_bytes:,} bytes)"),
+        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token and card"),
+        ("peak memory", f"about {format_bytes(peak_memory(made))}, whatever the model"),
+        ("disk", f"{format_bytes(free)} free in {target.resolve()}{missing}"),
+    ]
+    if not no_probe:
+        speed = probe_disk(target)
+        # Reading and writing go on side by side; a disk that does both takes the sum.
+        seconds = (source.nbytes + made.output_bytes) / speed
+        facts |= {"disk_bytes_per_second": round(speed), "estimated_seconds": round(seconds)}
+        rows.append(("time", f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"))
+    if device_mem is not None:
+        room = fit(made, device_mem, RESERVE_SHARE, block_size, length)
+        facts["fit"] = {
+            "device_bytes": room.device_bytes,
+            "reserve_bytes": room.reserve_bytes,
+            "kv_tokens": room.tokens,
+            "sequences": room.sequences,
+        }
+        rows.append(
+            (
+                f"a {device_mem:g} GB card",
+                f"{format_bytes(room.reserve_bytes)} kept back, {room.tokens:,} tokens of cache: "
+                f"{room.sequences} sequences of {length}",
+            )
+        )
+    if as_json:
+        print_json(facts)
+        return
+    print_table(str(checkpoint or variant), rows)
+    listing = [
+        (made.path(0, shard).replace("rank_0", f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"), f"{shard.nbytes:,}")
+        for shard in made.shards
+    ]
+    print_table("files", listing, ("file", "bytes each"))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,39 @@
+"""`telechat-mindie verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def verify(
+    model_path: Path = typer.Argument(help="A model directory."),
+    against: Path = typer.Option(None, "--against", help="The checkpoint: derive every element again and compare."),
+    as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
+) -> None:
+    """Prove that a model directory is what was built: hashes, and with --against every weight.
+
+    Exit codes: 0 nothing is wrong, 2 something is.
+    """
+    from telechat_mindie.commands.output import byte_progress, print_json
+    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.verify import check_against, check_files
+
+    directory = ModelDir.open(model_path)
+    files = directory.manifest["files"]
+    with byte_progress("hashing") as start:
+        problems = check_files(directory, start(sum(entry["nbytes"] for entry in files.values())))
+    if against is not None:
+        with byte_progress("comparing") as start:
+            problems += check_against(directory, against, start)
+    if as_json:
+        print_json({"model_path": str(model_path), "files": len(files), "problems": problems})
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            compared = f", weights equal to those of {against}" if against is not None else ""
+            print(f"{model_path}: {len(files)} files as they were built{compared}")
+    if problems:
+        raise typer.Exit(2)
