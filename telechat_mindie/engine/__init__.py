@@ -1,0 +1,1 @@
+"""The embedded engine: continuous batching over `ModelRunner.forward`, called with the arguments MindIE passes."""
