@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
+from mindspore import Parameter, Tensor
+from mindspore.common.initializer import Zero
 
 from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from telechat_mindie.model.kernels.ascend_graphs import AscendCache
 
 
 def block_count(gigabytes: int, token_bytes: int, block_size: int, name: str) -> int:
@@ -48,21 +53,7 @@ class HostCache:
         Raises:
             InputError: not such an array, or a block out of range.
         """
-        pairs = np.asarray(pairs)
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-            raise InputError(
-                "must be pairs of blocks", where="block_tables", expected="integers [n, 2]", found=list(pairs.shape)
-            )
-        source, target = pairs.T if len(pairs) else (pairs[:, 0], pairs[:, 1])
-        host, device = (target, source) if to_host else (source, target)
-        for name, blocks, count in (("host", host, len(self._blocks)), ("device", device, self._device.num_blocks)):
-            if len(blocks) and not (blocks.min() >= 0 and blocks.max() < count):
-                raise InputError(
-                    f"{name} block out of range",
-                    where="block_tables",
-                    expected=f"0 to {count - 1}",
-                    found=blocks.tolist(),
-                )
+        host, device = _check_pairs(pairs, to_host, len(self._blocks), self._device.num_blocks)
         for host_block, device_block in zip(host, device, strict=True):
             if to_host:
                 found = self._device.read_blocks(np.array([device_block]))
@@ -71,10 +62,59 @@ class HostCache:
                 self._device.write_blocks(np.array([device_block]), self._blocks[host_block])
 
 
+class AscendHostCache:
+    """Swapped-out blocks of an NPU's cache, in MindSpore's host memory, copied by its swap_cache."""
+
+    def __init__(self, device: AscendCache, num_blocks: int) -> None:
+        self._device = device
+        shape = (num_blocks, *device.keys[0].shape[1:])
+        dtype = getattr(ms, device.dtype)
+        self._num_blocks = num_blocks
+        # MindSpore refuses an empty tensor; without host memory there is nothing to swap.
+        self._keys, self._values = (
+            [
+                Parameter(Tensor(shape=shape, dtype=dtype, init=Zero()).init_data(), name=f"{name}_host.{layer}")
+                for layer in range(len(device.keys) if num_blocks else 0)
+            ]
+            for name in ("key", "value")
+        )
+
+    def swap(self, pairs: np.ndarray, to_host: bool) -> None:
+        """As `HostCache.swap`."""
+        from mindspore._c_expression import swap_cache
+
+        _check_pairs(pairs, to_host, self._num_blocks, self._device.num_blocks)
+        mapping = Tensor(np.asarray(pairs, np.int64))
+        for host, device in ((self._keys, self._device.keys), (self._values, self._device.values)):
+            for host_layer, device_layer in zip(host, device, strict=True):
+                swap_cache(host_layer, device_layer, mapping, to_host)
+
+
+def _check_pairs(
+    pairs: np.ndarray, to_host: bool, host_blocks: int, device_blocks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(host blocks, device blocks) of the pairs. Raises InputError where they are not that."""
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
+        raise InputError(
+            "must be pairs of blocks", where="block_tables", expected="integers [n, 2]", found=list(pairs.shape)
+        )
+    host, device = (pairs[:, 1], pairs[:, 0]) if to_host else (pairs[:, 0], pairs[:, 1])
+    for name, blocks, count in (("host", host, host_blocks), ("device", device, device_blocks)):
+        if len(blocks) and not (blocks.min() >= 0 and blocks.max() < count):
+            raise InputError(
+                f"{name} block out of range",
+                where="block_tables",
+                expected=f"0 to {count - 1}",
+                found=blocks.tolist(),
+            )
+    return host, device
+
+
 def external_caches(
     key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor], expected: tuple[int, int, int], dtype: str
-) -> tuple[Any, int]:
-    """MindIE's caches (npu_mem_size -1) in the kernels' layout, sharing their memory, and their number of blocks.
+) -> tuple[list[ms.Tensor], list[ms.Tensor], int]:
+    """MindIE's caches (npu_mem_size -1) checked, and their number of blocks.
 
     Args:
         key_cache: a tensor a layer, [blocks, block_size, kv heads, head_size].
@@ -105,5 +145,4 @@ def external_caches(
                     expected=f"{dtype} [{blocks}, {block_size}, {width}]",
                     found=f"{cache.dtype} {list(cache.shape)}",
                 )
-    views = [[cache.reshape(blocks * block_size, width) for cache in caches] for caches in (key_cache, value_cache)]
-    return ms.mutable((ms.mutable(views[0]), ms.mutable(views[1]))), blocks
+    return list(key_cache), list(value_cache), blocks

@@ -10,17 +10,12 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from telechat_mindie.backend.caches import HostCache, block_count, external_caches
+from telechat_mindie.backend.caches import block_count
+from telechat_mindie.backend.device import Rank, open_device_model
 from telechat_mindie.backend.inputs import Limits, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
-from telechat_mindie.model.decoder import TelechatForCausalLM
-from telechat_mindie.model.kernels.cpu import CpuKernels
-from telechat_mindie.model.kv_cache import KVCache
-from telechat_mindie.model.loader import RankWeights
-from telechat_mindie.model.parallel import TensorParallel
-from telechat_mindie.model.rope import RotaryTable
 from telechat_mindie.model_dir import ModelDir
 from telechat_mindie.tokenizer import TelechatTokenizer
 
@@ -90,27 +85,11 @@ class ModelRunner:
         self.cpu_num_blocks = block_count(cpu_mem_size, token_bytes, block_size, "cpu_mem_size") if cpu_mem_size else 0
         self._limits = Limits(config.vocab_size, self.npu_num_blocks, block_size, directory.serving.max_seq_len)
 
-        ms.set_context(mode=ms.GRAPH_MODE)
-        ms.set_device("CPU")
-        self._cache_dtype = CpuKernels.cache_dtype(directory.serving.dtype)
-        width = config.kv_size // world_size
-        self._cache = KVCache(config.num_layers, self.npu_num_blocks, block_size, width, self._cache_dtype)
-        self._host_cache = HostCache(self._cache, self.cpu_num_blocks)
-        rotary = RotaryTable(
-            config.head_dim,
-            config.training_seqlen,
-            config.base_seqlen,
-            directory.serving.extend_method,
-            directory.serving.rotary_dtype,
+        device_id = npu_device_ids[0] if npu_device_ids else 0
+        self._device = open_device_model(
+            Rank(directory, rank_id, world_size, device_id, self.npu_num_blocks, self.cpu_num_blocks, block_size)
         )
-        self._kernels = CpuKernels(config, world_size, self._cache, rotary)
-        with RankWeights(
-            directory.rank_folder(rank_id), config, world_size, CpuKernels.weight_dtype(directory.serving.dtype)
-        ) as weights:
-            parallel = TensorParallel(rank_id, world_size)
-            self.model = TelechatForCausalLM(config, weights, self._kernels, parallel, self._cache)
-            weights.check_all_taken()
-        self.model.set_train(False)
+        self.model = self._device.decoder
 
     def forward(
         self,
@@ -152,14 +131,11 @@ class ModelRunner:
             raise InputError("LoRA adapters are not supported", where="adapter_ids", found=list(adapter_ids))
         limits, caches = self._limits, None
         if key_cache is not None or value_cache is not None:
-            expected = (self.num_layers, limits.block_size, self.num_kv_heads * self.head_size)
-            caches, blocks = external_caches(key_cache, value_cache, expected, self._cache_dtype)
+            caches, blocks = self._device.external(key_cache, value_cache)
             # MindIE keeps the last block for dummy batches, so its last slot holds nothing.
             limits = replace(limits, num_blocks=blocks, scratch_row=blocks * limits.block_size - 1)
         elif not self.npu_num_blocks:
-            raise InputError(
-                "is missing", where="key_cache", advice="With npu_mem_size -1 each call brings its own."
-            )
+            raise InputError("is missing", where="key_cache", advice="With npu_mem_size -1 each call brings its own.")
         batch = ragged_batch(
             limits,
             input_ids=input_ids,
@@ -172,11 +148,7 @@ class ModelRunner:
             spec_mask=spec_mask,
             q_seq_lens=q_seq_lens,
         )
-        logits = np.empty((len(batch.logits_rows), self.model_config.vocab_size), np.float32)
-        for call in self._kernels.calls(batch):
-            out = self.model(call.token_ids, call.logits_rows, call.inputs, caches).asnumpy()
-            logits[call.rows] = out[: len(call.rows)]
-        return ms.Tensor(logits)
+        return ms.Tensor(self._device.run(batch, caches))
 
     def swap(self, block_tables: np.ndarray, swap_type: bool) -> None:
         """Copy cache blocks between device and host memory.
@@ -188,7 +160,7 @@ class ModelRunner:
         Raises:
             InputError: not such pairs, or a block out of range.
         """
-        self._host_cache.swap(block_tables, bool(swap_type))
+        self._device.swap(block_tables, bool(swap_type))
 
     def generate_position_ids(self, input_ids: np.ndarray) -> np.ndarray:
         """Positions [T] int32 of one prompt's tokens [T]: TeleChat2 counts from 0."""

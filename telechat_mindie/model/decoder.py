@@ -97,21 +97,23 @@ class Layer(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of the vocabulary; each rank holds a range of them and the ranks' sum is the lookup."""
 
-    def __init__(self, config: TelechatConfig, take: Take, name: str, parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.parallel = parallel
         shape = rank_shape((config.vocab_size, config.hidden_size), Role.COLUMN, parallel.size)
         self.embedding_weight = take(f"{name}.embedding_weight", shape)
         self.rows = shape[0]
         self.first = parallel.rank * shape[0]
-        self.gather = ops.Gather()
 
     def construct(self, token_ids: Tensor) -> Tensor:
         if self.parallel.size == 1:
-            return self.gather(self.embedding_weight, token_ids, 0)
+            return self.kernels.embed(token_ids, self.embedding_weight)
         local = token_ids - self.first
         inside = ops.logical_and(local >= 0, local < self.rows)
-        found = self.gather(self.embedding_weight, ops.select(inside, local, ops.zeros_like(local)), 0)
+        found = self.kernels.embed(ops.select(inside, local, ops.zeros_like(local)), self.embedding_weight)
         return self.parallel.sum(found * ops.cast(inside, found.dtype).expand_dims(-1))
 
 
@@ -122,7 +124,7 @@ class Backbone(nn.Cell):
         super().__init__()
         self.kernels = kernels
         self.embed_layernorm = config.embed_layernorm
-        self.tok_embeddings = Embedding(config, take, f"{name}.tok_embeddings", parallel)
+        self.tok_embeddings = Embedding(config, take, f"{name}.tok_embeddings", kernels, parallel)
         if config.embed_layernorm:
             self.embedding_norm = Weight(take, f"{name}.embedding_norm", (config.hidden_size,))
         self.layers = nn.CellList(

@@ -31,6 +31,10 @@ class Driver:
             row[: len(table)] = table
         return out
 
+    def forward(self, **arguments) -> np.ndarray:
+        logits = self.runner.forward(**arguments)
+        return logits.asnumpy() if hasattr(logits, "asnumpy") else logits
+
     def prefill(self, prompts: Sequence[np.ndarray], tables: Sequence[np.ndarray], **changes) -> np.ndarray:
         """Logits [B, vocabulary] of each prompt's last token."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -50,7 +54,7 @@ class Driver:
             "spec_mask": None,
             "q_seq_lens": None,
         }
-        return self.runner.forward(**(arguments | changes)).asnumpy()
+        return self.forward(**(arguments | changes))
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[np.ndarray], **changes
@@ -72,4 +76,4 @@ class Driver:
             "spec_mask": None,
             "q_seq_lens": None,
         }
-        return self.runner.forward(**(arguments | changes)).asnumpy()
+        return self.forward(**(arguments | changes))

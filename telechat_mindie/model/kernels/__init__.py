@@ -2,6 +2,7 @@
 
 An implementation is a Cell with these methods; T is the tokens of a call, weights are [out, in]:
 
+    embed(token_ids [T], weight [V, h]) -> [T, h]
     norm(x [T, h], weight [h]) -> [T, h]                              RMSNorm
     norm_linear(x, norm_weight, weight) -> [T, out]                   RMSNorm, then a linear layer
     norm_swiglu(x, norm_weight, weight [2f, h]) -> [T, f]             RMSNorm, one linear, silu(gate) * up

@@ -125,6 +125,9 @@ class AscendKernels(nn.Cell):
         """What AscendGraphs compiles a decoder over these kernels for."""
         return CallShape(self.head_dim, self.kv_heads, self.block_size, self.dtype, self.table_dtype, external_layers)
 
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return ops.gather(weight, token_ids, 0)
+
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operator computes in float32 and rounds once."""
         traced_check("RmsNorm: weight", weight.shape, weight.dtype, (None,), self.dtypes)

@@ -67,6 +67,9 @@ class CpuKernels(nn.Cell):
     def cache_dtype(stored: str) -> str:
         return "float32"
 
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return self.gather(weight, token_ids, 0)
+
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * self.rsqrt(self.mean(x * x, -1) + self.eps) * weight
 
