@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,14 +32,11 @@ BLOCK = 16
 def processes_of(path):
     """Command lines that name `path`, with their pids."""
     found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                line = open(f"/proc/{entry}/cmdline", "rb").read()
-            except OSError:
-                continue
-            if str(path).encode() in line and int(entry) != os.getpid():
-                found[int(entry)] = line
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes()
+            if str(path).encode() in line and int(entry.name) != os.getpid():
+                found[int(entry.name)] = line
     return found
 
 
@@ -99,9 +99,9 @@ def test_swap_on_every_rank(two_ranks):
     np.testing.assert_array_equal(driver.decode([5], [10], [other]), before)
 
 
-def test_a_rank_that_dies_ends_the_run(directories):
+def test_a_rank_that_dies_ends_the_run(directories, tmp_path):
     """In the middle of a call, and with nothing left running."""
-    path = directories["gqa", 2]
+    path = Path(shutil.copytree(directories["gqa", 2], tmp_path / "model"))
     runner = MultiRankRunner(path, NUM_BLOCKS, BLOCK)
     driver = Driver(runner, BLOCK, NUM_BLOCKS)
     table = driver.table(400)
@@ -120,10 +120,7 @@ def test_a_rank_that_dies_ends_the_run(directories):
 
 
 def test_a_rank_that_cannot_start_ends_the_run(directories, tmp_path):
-    import shutil
-
-    path = tmp_path / "model"
-    shutil.copytree(directories["gqa", 2], path)
+    path = Path(shutil.copytree(directories["gqa", 2], tmp_path / "model"))
     shutil.rmtree(path / "rank_1")
     with pytest.raises(Exception, match="rank_1: weights of this rank are missing"):
         MultiRankRunner(path, NUM_BLOCKS, BLOCK)
