@@ -12,7 +12,7 @@ from telechat_mindie.errors import ConfigError, ModelDirError
 from telechat_mindie.files import read_json, read_yaml
 
 MANIFEST = "manifest.json"
-EXTEND_METHODS = ("None", "DYNAMIC_NTK")
+EXTEND_METHODS = ("None", "PI", "NTK", "DYNAMIC_NTK")
 
 _REBUILD = "Build the directory again with `telechat-mindie build --force`."
 
@@ -25,6 +25,7 @@ class ServingConfig:
     max_seq_len: int
     block_size: int
     extend_method: str
+    scaling_factor: float
     rotary_dtype: str
     do_sample: bool
     temperature: float
@@ -39,6 +40,7 @@ YAML_KEYS = {
     "max_seq_len": "seq_length",
     "block_size": "block_size",
     "extend_method": "extend_method",
+    "scaling_factor": "scaling_factor",
     "rotary_dtype": "rotary_dtype",
     "do_sample": "do_sample",
     "temperature": "temperature",
@@ -152,6 +154,8 @@ def _serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
     ):
         if value not in allowed:
             raise ConfigError("is not supported", where=f"{where}: {key}", expected=" or ".join(allowed), found=value)
+    if serving.scaling_factor <= 0:
+        raise ConfigError("must be positive", where=f"{where}: scaling_factor", found=serving.scaling_factor)
     for key, size in (("seq_length", serving.max_seq_len), ("block_size", serving.block_size)):
         if size < 1:
             raise ConfigError("must be positive", where=f"{where}: {key}", found=size)

@@ -50,6 +50,7 @@ class DeviceModel:
             config.base_seqlen,
             directory.serving.extend_method,
             directory.serving.rotary_dtype,
+            directory.serving.scaling_factor,
         )
         self.kernels: Any
         self.decoder: TelechatForCausalLM

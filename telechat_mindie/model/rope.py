@@ -27,8 +27,11 @@ class RotaryTable:
         head_dim: d, even.
         training_seqlen: tokens.
         base_seqlen: tokens.
-        extend_method: "DYNAMIC_NTK", or "None" for the plain table at any length (mindformers' yaml key).
+        extend_method: "DYNAMIC_NTK"; "PI", which divides positions by scaling_factor; "NTK", which multiplies theta by
+            it; or "None", the plain table at any length. Names and meanings are those of mindformers' yaml key
+            (modules/layers.py, FreqsMgr).
         rotary_dtype: what the tables are rounded to; angles are always float32.
+        scaling_factor: for PI and NTK.
     """
 
     def __init__(
@@ -38,11 +41,14 @@ class RotaryTable:
         base_seqlen: int = 8192,
         extend_method: str = "DYNAMIC_NTK",
         rotary_dtype: str = "float32",
+        scaling_factor: float = 1.0,
     ) -> None:
         self._head_dim = head_dim
         self._training_seqlen = training_seqlen
         self._base_seqlen = base_seqlen
         self._dynamic = extend_method == "DYNAMIC_NTK"
+        self._theta = THETA * (scaling_factor if extend_method == "NTK" else 1.0)
+        self._interpolation = np.float32(scaling_factor if extend_method == "PI" else 1.0)
         self._round = _ROUND[rotary_dtype]
 
     def tables(self, positions: np.ndarray, sequence_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +63,8 @@ class RotaryTable:
         for length in np.unique(sequence_lens):
             chosen = sequence_lens == length
             alpha, scale = self.extension(int(length))
-            angles = positions[chosen, None].astype(np.float32) * _inverse_frequencies(self._head_dim, alpha)
+            scaled = positions[chosen, None].astype(np.float32) / self._interpolation
+            angles = scaled * _inverse_frequencies(self._head_dim, self._theta, alpha)
             cos[chosen] = np.cos(angles) * np.float32(scale)
             sin[chosen] = np.sin(angles) * np.float32(scale)
         return cos.astype(self._round).astype(np.float32), sin.astype(self._round).astype(np.float32)
@@ -73,8 +80,8 @@ class RotaryTable:
 
 
 @lru_cache(maxsize=64)
-def _inverse_frequencies(head_dim: int, alpha: float) -> np.ndarray:
+def _inverse_frequencies(head_dim: int, base: float, alpha: float) -> np.ndarray:
     """[head_dim / 2] float32."""
-    theta = np.float32(THETA * alpha ** (head_dim / (head_dim - 2)))
+    theta = np.float32(base * alpha ** (head_dim / (head_dim - 2)))
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return (np.float32(1.0) / theta**exponents).astype(np.float32)

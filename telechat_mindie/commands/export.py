@@ -1,0 +1,57 @@
+"""`telechat-mindie export`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+
+def export(
+    model_path: Path = typer.Argument(None, help="A model directory; or name a released size with --variant."),
+    variant: str = typer.Option(None, "--variant", help="3b, 7b, 35b, 115b or 39b-a12b."),
+    tp: int = typer.Option(None, "--tp", help="Tensor parallel size; default: the directory's, or 1."),
+    dtype: str = typer.Option(None, "--dtype", help="float16 or bfloat16; default: the directory's, or as published."),
+    output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
+    block_size: int = typer.Option(128, "--block-size", help="Tokens of a KV cache block."),
+    external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
+    force: bool = typer.Option(False, "--force", help="Replace files that exist."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
+    from telechat_mindie.commands.output import print_json
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.variants import VARIANTS, label_for
+
+    if (model_path is None) == (variant is None):
+        raise InputError("name one of the two", where="MODEL_PATH, --variant")
+    if variant is not None:
+        if variant not in VARIANTS:
+            raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
+        config = VARIANTS[variant]
+        tp = tp or 1
+        dtype = dtype or ("bfloat16" if config.is_moe else "float16")
+    else:
+        directory = ModelDir.open(model_path)
+        config = directory.config
+        tp = tp or directory.tp
+        dtype = dtype or directory.serving.dtype
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore warns of every shape check that it evaluates again
+    from telechat_mindie.model.export import export as run
+
+    report = run(
+        config,
+        tp,
+        output,
+        dtype,
+        f"telechat2_{variant or label_for(config)}",
+        block_size=block_size,
+        external_cache=external_cache,
+        force=force,
+    )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print(report.table())

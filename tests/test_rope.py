@@ -1,0 +1,66 @@
+"""The rotary tables against the formulas written out once more, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telechat_mindie.model.rope import RotaryTable
+
+HEAD_DIM = 16
+
+
+def angles(positions, theta=10000.0):
+    return positions[:, None] * theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+
+
+@given(st.integers(1, 4096), st.sampled_from([(8192, 8192), (32, 16), (64, 64), (128, 512)]))
+def test_dynamic_ntk(length, lengths):
+    trained, base = lengths
+    positions = np.array([0, length // 2, length - 1])
+    cos, sin = RotaryTable(HEAD_DIM, trained, base).tables(positions, np.full(3, length))
+    seen = max(length, trained)
+    alpha = max(2 ** math.ceil(math.log2(seen / base) + 1) - 1, 1)
+    scale = 1 if seen <= trained else 0.1 * math.log(seen / trained) + 1
+    wanted = angles(positions, 10000.0 * alpha ** (HEAD_DIM / (HEAD_DIM - 2)))
+    # float32 angles: a relative error of 1e-7 of an angle of up to `length` radians.
+    np.testing.assert_allclose(cos, np.cos(wanted) * scale, atol=2e-6 + 3e-7 * length)
+    np.testing.assert_allclose(sin, np.sin(wanted) * scale, atol=2e-6 + 3e-7 * length)
+
+
+def test_length_is_per_sequence():
+    table = RotaryTable(HEAD_DIM, 32, 16)
+    positions, lengths = np.array([3, 3, 3]), np.array([8, 100, 300])
+    together = table.tables(positions, lengths)
+    for row in range(3):
+        alone = table.tables(positions[row : row + 1], lengths[row : row + 1])
+        np.testing.assert_array_equal(together[0][row], alone[0][0])
+    assert len({tuple(row) for row in together[0]}) == 3
+
+
+def test_up_to_the_trained_length_it_is_the_plain_table():
+    positions, lengths = np.arange(100), np.full(100, 100)
+    extended = RotaryTable(HEAD_DIM, 8192, 8192).tables(positions, lengths)
+    plain = RotaryTable(HEAD_DIM, 8192, 8192, "None").tables(positions, lengths)
+    np.testing.assert_array_equal(extended[0], plain[0])
+
+
+def test_mindformers_other_methods():
+    positions, lengths = np.arange(0, 4000, 400), np.full(10, 4000)
+    interpolated, _ = RotaryTable(HEAD_DIM, extend_method="PI", scaling_factor=4.0).tables(positions, lengths)
+    np.testing.assert_allclose(interpolated, np.cos(angles(positions / 4)), atol=1e-4)
+    stretched, _ = RotaryTable(HEAD_DIM, extend_method="NTK", scaling_factor=4.0).tables(positions, lengths)
+    np.testing.assert_allclose(stretched, np.cos(angles(positions, 40000.0)), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding(dtype):
+    positions, lengths = np.arange(50), np.full(50, 50)
+    exact, _ = RotaryTable(HEAD_DIM).tables(positions, lengths)
+    rounded, _ = RotaryTable(HEAD_DIM, rotary_dtype=dtype).tables(positions, lengths)
+    error = np.abs(rounded - exact).max()
+    assert 0 < error <= {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
