@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 
 from telechat_mindie.model.kernels.ascend import AscendKernels
 
@@ -73,14 +73,14 @@ def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, lengths: Tenso
     return rotated[0], rotated[1]
 
 
-def _write(key: Tensor, value: Tensor, key_cache: Parameter, value_cache: Parameter, slots: Tensor) -> Tensor:
+def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Tensor:
     for new, cache in ((key, key_cache), (value, value_cache)):
         rows = cache.asnumpy().copy()
         flat = rows.reshape(-1, *cache.shape[2:])
         for row, slot in zip(new.asnumpy().reshape(-1, *cache.shape[2:]), slots.asnumpy(), strict=True):
             if slot >= 0:
                 flat[slot] = row
-        cache.set_data(Tensor(rows))
+        cache.copy_(Tensor(rows))
     return key
 
 
@@ -123,8 +123,8 @@ class _PagedAttention:
     def __call__(
         self,
         query: Tensor,
-        key_cache: Parameter,
-        value_cache: Parameter,
+        key_cache: Tensor,
+        value_cache: Tensor,
         tables: Tensor,
         context_lens: Tensor,
         scale: None,
