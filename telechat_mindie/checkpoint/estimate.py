@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint.blocks import BLOCK_BYTES, TURN_BYTES
+from telechat_mindie.checkpoint.direct_io import STAGING_BYTES
 from telechat_mindie.checkpoint.hugging_face import read_index
 from telechat_mindie.checkpoint.mapping import check_names
 from telechat_mindie.checkpoint.pipeline import DEPTH
@@ -63,7 +64,8 @@ def peak_memory(plan: Plan) -> int:
     """Bytes of anonymous memory that a conversion holds, whatever the model's size."""
     turned = [target for shard in plan.shards for target in shard.targets if target.transposed]
     largest = max((target.shape[-1] * target.shape[-2] for target in turned), default=0)
-    return INTERPRETER_BYTES + (2 * DEPTH + 3) * BLOCK_BYTES + min(TURN_BYTES, 4 * largest)
+    staging = 2 * plan.tp * STAGING_BYTES  # a shard is synced while the next is written
+    return INTERPRETER_BYTES + (2 * DEPTH + 3) * BLOCK_BYTES + staging + min(TURN_BYTES, 4 * largest)
 
 
 @dataclass(frozen=True)

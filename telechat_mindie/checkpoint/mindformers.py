@@ -17,10 +17,8 @@ from telechat_mindie.checkpoint.safetensors_format import read_safetensors
 from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.checkpoint.tensors import StoredTensor
 from telechat_mindie.checkpoint.views import SourceWeight, Tile, float_dtype
-from telechat_mindie.config import TelechatConfig
+from telechat_mindie.config import MAX_RANKS, TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
-
-MAX_RANKS = 1024
 
 Ranks = Sequence[Mapping[str, StoredTensor]]
 """Each rank's tensors by mindformers name; a whole checkpoint is one rank."""

@@ -24,27 +24,25 @@ Progress = Callable[[int], None]
 class Pipeline:
     """Streams shards from a checkpoint into files. Memory: 2 * DEPTH + 3 buffers, and a matrix that is transposed.
 
-    One thread reads, one hashes, one writes; each takes its blocks in order, so a file's bytes come in order too. A
-    fourth flushes what was written, one file at a time.
+    One thread reads, one hashes, one writes; each takes its blocks in order, so a file's bytes come in order too.
     """
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._reader = BlockReader(checkpoint)
-        self._read_pool, self._hash_pool, self._write_pool, self._flush_pool = (
-            ThreadPoolExecutor(1, name) for name in ("read", "hash", "write", "flush")
+        self._read_pool, self._hash_pool, self._write_pool = (
+            ThreadPoolExecutor(1, name) for name in ("read", "hash", "write")
         )
         self._free = deque(np.empty(BLOCK_BYTES, np.uint8) for _ in range(2 * DEPTH + 2))
         self._scratch = np.empty(BLOCK_BYTES, np.uint8)
         self._busy: deque[tuple[list[Future[None]], np.ndarray]] = deque()  # being hashed and written
-        self._flushing: Future[None] | None = None
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (self._read_pool, self._hash_pool, self._write_pool, self._flush_pool):
+        for pool in (self._read_pool, self._hash_pool, self._write_pool):
             pool.shutdown(cancel_futures=True)
         self._reader.close()
 
@@ -62,8 +60,6 @@ class Pipeline:
             self._deliver(*pending.popleft(), files, findings, report)
         while self._busy:
             self._wait()
-        if self._flushing is not None:
-            self._flushing.result()
         report(len(files) * sum(len(frame.prefix) for frame in shard.frames))
         return findings
 
@@ -89,7 +85,7 @@ class Pipeline:
         for rank, part in parts:
             pieces = files[rank].frame(part.reshape(-1).view(np.uint8).data)
             futures.append(self._hash_pool.submit(files[rank].hash, pieces))
-            futures.append(self._write_pool.submit(self._write, files[rank], pieces))
+            futures.append(self._write_pool.submit(files[rank].write, pieces))
             report(part.nbytes)
         self._busy.append((futures, buffer))
 
@@ -105,13 +101,6 @@ class Pipeline:
             found.append((rank, out))
         self._free.append(source)
         return buffer, found
-
-    def _write(self, file: HashedFile, pieces: list[memoryview]) -> None:
-        file.write(pieces)
-        if file.flush_is_due and (self._flushing is None or self._flushing.done()):
-            if self._flushing is not None:
-                self._flushing.result()
-            self._flushing = self._flush_pool.submit(file.flush)
 
     def _take_buffer(self) -> np.ndarray:
         if not self._free:

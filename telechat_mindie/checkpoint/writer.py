@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint.containers import Frame
+from telechat_mindie.checkpoint.direct_io import SequentialFile
 from telechat_mindie.errors import OutputError
-from telechat_mindie.files import DIR_MODE, FILE_MODE, reporting_os_errors
-
-FLUSH_BYTES = 128 << 20
-"""Data of a file that waits in the page cache at most."""
+from telechat_mindie.files import DIR_MODE, reporting_os_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,10 @@ class HashedFile:
         self._frames = deque(frames)
         self._left = 0  # data bytes of the frame that is open
         self._written = 0
-        self._flushed = 0
         self._hash = hashlib.sha256()
         with reporting_os_errors(self._target):
             self._target.parent.mkdir(mode=DIR_MODE, exist_ok=True)
-            self._file = open(self._target, "wb", buffering=0)  # noqa: SIM115 - closed by finish or close
-            os.fchmod(self._file.fileno(), FILE_MODE)
+            self._file = SequentialFile(self._target)
 
     def frame(self, data: memoryview) -> list[memoryview]:
         """`data` with the prefixes that are due in between. Raises OutputError for more data than was planned."""
@@ -72,34 +68,15 @@ class HashedFile:
     def write(self, pieces: Sequence[memoryview]) -> None:
         """Raises OutputError where the disk is full or the file may not grow."""
         with reporting_os_errors(self._target):
-            for piece in pieces:
-                done = 0
-                while done < len(piece):
-                    done += self._file.write(piece[done:])
-                self._written += len(piece)
-
-    @property
-    def flush_is_due(self) -> bool:
-        return self._written - self._flushed >= FLUSH_BYTES
-
-    def flush(self) -> None:
-        """Put what was written on disk and out of the page cache, so that a large file does not fill the memory.
-
-        Raises:
-            OutputError: the disk failed or is full.
-        """
-        written = self._written
-        with reporting_os_errors(self._target):
-            os.fdatasync(self._file.fileno())
-            os.posix_fadvise(self._file.fileno(), 0, written, os.POSIX_FADV_DONTNEED)
-        self._flushed = written
+            self._file.write(pieces)
+        self._written += sum(len(piece) for piece in pieces)
 
     def finish(self) -> FileRecord:
         """Sync and close. Raises OutputError where less data came than was planned."""
         if self._left or self._frames:
             raise OutputError("came out too short", where=self._target, found=f"{self._written} bytes")
         with reporting_os_errors(self._target):
-            os.fsync(self._file.fileno())
+            self._file.sync()
         self.close()
         return FileRecord(self._path, self._written, self._hash.hexdigest())
 
