@@ -13,6 +13,8 @@ from telechat_mindie.files import read_json
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+MAX_RANKS = 1024
+
 MODEL_TYPES = ("telechat", "telechat2", "telechat2_moe")
 ARCHITECTURES = ("telechatforcausallm", "telechat2forcausallm", "telechatmoeforcausallm", "telechat2moeforcausallm")
 
@@ -159,7 +161,9 @@ class TelechatConfig:
     def allowed_tp(self) -> tuple[int, ...]:
         """The tensor parallel sizes that divide heads, kv heads, feed-forward and vocabulary alike."""
         sizes = (self.num_heads, self.num_kv_heads, self.ffn_size, self.vocab_size)
-        return tuple(tp for tp in range(1, self.num_kv_heads + 1) if all(size % tp == 0 for size in sizes))
+        return tuple(
+            tp for tp in range(1, min(MAX_RANKS, self.num_kv_heads) + 1) if all(size % tp == 0 for size in sizes)
+        )
 
     def check_tp(self, tp: int) -> None:
         """Raises ConfigError, naming the allowed values, where the model cannot be split into `tp` ranks."""
@@ -275,7 +279,7 @@ def _check_type(key: str, value: Any) -> None:
     if key in SPELLINGS["tie_word_embeddings"] + SPELLINGS["embed_layernorm"]:
         kind = bool
     elif key in SPELLINGS["torch_dtype"]:
-        if value not in ITEM_BYTES:
+        if not isinstance(value, str) or value not in ITEM_BYTES:
             raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(ITEM_BYTES)}", found=value)
         return
     if type(value) is not kind:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.config import ITEM_BYTES, TelechatConfig
+from telechat_mindie.config import ITEM_BYTES, MAX_RANKS, TelechatConfig
 from telechat_mindie.errors import ConfigError, ModelDirError
 from telechat_mindie.files import read_json, read_yaml
 
@@ -97,6 +97,8 @@ class ModelDir:
                 advice="Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`.",
             )
         manifest = read_json(path / MANIFEST)
+        if type(manifest.get("tp")) is int and not 1 <= manifest["tp"] <= MAX_RANKS:
+            raise ModelDirError("tp is out of range", where=path / MANIFEST, found=manifest["tp"], advice=_REBUILD)
         for key, kind in (("tp", int), ("dtype", str), ("qkv_concat", bool), ("files", dict)):
             if type(manifest.get(key)) is not kind:
                 raise ModelDirError(f"manifest lacks {key}", where=path / MANIFEST, advice=_REBUILD)
@@ -141,7 +143,7 @@ def _serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
     kinds = {field.name: field.type for field in fields(ServingConfig)}
     for name, key in YAML_KEYS.items():
         value = model_config.get(key)
-        if kinds[name] == "float" and type(value) is int:
+        if kinds[name] == "float" and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         if type(value).__name__ != kinds[name]:
             raise ConfigError("has the wrong type", where=f"{where}: {key}", expected=kinds[name], found=repr(value))

@@ -110,6 +110,7 @@ def test_architectures_seen_in_the_wild(name):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"torch_dtype": "int8"}, "torch_dtype"),
+        ({"torch_dtype": []}, "torch_dtype"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
         ({"eos_token_id": 512}, "eos_token_id"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
