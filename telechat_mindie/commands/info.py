@@ -14,6 +14,7 @@ def info(
 ) -> None:
     """Say what a model directory holds, and how many tokens fit into a given cache."""
     from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.model.kernels.selection import describe_cpu_kernels
     from telechat_mindie.model_dir import ModelDir
     from telechat_mindie.units import format_bytes
 
@@ -43,6 +44,7 @@ def info(
         "block_size": serving.block_size,
         "weight_bytes_per_rank": weight_bytes,
         "kv_bytes_per_token_per_rank": per_token,
+        "cpu_kernels": describe_cpu_kernels(serving.dtype, tp),
         "kv_gb": kv_gb,
         "kv_tokens": blocks * serving.block_size,
         "kv_sequences": blocks * serving.block_size // serving.max_seq_len,
@@ -66,6 +68,7 @@ def info(
             ("dtype", f"{serving.dtype}, qkv_concat {'on' if directory.manifest['qkv_concat'] else 'off'}"),
             ("tensor parallel", f"{tp}, {format_bytes(weight_bytes)} of weights a rank"),
             ("longest sequence", f"{serving.max_seq_len} tokens, blocks of {serving.block_size}"),
+            ("CPU kernels", str(facts["cpu_kernels"])),
             ("KV cache", f"{per_token:,} bytes a token and rank"),
             (
                 f"{kv_gb} GB of cache",

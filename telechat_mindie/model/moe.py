@@ -57,7 +57,7 @@ class MoE(nn.Cell):
         mixed = self.parallel.sum(
             self.kernels.experts(normed, gates, self.ffn.w1.weight, self.ffn.w3.weight, self.ffn.w2.weight)
         )
-        bias = ops.matmul(gates, self.ffn.w2.bias.reshape(self.num_experts, self.hidden))
+        bias = ops.matmul(gates, ops.cast(self.ffn.w2.bias, gates.dtype).reshape(self.num_experts, self.hidden))
         return x + mixed + bias
 
     def gates(self, normed: Tensor) -> Tensor:

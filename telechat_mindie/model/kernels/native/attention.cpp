@@ -1,0 +1,309 @@
+// Rotary embedding, cache write and attention over the paged context, for tokens of any number of sequences at once.
+//
+// The new tokens' own keys and values are read from the call, not from the cache: a token that is not to be written is
+// still seen by its sequence. Softmax runs over blocks of keys with a running maximum (Milakov and Gimelshein, "Online
+// normalizer calculation for softmax"), so that scratch does not grow with the context.
+#include <limits>
+#include <vector>
+
+#include "attention_tiles.h"
+#include "pool.h"
+
+namespace telechat {
+namespace {
+
+// Query rows (tokens x heads of a group) that a task aims at.
+constexpr size_t kQueryRows = 16;
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+
+// A row of the sequences' table: where its new tokens stand in the call, and its blocks.
+struct Sequence {
+  size_t first;    // token of the call
+  size_t count;    // new tokens
+  size_t context;  // with the new ones
+  const int32_t* blocks;
+};
+
+struct Problem {
+  size_t tokens, heads, kv_heads, head_dim, block_size, cache_rows;
+  std::vector<Sequence> sequences;
+  const int32_t* slots;
+  const float* rotary;
+  const float* qkv;
+  const bool* mask;  // [tokens, mask_width], or null: causal
+  size_t mask_width;
+  float* out;
+
+  size_t width() const { return kv_heads * head_dim; }
+  size_t packed() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Query rows of a task, its context block by block.
+struct Task {
+  size_t sequence;
+  size_t first;  // among the sequence's new tokens
+  size_t count;
+  size_t kv_head;
+};
+
+template <class C>
+class Attention {
+ public:
+  Attention(const Problem& problem, C* keys, C* values)
+      : problem_(problem), keys_(keys), values_(values), depth_(round_up(problem.head_dim, kLanes)) {
+    queries_ = scratch<kRotated>(problem.tokens * (problem.heads + problem.kv_heads) * problem.head_dim);
+    new_keys_ = queries_ + problem.tokens * problem.heads * problem.head_dim;
+  }
+
+  void run() {
+    const size_t group = problem_.heads / problem_.kv_heads;
+    const size_t tile = std::max<size_t>(1, kQueryRows / group);
+    std::vector<Task> tasks;
+    for (size_t s = problem_.sequences.size(); s-- > 0;) {
+      const Sequence& sequence = problem_.sequences[s];
+      for (size_t first = 0; first < sequence.count; first += tile) {
+        for (size_t head = 0; head < problem_.kv_heads; ++head) {
+          tasks.push_back({s, first, std::min(tile, sequence.count - first), head});
+        }
+      }
+      clear(sequence.first + sequence.count, s + 1 < problem_.sequences.size() ? problem_.sequences[s + 1].first
+                                                                               : problem_.tokens);
+    }
+    clear(0, problem_.sequences.empty() ? problem_.tokens : problem_.sequences[0].first);
+    parallel_for((problem_.tokens + 7) / 8, [&](size_t index) {
+      for (size_t t = index * 8; t < std::min(index * 8 + 8, problem_.tokens); ++t) enter(t);
+    });
+    parallel_for(tasks.size(), [&](size_t index) { attend(tasks[index]); });
+  }
+
+ private:
+  void clear(size_t begin, size_t end) {  // tokens of no sequence
+    const size_t size = problem_.heads * problem_.head_dim;
+    if (begin < end) std::fill_n(problem_.out + begin * size, (end - begin) * size, 0.0f);
+  }
+
+  // Rotates a token's query and key, and writes key and value to its slot.
+  void enter(size_t token) {
+    const size_t dim = problem_.head_dim, width = problem_.width();
+    const float* qkv = problem_.qkv + token * problem_.packed();
+    const float* rotary = problem_.rotary + token * dim;
+    float* query = queries_ + token * problem_.heads * dim;
+    float* key = new_keys_ + token * width;
+    const float scale = 1.0f / std::sqrt(float(dim));
+    for (size_t h = 0; h < problem_.heads; ++h) rotate(qkv + h * dim, rotary, dim, scale, query + h * dim);
+    qkv += problem_.heads * dim;
+    for (size_t h = 0; h < problem_.kv_heads; ++h) rotate(qkv + h * dim, rotary, dim, 1.0f, key + h * dim);
+    if (problem_.slots[token] < 0) return;
+    const size_t row = size_t(problem_.slots[token]) * width;
+    for (size_t i = 0; i < width; ++i) {
+      narrow(key[i], keys_ + row + i);
+      narrow(qkv[width + i], values_ + row + i);
+    }
+  }
+
+  void attend(const Task& task) {
+    const Sequence& sequence = problem_.sequences[task.sequence];
+    const size_t dim = problem_.head_dim, group = problem_.heads / problem_.kv_heads, rows = task.count * group;
+    const size_t history = sequence.context - sequence.count;
+    float* queries = scratch<kTile>(rows * (2 * depth_ + kKeys + 3) + 2 * kKeys * depth_);
+    float* sums = queries + rows * depth_;
+    float* copies = sums + rows * depth_;  // keys, then values, that cannot be read where they lie
+    float* scores = copies + 2 * kKeys * depth_;
+    float* peaks = scores + rows * kKeys;
+    float* totals = peaks + rows;
+    float* fades = totals + rows;
+    for (size_t r = 0; r < rows; ++r) {
+      const size_t token = sequence.first + task.first + r / group, head = task.kv_head * group + r % group;
+      std::copy_n(queries_ + (token * problem_.heads + head) * dim, dim, queries + r * depth_);
+      std::fill(queries + r * depth_ + dim, queries + (r + 1) * depth_, 0.0f);
+      peaks[r] = kUnseen;
+      totals[r] = 0.0f;
+    }
+    std::fill_n(sums, rows * depth_, 0.0f);
+    const size_t limit = problem_.mask ? sequence.context : history + task.first + task.count;
+    for (size_t begin = 0; begin < limit; begin += kKeys) {
+      const size_t count = std::min(kKeys, limit - begin);
+      const float *keys[kKeys], *values[kKeys];
+      for (size_t j = 0; j < count; ++j) locate(sequence, begin + j, task.kv_head, copies, j, &keys[j], &values[j]);
+      size_t r = 0;
+      for (; r + 2 <= rows; r += 2) score_rows<2>(queries + r * depth_, depth_, keys, count, scores + r * kKeys);
+      if (r < rows) score_rows<1>(queries + r * depth_, depth_, keys, count, scores + r * kKeys);
+      for (r = 0; r < rows; ++r) {
+        const size_t index = task.first + r / group;
+        weigh(sequence.first + index, history + index, begin, count, scores + r * kKeys, &peaks[r], &totals[r],
+              &fades[r]);
+      }
+      for (r = 0; r + 2 <= rows; r += 2) {
+        mix_rows<2>(scores + r * kKeys, fades + r, depth_, values, count, sums + r * depth_);
+      }
+      if (r < rows) mix_rows<1>(scores + r * kKeys, fades + r, depth_, values, count, sums + r * depth_);
+    }
+    for (size_t r = 0; r < rows; ++r) {
+      const size_t token = sequence.first + task.first + r / group, head = task.kv_head * group + r % group;
+      float* to = problem_.out + (token * problem_.heads + head) * dim;
+      const float scale = totals[r] > 0.0f ? 1.0f / totals[r] : totals[r];  // 0 where nothing is seen; NaN stays
+      for (size_t d = 0; d < dim; ++d) to[d] = sums[r * depth_ + d] * scale;
+    }
+  }
+
+  // Where key and value of a position of the context can be read: in this call, in the cache, or copied to `copies`.
+  void locate(const Sequence& sequence, size_t position, size_t kv_head, float* copies, size_t j, const float** key,
+              const float** value) const {
+    const size_t dim = problem_.head_dim, history = sequence.context - sequence.count;
+    float* key_copy = copies + j * depth_;
+    float* value_copy = copies + (kKeys + j) * depth_;
+    if (position >= history) {
+      const size_t token = sequence.first + position - history;
+      const float* fresh = problem_.qkv + token * problem_.packed() + (problem_.heads + problem_.kv_heads) * dim;
+      place(new_keys_ + token * problem_.width() + kv_head * dim, key_copy, key);
+      place(fresh + kv_head * dim, value_copy, value);
+      return;
+    }
+    const size_t block = size_t(sequence.blocks[position / problem_.block_size]);
+    const size_t row = block * problem_.block_size + position % problem_.block_size;
+    place(keys_ + row * problem_.width() + kv_head * dim, key_copy, key);
+    place(values_ + row * problem_.width() + kv_head * dim, value_copy, value);
+  }
+
+  void place(const float* from, float* copy, const float** to) const {
+    if (depth_ == problem_.head_dim) {
+      *to = from;
+    } else {
+      place<float>(from, copy, to);
+    }
+  }
+
+  template <class T>
+  void place(const T* from, float* copy, const float** to) const {
+    const size_t dim = problem_.head_dim;
+    size_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(copy + d, load(from + d));
+    for (; d < dim; ++d) copy[d] = widen(from[d]);
+    for (; d < depth_; ++d) copy[d] = 0.0f;
+    *to = copy;
+  }
+
+  // Scores of one query row become weights relative to the largest so far; `fade` is what earlier weights shrink by.
+  void weigh(size_t token, size_t position, size_t begin, size_t count, float* scores, float* peak, float* total,
+             float* fade) const {
+    if (problem_.mask) {
+      const bool* seen = problem_.mask + token * problem_.mask_width + begin;
+      for (size_t j = 0; j < count; ++j) scores[j] = seen[j] ? scores[j] : kUnseen;
+    } else {
+      for (size_t j = position >= begin ? position - begin + 1 : 0; j < count; ++j) scores[j] = kUnseen;
+    }
+    for (size_t j = count; j < round_up(count, kLanes); ++j) scores[j] = kUnseen;
+    Lanes top = load(scores);
+    for (size_t j = kLanes; j < count; j += kLanes) top = maximum(top, load(scores + j));
+    const float raised = std::max(*peak, largest(top));
+    if (raised == kUnseen) {  // nothing seen yet, or nothing but NaN, which a maximum passes over
+      for (size_t j = 0; j < count; ++j) {
+        if (std::isnan(scores[j])) *total = scores[j];
+        scores[j] = 0.0f;
+      }
+      *fade = 1.0f;
+      return;
+    }
+    *fade = *peak == kUnseen ? 0.0f : std::exp(*peak - raised);
+    *peak = raised;
+    Lanes added = zero();
+    for (size_t j = 0; j < count; j += kLanes) {
+      const Lanes weights = exponential(add(load(scores + j), splat(-raised)));
+      store(scores + j, weights);
+      added = add(added, weights);
+    }
+    *total = *total * *fade + sum(added);
+  }
+
+  const Problem& problem_;
+  C* keys_;
+  C* values_;
+  size_t depth_;  // head_dim rounded up to whole vectors
+  float* queries_;
+  float* new_keys_;
+};
+
+// The sequences' table [B, 3 + W]: first token, new tokens, context, then the blocks. A row without new tokens is padding.
+std::vector<Sequence> read_sequences(const Argument& table, const Problem& problem) {
+  const size_t columns = table.size(1);
+  expect(columns >= 3, "sequences have fewer than three columns");
+  std::vector<Sequence> found;
+  size_t end = 0;
+  for (size_t s = 0; s < table.size(0); ++s) {
+    const int32_t* row = table.as<const int32_t>() + s * columns;
+    if (row[1] == 0) continue;
+    expect(row[0] >= 0 && row[1] > 0 && row[2] >= row[1], "a sequence has a negative length");
+    const Sequence sequence{size_t(row[0]), size_t(row[1]), size_t(row[2]), row + 3};
+    expect(sequence.first >= end && sequence.first + sequence.count <= problem.tokens,
+           "a sequence's tokens lie outside the call or overlap");
+    end = sequence.first + sequence.count;
+    const size_t history = sequence.context - sequence.count;
+    const size_t blocks = (history + problem.block_size - 1) / problem.block_size;
+    expect(blocks <= columns - 3, "a sequence has too few blocks");
+    for (size_t b = 0; b < blocks; ++b) {
+      const int32_t block = sequence.blocks[b];
+      if (block < 0 || (size_t(block) + 1) * problem.block_size > problem.cache_rows) {
+        throw Fault{"block " + std::to_string(block) + " lies outside the cache"};
+      }
+    }
+    expect(!problem.mask || sequence.context <= problem.mask_width, "the mask is narrower than a context");
+    found.push_back(sequence);
+  }
+  return found;
+}
+
+}  // namespace
+
+// qkv [T, (heads + 2 kv heads) * D], key and value cache [rows, kv heads * D] (written in place), rotary [T, D] (cosines,
+// sines), slots [T] (-1: do not write), sequences [B, 3 + W], block size [1], mask [T, C] bool where it is not causal
+// -> [T, heads * D]; zero for tokens of no sequence
+TELECHAT_KERNEL(telechat_attention) {
+  return guarded("attention", [&] {
+    const Arguments arguments(count, data, ranks, shapes, dtypes);
+    arguments.expect_count(8, 9);
+    const Argument qkv = arguments.get(0, 2, Dtype::kFloat, "qkv");
+    const Argument keys = arguments.get(1, 2, "key cache"), values = arguments.get(2, 2, keys.dtype, "value cache");
+    const Argument rotary = arguments.get(3, 2, Dtype::kFloat, "rotary");
+    const Argument slots = arguments.get(4, 1, Dtype::kInt, "slots");
+    const Argument table = arguments.get(5, 2, Dtype::kInt, "sequences");
+    const Argument block_size = arguments.get(6, 1, Dtype::kInt, "block size");
+    const Argument out = arguments.get(count - 1, 2, Dtype::kFloat, "output");
+    Problem problem{};
+    problem.tokens = qkv.size(0);
+    problem.head_dim = rotary.size(1);
+    expect(problem.head_dim > 0 && problem.head_dim % 2 == 0, "head dimension is odd");
+    expect(keys.size(1) > 0 && keys.size(1) % problem.head_dim == 0, "cache width is not whole heads");
+    problem.kv_heads = keys.size(1) / problem.head_dim;
+    expect(out.size(1) > 0 && out.size(1) % keys.size(1) == 0, "heads are not a multiple of the kv heads");
+    problem.heads = out.size(1) / problem.head_dim;
+    expect(qkv.size(1) == problem.packed(), "qkv has the wrong width");
+    expect(values.size(0) == keys.size(0) && values.size(1) == keys.size(1), "the caches differ in shape");
+    expect(rotary.size(0) == problem.tokens && slots.size(0) == problem.tokens && out.size(0) == problem.tokens,
+           "inputs differ in tokens");
+    expect(block_size.size(0) == 1 && *block_size.as<const int32_t>() > 0, "block size is not positive");
+    problem.block_size = size_t(*block_size.as<const int32_t>());
+    problem.cache_rows = keys.size(0);
+    problem.slots = slots.as<const int32_t>();
+    for (size_t t = 0; t < problem.tokens; ++t) {
+      if (problem.slots[t] < -1 || problem.slots[t] >= int64_t(problem.cache_rows)) {
+        throw Fault{"slot " + std::to_string(problem.slots[t]) + " lies outside the cache"};
+      }
+    }
+    if (count == 9) {
+      const Argument mask = arguments.get(7, 2, Dtype::kBool, "mask");
+      expect(mask.size(0) == problem.tokens, "inputs differ in tokens");
+      problem.mask = mask.as<const bool>();
+      problem.mask_width = mask.size(1);
+    }
+    problem.sequences = read_sequences(table, problem);
+    problem.rotary = rotary.as<const float>();
+    problem.qkv = qkv.as<const float>();
+    problem.out = out.as<float>();
+    with_stored(keys, "cache", [&](auto* stored) {
+      using C = std::decay_t<decltype(*stored)>;
+      Attention<C>(problem, keys.as<C>(), values.as<C>()).run();
+    });
+  });
+}
+
+}  // namespace telechat
