@@ -1,0 +1,41 @@
+"""`telechat-mindie check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def check(
+    model_path: Path = typer.Argument(help="A model directory."),
+    service_config: Path = typer.Option(None, "--service-config", help="The conf/config.json that will serve it."),
+    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
+    mindie_home: Path = typer.Option(None, "--mindie-home", help="Where certificates are; default: the environment's."),
+    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    full: bool = typer.Option(False, "--full", help="Hash every file and compare with the manifest."),
+    fix: bool = typer.Option(False, "--fix", help="Repair modes first; nothing else is changed."),
+    timeout: float = typer.Option(300, "--timeout", min=1, help="Seconds for importing the modules."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Check a model directory, and the service config for it, as far as that goes without an NPU.
+
+    Exit codes: 0 clean, 1 warnings, 2 errors.
+    """
+    from telechat_mindie.commands.findings import show_report
+    from telechat_mindie.commands.output import byte_progress
+    from telechat_mindie.service.check import CheckOptions
+    from telechat_mindie.service.check import check as run
+
+    options = CheckOptions(
+        service_config=service_config,
+        generation=mindie,
+        device_mem_gb=device_mem,
+        full=full,
+        fix=fix,
+        mindie_home=mindie_home,
+        timeout=timeout,
+    )
+    with byte_progress("hashing") as start:
+        report = run(model_path, options, start)
+    show_report(str(model_path), report, as_json=as_json)

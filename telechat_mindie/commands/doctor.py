@@ -1,0 +1,50 @@
+"""`telechat-mindie doctor`."""
+
+from __future__ import annotations
+
+import typer
+
+
+def doctor(
+    matrix: bool = typer.Option(False, "--matrix", help="Print which versions work together, with the sources."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Say what this machine has of what MindIE needs, and what works without the rest.
+
+    Exit codes: 0 ready to launch, 1 warnings, 2 errors.
+    """
+    if matrix:
+        _print_matrix(as_json)
+        return
+    from telechat_mindie.commands.findings import show_report
+    from telechat_mindie.service.doctor import diagnose
+
+    show_report("this machine", diagnose(), as_json=as_json)
+
+
+def _print_matrix(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.service.doctor.support import mindie_releases, stacks, stacks_source
+
+    if as_json:
+        print_json(
+            {
+                "mindie": [asdict(release) for release in mindie_releases()],
+                "mindspore": [asdict(stack) for stack in stacks()],
+                "mindspore_source": stacks_source(),
+            }
+        )
+        return
+    print_table(
+        "MindIE",
+        [(row.versions, "yes" if row.ms_backend else "no", row.config or "-", row.source) for row in mindie_releases()],
+        ("MindIE", "backendType ms", "--mindie", "source"),
+    )
+    print_table(
+        "MindSpore",
+        [(row.mindformers, row.mindspore, row.cann, row.driver or "?", row.telechat_mindie) for row in stacks()],
+        ("mindformers", "MindSpore", "CANN", "driver", "telechat-mindie"),
+    )
+    print(f"source: {stacks_source()}")

@@ -1,0 +1,73 @@
+"""`telechat-mindie manifests`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def manifests(
+    model_path: Path = typer.Argument(help="A model directory."),
+    kind: str = typer.Option(..., "--kind", help="docker or k8s."),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder to make."),
+    image: str = typer.Option(None, "--image", help="Image with MindIE and this package; the Dockerfile makes one."),
+    replicas: int = typer.Option(
+        1, "--replicas", help="Containers, each with as many cards as the model was built for."
+    ),
+    devices: str = typer.Option(None, "--devices", help="docker: cards of this machine, as 0-7."),
+    namespace: str = typer.Option("mindie", "--namespace", help="k8s: namespace."),
+    claim: str = typer.Option(None, "--claim", help="k8s: PersistentVolumeClaim with the model; default: hostPath."),
+    tls_secret: str = typer.Option(None, "--tls-secret", help="k8s: Secret with the certificates."),
+    resource: str = typer.Option("huawei.com/Ascend910", "--resource", help="k8s: the cards' resource name."),
+    mindie_home: str = typer.Option(
+        "/usr/local/Ascend/mindie/latest/mindie-service", "--mindie-home", help="MindIE's home in the image."
+    ),
+    shm_gb: int = typer.Option(16, "--shm-gb", help="/dev/shm of a container, in GB."),
+    startup_minutes: int = typer.Option(30, "--startup-minutes", help="How long loading may take."),
+    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
+    max_input_len: int = typer.Option(None, "--max-input-len", help="Tokens of a prompt."),
+    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
+    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE of conf/config.json; repeatable."),
+    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
+    force: bool = typer.Option(False, "--force", help="Replace a folder that this command made."),
+    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Write what runs a model directory in containers: a docker compose file, or Kubernetes manifests."""
+    from telechat_mindie.commands.output import print_json
+    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.service.facts import model_facts
+    from telechat_mindie.service.manifests import DEFAULT_IMAGE, ManifestOptions, write_manifests
+    from telechat_mindie.service.options import ServiceOptions
+
+    service = ServiceOptions(
+        devices=devices,
+        device_mem_gb=device_mem,
+        max_seq_len=max_seq_len,
+        max_input_len=max_input_len,
+        insecure_http=insecure_http,
+        generation=mindie,
+        overrides=tuple(set_),
+    )
+    options = ManifestOptions(
+        kind=kind,
+        image=image or DEFAULT_IMAGE,
+        replicas=replicas,
+        namespace=namespace,
+        claim=claim,
+        tls_secret=tls_secret,
+        mindie_home=mindie_home,
+        resource=resource,
+        shm_gb=shm_gb,
+        startup_minutes=startup_minutes,
+        service=service,
+    )
+    files = write_manifests(output, model_facts(ModelDir.open(model_path)), options, force=force)
+    if as_json:
+        print_json({"output": str(output), "files": files})
+        return
+    command = f"kubectl apply -k {output}" if kind == "k8s" else f"docker compose -f {output}/compose.yaml up -d"
+    print(f"{output}: {', '.join(files)}")
+    print(f"next: docker build --build-arg MINDIE_IMAGE=IMAGE:TAG -t {options.image} {output}")
+    print(f"then: {command}")

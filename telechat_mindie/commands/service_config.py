@@ -1,0 +1,140 @@
+"""`telechat-mindie service-config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from telechat_mindie.service.render import RenderedConfig
+
+
+EXPLAIN_WIDTH = 76  # of the column of values; a longer one moves the rest of its line
+
+
+def service_config(
+    model_path: Path = typer.Argument(help="A model directory."),
+    output: Path = typer.Option(None, "--output", "-o", help="File to write; default: print it."),
+    devices: str = typer.Option(None, "--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones."),
+    instances: int = typer.Option(
+        1, "--instances", help="Copies of the model, each on as many cards as it was built for."
+    ),
+    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    reserve: float = typer.Option(None, "--reserve", help="GB of a card kept free; default: a fifth of it."),
+    dynamic_kv: bool = typer.Option(False, "--dynamic-kv", help="npuMemSize -1: the KV cache takes what is left."),
+    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
+    max_input_len: int = typer.Option(None, "--max-input-len", help="Tokens of a prompt."),
+    request_tokens: int = typer.Option(1024, "--request-tokens", help="Tokens of a typical request, to size batches."),
+    port_base: int = typer.Option(None, "--port-base", help="First of three ports; the next free ones are taken."),
+    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
+    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
+    template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
+    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
+    mindie_home: Path = typer.Option(None, "--mindie-home", help="Where the certificates must be."),
+    force: bool = typer.Option(False, "--force", help="Replace an output file that is not the template."),
+    explain: bool = typer.Option(False, "--explain", help="Print every value with where it comes from."),
+    as_json: bool = typer.Option(False, "--json", help="Print the explanation, or the result, as JSON."),
+) -> None:
+    """Render MindIE's conf/config.json for a model directory."""
+    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.service.facts import model_facts
+    from telechat_mindie.service.options import ServiceOptions
+    from telechat_mindie.service.render import render_service_config
+
+    options = ServiceOptions(
+        devices=devices,
+        instances=instances,
+        device_mem_gb=device_mem,
+        reserve_gb=reserve,
+        dynamic_kv=dynamic_kv,
+        max_seq_len=max_seq_len,
+        max_input_len=max_input_len,
+        request_tokens=request_tokens,
+        port_base=port_base,
+        insecure_http=insecure_http,
+        generation=mindie,
+        template=template,
+        overrides=tuple(set_),
+        mindie_home=mindie_home,
+    )
+    rendered = render_service_config(model_facts(ModelDir.open(model_path)), options)
+    if output is not None:
+        _write(output, rendered, replace=force or (template is not None and _same_file(output, template)))
+    _tell(rendered, mindie_home)
+    if explain:
+        _explain(rendered, str(output or model_path), as_json)
+    elif as_json:
+        _print_result(rendered, output)
+    elif output is None:
+        print(rendered.text, end="")
+    else:
+        print(f"{output}: for MindIE {mindie}, {len(rendered.derived)} values derived; --explain lists them")
+
+
+def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
+    from telechat_mindie.errors import OutputError
+    from telechat_mindie.files import write_file
+
+    if output.is_symlink():
+        raise OutputError("is a symbolic link", where=output, advice="MindIE refuses links; name the real file.")
+    if output.exists() and not replace:
+        raise OutputError(
+            "exists", where=output, advice=f"Patch it with --template {output}, or replace it with --force."
+        )
+    if not output.parent.is_dir():
+        raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
+    write_file(output, rendered.text.encode())
+
+
+def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
+    """On stderr: what MindIE only warns about, and the certificates that are missing or to be provided."""
+    for violation in rendered.warnings:
+        print(f"warning: {violation}", file=sys.stderr)
+    absent = [certificate for certificate in rendered.certificates if certificate.present is not True]
+    if absent:
+        place = "MindIE's home" if mindie_home is None else str(mindie_home)
+        state = "must be in" if mindie_home is None else "are missing in"
+        files = ", ".join(dict.fromkeys(f"{item.file} ({item.path.rpartition('.')[2]})" for item in absent))
+        print(
+            f"note: HTTPS is on, and these files {state} {place}: {files}. --insecure-http is without.", file=sys.stderr
+        )
+
+
+def _explain(rendered: RenderedConfig, title: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from telechat_mindie.commands.output import print_json
+    from telechat_mindie.service.explain import explain
+    from telechat_mindie.service.schema.violations import show
+
+    rows = explain(rendered)
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    table = [(f"{row.path.removeprefix('$.')} = {show(row.value)}", row) for row in rows]
+    width = min(EXPLAIN_WIDTH, max(len(text) for text, _ in table))
+    print(f"{title} (*: other than in the file it was rendered over)")
+    for text, row in table:
+        print(f"{'*' if row.changed else ' '} {text:<{width}}  {row.origin:<14}  {row.reason}".rstrip())
+
+
+def _print_result(rendered: RenderedConfig, output: Path | None) -> None:
+    from dataclasses import asdict
+
+    from telechat_mindie.commands.output import print_json
+
+    print_json(
+        {
+            "output": None if output is None else str(output),
+            "config": rendered.config,
+            "warnings": [asdict(violation) for violation in rendered.warnings],
+            "certificates": [asdict(certificate) for certificate in rendered.certificates],
+        }
+    )
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)

@@ -1,0 +1,164 @@
+"""Environment variables that MindIE and its workers read, against each other and the service config.
+
+A bare `file:line` is of MindIE-LLM v3.0.0.beta.2; docs are below its docs/zh/user_guide/user_manual.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from telechat_mindie.service import ports
+from telechat_mindie.service.check.modes import SKIP_VARIABLE
+from telechat_mindie.service.check.options import CheckOptions
+from telechat_mindie.service.check.service_file import PORTS, device_rows, is_local, value_at
+from telechat_mindie.service.findings import Finding, error, ok, warning
+from telechat_mindie.service.port_holder import port_holder
+from telechat_mindie.service.schema.settings import SERVER
+
+BACKEND_VARIABLE = "MINDIE_LLM_FRAMEWORK_BACKEND"
+
+RANK_PORTS = {"MS_SCHED_PORT": 8090, "LCAL_IF_PORT": 8129}
+"""Ports of the MindSpore scheduler and the ranks' exchange, with their defaults: offline_inference.md:292-295."""
+
+NUMBERS: dict[str, tuple[float, float]] = {
+    "NPU_MEMORY_FRACTION": (0.0, 1.0),  # mindie_llm/utils/env.py:117
+    "RESERVED_MEMORY_GB": (0, 63),  # mindie_llm/utils/env.py
+    "POST_PROCESSING_SPEED_MODE_TYPE": (0, 3),  # mindie_llm/utils/env.py
+    "TOKENIZER_ENCODE_TIMEOUT": (5, 300),  # environment_variable.md
+}
+
+LEFTOVERS = ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID")
+"""mindformers' ModelRunner sets these itself for its ranks; a shell that ran msrun may still have them."""
+
+
+def check_environment(config: Mapping[str, Any] | None, tp: int | None, options: CheckOptions) -> Iterator[Finding]:
+    """The rules, for a config with MindSpore workers.
+
+    Args:
+        config: the content of the service config, None without one.
+        tp: ranks of the model directory, None where it is not known.
+        options: of the check.
+    """
+    found = [
+        *_backend(config, options),
+        *_numbers(options.environment),
+        *_rank_ports(config, tp, options.environment),
+        *_instances(config),
+        *_files(options),
+        *_devices(config, options.environment),
+    ]
+    yield from found
+    if not found:
+        yield ok("environment", "environment", "no variable that MindIE would stumble over")
+
+
+def _backend(config: Mapping[str, Any] | None, options: CheckOptions) -> Iterator[Finding]:
+    """mindie_llm/utils/env.py:152: the tensor backend follows the variable, samplers and wrappers backendType; its case
+    does not matter. With asynchronous scheduling MindSpore workers raise (plugin_manager.py:262)."""
+    value = options.environment.get(BACKEND_VARIABLE)
+    advice = f"export {BACKEND_VARIABLE}=MS; `telechat-mindie launch` sets it."
+    if value is not None and value.lower() != "ms":
+        yield error("framework-backend", BACKEND_VARIABLE, f"is {value}, beside backendType ms", advice)
+    elif value is None and config is not None and options.exported_home is not None:
+        yield warning("framework-backend", BACKEND_VARIABLE, "is not set to MS, as backendType ms needs it", advice)
+    if options.environment.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
+        name = "MINDIE_ASYNC_SCHEDULING_ENABLE"
+        yield error("async-scheduling", name, "is 1, which MindSpore workers refuse", f"unset {name}")
+    if options.environment.get(SKIP_VARIABLE) == "0":
+        yield warning(
+            "permission-check", SKIP_VARIABLE, "is 0: MindIE passes over owners and modes", f"unset {SKIP_VARIABLE}"
+        )
+    for name in LEFTOVERS:
+        if name in options.environment:
+            yield warning("leftover", name, "is set already, and the runner sets it for its ranks", f"unset {name}")
+
+
+def _numbers(environment: Mapping[str, str]) -> Iterator[Finding]:
+    for name, (low, high) in NUMBERS.items():
+        if (text := environment.get(name)) is None:
+            continue
+        number = _number(text)
+        if number is None or not low <= number <= high or (name == "NPU_MEMORY_FRACTION" and number == 0):
+            yield error("variable", name, f"is {text!r}, expected {low:g} to {high:g}", f"unset {name}")
+
+
+def _rank_ports(config: Mapping[str, Any] | None, tp: int | None, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Several ranks need a port each for their scheduler and their exchange; two daemons may not share them."""
+    used = {name: value_at(config or {}, (*SERVER, name)) for name in PORTS}
+    taken = {port: name for name, port in used.items() if port is not None}
+    for name, default in RANK_PORTS.items():
+        text = environment.get(name)
+        if text is None and (tp is None or tp < 2 or config is None):
+            continue
+        number = default if text is None else _number(text)
+        advice = f"export {name}=PORT with a free one; `telechat-mindie launch` chooses one for each instance."
+        if number is None or number != int(number) or not ports.LOWEST <= number <= ports.HIGHEST:
+            yield error("rank-port", name, f"is {text!r}, no port from {ports.LOWEST} to {ports.HIGHEST}", advice)
+            continue
+        port = int(number)
+        if port in taken:
+            yield error("rank-port", name, f"is {port}, which {taken[port]} has already", advice)
+        elif not ports.is_free(port):
+            yield warning("rank-port", name, f"port {port} is held by {port_holder(port)}", advice)
+        taken[port] = name
+    host = environment.get("MS_SCHED_HOST")
+    if host and not is_local(host):
+        yield error(
+            "rank-port", "MS_SCHED_HOST", f"{host} is no address of this machine", "export MS_SCHED_HOST=127.0.0.1"
+        )
+
+
+def _instances(config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """All instances of a daemon inherit one MS_SCHED_PORT, and rank 0 of each starts a scheduler on it (mindformers
+    r1.5.0 mindformers/model_runner.py)."""
+    rows = device_rows(config or {})
+    if len(rows) > 1 and any(len(row) > 1 for row in rows):
+        yield warning(
+            "shared-scheduler",
+            "MS_SCHED_PORT",
+            f"the {len(rows)} instances of this daemon would share it, several cards each",
+            "Start a daemon for each instance, with --devices and MS_SCHED_PORT of its own.",
+        )
+
+
+def _files(options: CheckOptions) -> Iterator[Finding]:
+    named = options.environment.get("MIES_CONFIG_JSON_PATH")
+    given = options.service_config
+    if named and given and os.path.realpath(named) != os.path.realpath(given):
+        yield warning(
+            "config-path",
+            "MIES_CONFIG_JSON_PATH",
+            f"is {named}, so MindIE would not read {given}",
+            f"export MIES_CONFIG_JSON_PATH={given}",
+        )
+    table = options.environment.get("RANK_TABLE_FILE")
+    if table and not Path(table).is_file():
+        yield warning("rank-table", "RANK_TABLE_FILE", f"names {table}, which is no file", "unset RANK_TABLE_FILE")
+
+
+def _devices(config: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """npuDeviceIds count within ASCEND_RT_VISIBLE_DEVICES, where it is set."""
+    text = environment.get("ASCEND_RT_VISIBLE_DEVICES")
+    if text is None or config is None:
+        return
+    visible = [part for part in text.split(",") if part.strip()]
+    highest = max((device for row in device_rows(config) for device in row), default=-1)
+    if highest >= len(visible):
+        yield error(
+            "visible-devices",
+            "ASCEND_RT_VISIBLE_DEVICES",
+            f"shows {len(visible)} card(s), numbered from 0, and npuDeviceIds name card {highest}",
+            "unset ASCEND_RT_VISIBLE_DEVICES, or number the devices from 0.",
+        )
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

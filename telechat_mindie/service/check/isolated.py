@@ -1,0 +1,120 @@
+"""The modules imported and the tokenizer run in a clean process, with a time-out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from telechat_mindie.control_tokens import CONTROL_IDS
+from telechat_mindie.service.check.modules import check_modules
+from telechat_mindie.service.check.options import CheckOptions
+from telechat_mindie.service.check.parts import REBUILD, Parts, section
+from telechat_mindie.service.check.probe import QUESTION
+from telechat_mindie.service.findings import Finding, error, ok, warning
+
+
+def check_modules_and_tokenizer(parts: Parts, options: CheckOptions) -> Iterator[Finding]:
+    """The modules of the yaml, the tokenizer, and the prompt that it makes of a chat."""
+    found, importable = check_modules(parts)
+    found.extend(_tokenizer_path(parts))
+    yield from found
+    outcome = _run(parts, importable, options)
+    if isinstance(outcome, Finding):
+        yield outcome
+        return
+    for name, failure in outcome["imports"].items():
+        yield error(
+            "module",
+            parts.path,
+            f"{name} cannot be imported in a fresh process: {failure}",
+            "Install what is missing in the Python that runs MindIE: pip install telechat-mindie",
+        )
+    if not outcome["imports"] and not found:
+        yield ok("modules", parts.path, f"{len(importable)} modules and the runner, imported in a fresh process")
+    yield from _tokenizer(parts, outcome["tokenizer"])
+
+
+def _tokenizer_path(parts: Parts) -> Iterator[Finding]:
+    """processor.tokenizer.vocab_file, from which mindformers may make the tokenizer."""
+    name = section(parts.yaml, "processor", "tokenizer").get("vocab_file")
+    if parts.yaml and name != "tokenizer.model":
+        yield error(
+            "tokenizer-path",
+            f"{parts.yaml_path}: processor.tokenizer.vocab_file",
+            f"is {name!r}, which is not this directory's tokenizer",
+            "Write 'tokenizer.model'.",
+        )
+
+
+def _run(parts: Parts, importable: list[str], options: CheckOptions) -> dict[str, Any] | Finding:
+    """What `probe` says, or the finding that it said nothing."""
+    command = [sys.executable, "-m", "telechat_mindie.service.check.probe", str(parts.path), *importable]
+    # No bytecode: a __pycache__ in the model directory would be one more file for MindIE to judge.
+    environment = {**options.environment, "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryDirectory() as folder:  # not the caller's, from which Python would import
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=options.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return error(
+                "module-timeout",
+                parts.path,
+                f"its modules were not imported within {options.timeout:g} s",
+                "Look at the load of the machine and at the file system that Python is installed on.",
+            )
+        except (OSError, ValueError) as failure:
+            return error("module", parts.path, f"no fresh process could be started: {failure}")
+    try:
+        outcome = json.loads(done.stdout.decode(errors="replace").strip().rpartition("\n")[2])
+    except ValueError:
+        outcome = None
+    if not isinstance(outcome, dict):
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return error(
+            "module",
+            parts.path,
+            f"a fresh process cannot run this package: exit code {done.returncode}, {last or 'no message'}",
+            "Install it in the Python that runs MindIE: pip install telechat-mindie",
+        )
+    return outcome
+
+
+def _tokenizer(parts: Parts, made: dict[str, Any]) -> Iterator[Finding]:
+    where = parts.path / "tokenizer.model"
+    if "error" in made:
+        yield error("tokenizer", where, made["error"], REBUILD)
+        return
+    vocab_size = parts.config.vocab_size if parts.config else None
+    highest = max(made["plain"] + made["chat"])
+    if vocab_size is not None and max(made["pieces"], highest + 1) > vocab_size:
+        yield error(
+            "vocabulary",
+            where,
+            f"has {made['pieces']} pieces and gave the id {highest}, and the model's embedding has {vocab_size} rows",
+            "Take tokenizer.model and the weights from the same checkpoint.",
+        )
+        return
+    user, bot = CONTROL_IDS["<_user>"], CONTROL_IDS["<_bot>"]
+    if user not in made["chat"] or made["chat"][-1] != bot:
+        yield warning(
+            "chat-prompt",
+            where.parent / "tokenizer_config.json",
+            f"its chat template makes {made['prompt']!r} of a question, which does not end in <_bot> after a <_user>",
+            "Remove chat_template there to get TeleChat2's own.",
+        )
+    elif QUESTION not in made["decoded"]:
+        yield error(
+            "tokenizer", where, f"a question comes back as {made['decoded']!r}", "Take it from the checkpoint again."
+        )
+    else:
+        yield ok("tokenizer", where, f"{made['pieces']} pieces; a chat becomes {made['prompt']!r}")

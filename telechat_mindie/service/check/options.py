@@ -1,0 +1,46 @@
+"""What a check is told beside the model directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How to check.
+
+    Attributes:
+        service_config: the conf/config.json that will serve the directory; None checks the directory alone.
+        generation: the generation of MindIE, a key of `schema.GENERATIONS`.
+        device_mem_gb: memory of one card, in GB of 2^30 bytes.
+        full: hash every file and compare with the manifest.
+        fix: repair modes before looking.
+        uid: the user that MindIE will run as; MindIE's file rules depend on it.
+        environment: the environment that MindIE will run in.
+        mindie_home: where the certificates are looked up; None takes it from the environment.
+        timeout: seconds that the clean subprocess may take.
+    """
+
+    service_config: Path | None = None
+    generation: str = "3.0.0.beta"
+    device_mem_gb: float = 64
+    full: bool = False
+    fix: bool = False
+    uid: int = field(default_factory=os.geteuid)
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    mindie_home: Path | None = None
+    timeout: float = 300
+
+    @property
+    def exported_home(self) -> Path | None:
+        """MindIE's home as its set_env.sh exports it (MIES_INSTALL_PATH up to 2.x); None in a shell without it."""
+        named = self.environment.get("MINDIE_LLM_HOME_PATH") or self.environment.get("MIES_INSTALL_PATH")
+        return Path(named) if named else None
+
+    @property
+    def home(self) -> Path | None:
+        """MindIE's home: given, or exported."""
+        return self.mindie_home or self.exported_home

@@ -1,0 +1,218 @@
+"""A conf/config.json: by MindIE's own rules, and against the model directory that it serves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from telechat_mindie.errors import ConfigError
+from telechat_mindie.service import ports, schema
+from telechat_mindie.service.certificates import https_certificates
+from telechat_mindie.service.check.modes import check_file
+from telechat_mindie.service.check.options import CheckOptions
+from telechat_mindie.service.derive import KEPT_BLOCKS
+from telechat_mindie.service.findings import Finding, Severity, error, ok, warning
+from telechat_mindie.service.options import GB, ModelFacts
+from telechat_mindie.service.port_holder import port_holder
+from telechat_mindie.service.schema.base import INT32_MAX
+from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER, model_location
+from telechat_mindie.service.schema.violations import Location, json_path
+
+PORTS = ("port", "managementPort", "metricsPort")
+
+
+def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptions) -> Iterator[Finding]:
+    """The file rules, the schema, the model and the host.
+
+    Args:
+        path: the conf/config.json.
+        facts: of the model directory; None where it cannot be opened, which is told elsewhere.
+        options: of the check.
+    """
+    files = list(check_file(path, options))
+    yield from files
+    if any(finding.id in ("link", "special-file") for finding in files):
+        return
+    try:
+        config = schema.load(path)
+    except ConfigError as failure:
+        yield error("service-config", path, str(failure), "Render it again: telechat-mindie service-config MODEL_PATH")
+        return
+    found = list(check_config(config, path, facts, options))
+    yield from found
+    if not files and not found:
+        yield ok("service-config", path, f"fits MindIE {options.generation}, the model directory and this host")
+
+
+def check_config(
+    config: Mapping[str, Any], where: Path, facts: ModelFacts | None, options: CheckOptions
+) -> Iterator[Finding]:
+    """The content of a conf/config.json: schema, then what only the model and the host can tell."""
+    violations = schema.validate(config, options.generation)
+    for violation in violations:
+        if violation.rule == "ms-npu-mem" and violation.severity == "warning":
+            continue  # -1 is right for the runner of this package, which is what serves the directory
+        yield Finding(
+            violation.rule,
+            violation.severity,
+            f"{where}: {violation.path}",
+            f"expected {violation.expected}, found {violation.found}",
+            violation.repair,
+        )
+    if facts is not None:
+        yield from _model(config, where, facts)
+        yield from _memory(config, where, facts, options.device_mem_gb)
+    if not any(violation.severity == "error" for violation in violations):
+        for certificate in https_certificates(config, options.generation, options.home):
+            if certificate.present is False:
+                yield error(
+                    "certificate",
+                    f"{where}: {certificate.path}",
+                    f"names {certificate.file}, which is not in {options.home}",
+                    "Put it there, or set httpsEnabled to false where the network is trusted.",
+                )
+    yield from _addresses(config, where, options)
+
+
+def value_at(config: Mapping[str, Any], location: Location, kind: type = int) -> Any:
+    """The value at a location if it is exactly of `kind`, else None: then the schema has told it."""
+    value: Any = config
+    for step in location:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value if type(value) is kind else None
+
+
+def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterator[Finding]:
+    def differs(location: Location, id: str, message: str, advice: str, severity: Severity = "error") -> Finding:
+        return Finding(id, severity, f"{where}: {json_path(location)}", message, advice)
+
+    here = model_location(0, "modelWeightPath")
+    path = value_at(config, here, str)
+    if path is not None and not _same(path, facts.model_path):
+        yield differs(here, "model-path", f"is {path}, not the directory checked", f"Set it to {facts.model_path}.")
+    here = model_location(0, "backendType")
+    backend = value_at(config, here, str)
+    if backend is not None and backend != "ms":
+        yield differs(here, "backend-type", f"is {backend}: it cannot load this directory", 'Set it to "ms".')
+    here = model_location(0, "worldSize")
+    world_size = value_at(config, here)
+    if world_size is not None and world_size != facts.tp:
+        yield differs(
+            here,
+            "tp",
+            f"is {world_size}, and the directory was built for tp {facts.tp}",
+            f"Set it to {facts.tp} with as many npuDeviceIds, or build the directory with --tp {world_size}.",
+        )
+    here = (*DEPLOY, "maxSeqLen")
+    length = value_at(config, here)
+    if length is not None and length > facts.max_seq_len:
+        yield differs(
+            here,
+            "model-length",
+            f"is {length}, and the directory serves up to {facts.max_seq_len} tokens",
+            f"Set it to {facts.max_seq_len} at most, or build the directory with a greater --max-seq-len.",
+        )
+    here = (*SCHEDULE, "cacheBlockSize")
+    block_size = value_at(config, here)
+    if block_size is not None and block_size != facts.block_size:
+        yield differs(
+            here,
+            "model-block-size",
+            f"is {block_size}, and block_size of the directory's yaml is {facts.block_size}",
+            f"Set it to {facts.block_size}.",
+            "warning",
+        )
+
+
+def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_mem_gb: float) -> Iterator[Finding]:
+    """Weights and KV cache of a card, and whether the cache holds one request of maxSeqLen."""
+    here = model_location(0, "npuMemSize")
+    cache = value_at(config, here)
+    length = value_at(config, (*DEPLOY, "maxSeqLen"))
+    block_size = value_at(config, (*SCHEDULE, "cacheBlockSize"))
+    if cache is None or length is None or not block_size or block_size < 0:
+        return
+    if cache == 0 or not -1 <= cache <= INT32_MAX:
+        return  # the schema tells it
+    weights = facts.weight_bytes_per_rank / GB
+    if cache < 0:
+        cache = device_mem_gb - weights
+    account = f"{weights:.1f} GB of weights and {cache:.1f} GB of KV cache"
+    if weights + cache > device_mem_gb or cache <= 0:
+        yield error(
+            "memory",
+            f"{where}: {json_path(here)}",
+            f"{account} do not fit a card of {device_mem_gb:g} GB",
+            "Lower npuMemSize, or build the directory for a greater tp; --device-mem names another card.",
+        )
+        return
+    blocks = int(cache * GB // (facts.kv_bytes_per_token_per_rank * block_size)) - KEPT_BLOCKS
+    needed = -(-length // block_size)
+    if blocks < needed:
+        yield error(
+            "kv-blocks",
+            f"{where}: {json_path(here)}",
+            f"gives {max(blocks, 0)} KV blocks, and one request of maxSeqLen {length} takes {needed}",
+            "Raise npuMemSize, or lower maxSeqLen.",
+        )
+
+
+def _addresses(config: Mapping[str, Any], where: Path, options: CheckOptions) -> Iterator[Finding]:
+    """Addresses of this machine, and ports that are free now."""
+    taken: Severity = "warning"  # the service that is checked may be the one that runs
+    for name in PORTS:
+        port = value_at(config, (*SERVER, name))
+        if port is not None and ports.LOWEST <= port <= ports.HIGHEST and not ports.is_free(port):
+            yield Finding(
+                "port",
+                taken,
+                f"{where}: {json_path((*SERVER, name))}",
+                f"port {port} is held by {port_holder(port)}",
+                "Stop it if it is no instance of this service, or render the file again with another --port-base.",
+            )
+    for name, variable in (("ipAddress", "MIES_CONTAINER_IP"), ("managementIpAddress", "MIES_CONTAINER_MANAGEMENT_IP")):
+        given = options.environment.get(variable)
+        address = given or value_at(config, (*SERVER, name), str)
+        if address and not is_local(address):
+            source = variable if given else f"{where}: {json_path((*SERVER, name))}"
+            yield warning(
+                "address",
+                source,
+                f"{address} is no address of this machine, so the daemon could not listen on it here",
+                "Write 127.0.0.1 or an address of this machine, unless the file is for another one.",
+            )
+
+
+def is_local(address: str) -> bool:
+    """Whether a socket can be bound to an address here; True for what is no address, which the schema tells."""
+    bare = address.strip("[]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((bare, 0))
+    except OSError as failure:
+        return failure.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    except ValueError:
+        return True
+    return True
+
+
+def _same(first: str, second: str) -> bool:
+    try:
+        return Path(first).expanduser().samefile(second)
+    except (OSError, ValueError, RuntimeError):
+        return os.path.normpath(first) == os.path.normpath(second)
+
+
+def device_rows(config: Mapping[str, Any]) -> list[list[int]]:
+    """npuDeviceIds, empty unless they are lists of integers."""
+    rows = value_at(config, (*BACKEND, "npuDeviceIds"), list) or []
+    sound = all(isinstance(row, list) and all(type(device) is int for device in row) for row in rows)
+    return rows if sound else []

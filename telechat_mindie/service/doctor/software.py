@@ -1,0 +1,172 @@
+"""Probes of what is installed: Python, MindSpore, mindformers, MindIE. Nothing is imported."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from telechat_mindie.errors import InputError
+from telechat_mindie.service.doctor.machine import Machine
+from telechat_mindie.service.doctor.support import (
+    release_of,
+    same_version,
+    stack_with,
+    stacks,
+    working_releases,
+)
+from telechat_mindie.service.findings import Finding, error, ok, warning
+
+OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
+MS_WRAPPER = "modeling/model_wrapper/ms"
+DAEMONS = ("mindieservice_daemon", "mindie_llm_server")
+
+NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich")
+
+
+def check_python(machine: Machine) -> Iterator[Finding]:
+    """The interpreter, and the libraries of this package."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    missing = [name for name in NEEDED if machine.package(name) is None]
+    if missing:
+        yield error(
+            "python", sys.executable, f"Python {version} lacks {', '.join(missing)}", "pip install telechat-mindie"
+        )
+    else:
+        yield ok("python", sys.executable, f"Python {version}")
+
+
+def check_mindspore(machine: Machine) -> Iterator[Finding]:
+    """MindSpore in the supported range: it runs the model, on either device."""
+    found = machine.package("mindspore")
+    wanted = f"mindspore>={'.'.join(map(str, OLDEST_MINDSPORE))},<{'.'.join(map(str, NEWEST_MINDSPORE))}"
+    if found is None:
+        yield error(
+            "mindspore",
+            "mindspore",
+            "is not installed: a model can be built and its service config rendered, but not run",
+            f"pip install '{wanted}'",
+        )
+        return
+    version = found[1]
+    release = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if not version:
+        yield warning("mindspore", found[0], "has no recorded version", f"Make sure that it is {wanted}.")
+    elif not OLDEST_MINDSPORE <= release < NEWEST_MINDSPORE:
+        yield error("mindspore", found[0], f"is {version}, outside {wanted}", f"pip install '{wanted}'")
+    else:
+        yield ok("mindspore", found[0], version)
+
+
+def check_mindformers(machine: Machine) -> Iterator[Finding]:
+    """mindformers, which MindIE's workers import; without it this package stands in. With it, MindSpore must fit."""
+    found = machine.package("mindformers")
+    if found is None:
+        yield ok("mindformers", "mindformers", "is not installed; launch puts this package in its place")
+        return
+    version = found[1]
+    row = stack_with(mindformers=version) if version else None
+    mindspore = machine.package("mindspore")
+    if row is None:
+        known = ", ".join(stack.mindformers for stack in stacks())
+        yield warning(
+            "mindformers", found[0], f"is {version or 'of unknown version'}", f"Releases that are known: {known}."
+        )
+    elif row.telechat_mindie.startswith("no"):
+        yield error(
+            "mindformers",
+            found[0],
+            f"is {version}, which does not go with this package ({row.telechat_mindie})",
+            "Install mindformers 1.6.0 or later, or none.",
+        )
+    elif mindspore is not None and mindspore[1] and not same_version(row.mindspore, mindspore[1]):
+        yield warning(
+            "mindformers",
+            found[0],
+            f"{version} was released for MindSpore {row.mindspore}, and {mindspore[1]} is installed",
+            f"pip install mindspore=={row.mindspore}, or uninstall mindformers: this package does without it.",
+        )
+    else:
+        yield ok("mindformers", found[0], version)
+
+
+def mindie_version(machine: Machine) -> str | None:
+    """The installed MindIE's version: of the package mindie_llm, or of the version.info in its home."""
+    found = machine.package("mindie_llm")
+    if found is not None and found[1]:
+        return found[1]
+    for home in mindie_homes(machine):
+        text = machine.read(f"{home}/version.info") or machine.read(f"{Path(home).parent}/version.info") or ""
+        match = re.search(r"(?im)^\s*(?:Ascend-mindie\w*|Version|MindIE\s\w*)\s*[:=]\s*(\S+)", text)
+        if match:
+            return match[1]
+    return None
+
+
+def mindie_homes(machine: Machine) -> list[str]:
+    """Folders of MindIE's service: as its set_env.sh exports them, else where its installer puts them."""
+    named = [machine.environment.get(name) for name in ("MINDIE_LLM_HOME_PATH", "MIES_INSTALL_PATH")]
+    homes = [home for home in named if home]
+    default = "/usr/local/Ascend/mindie/latest/mindie-service"
+    if not homes and machine.path(default).is_dir():
+        homes.append(default)
+    return list(dict.fromkeys(homes))
+
+
+def find_daemon(machine: Machine) -> str | None:
+    """The path of MindIE's daemon: on PATH, or in the bin folder of its home."""
+    for name in DAEMONS:
+        if found := machine.which(name):
+            return found
+    for home in mindie_homes(machine):
+        for name in DAEMONS:
+            if (path := machine.path(f"{home}/bin/{name}")).is_file():
+                return str(path)
+    return None
+
+
+def check_mindie(machine: Machine) -> Iterator[Finding]:
+    """mindie_llm with its MindSpore wrapper, and the daemon.
+
+    A MindIE without the wrapper passes backendType ms in its C++ checks and then falls back without a word.
+    """
+    found, daemon, version = machine.package("mindie_llm"), find_daemon(machine), mindie_version(machine)
+    if found is None and daemon is None:
+        yield warning(
+            "mindie",
+            "MindIE",
+            "is not installed (no mindie_llm, no daemon): nothing can be launched here",
+            f"MindIE {working_releases()} serve TeleChat2 through MindSpore.",
+        )
+        return
+    where = found[0] if found else daemon
+    wrapper = found is not None and (found[0] / MS_WRAPPER).is_dir()
+    try:
+        release = release_of(version) if version else None
+    except InputError:
+        release = None
+    advice = f"Install MindIE {working_releases()}."
+    if found is not None and not wrapper:
+        yield error(
+            "ms-wrapper",
+            found[0],
+            f"MindIE {version or 'of unknown version'} has no {MS_WRAPPER}: it would take backendType ms and fall back "
+            "without a word",
+            advice,
+        )
+    elif release is not None and not release.ms_backend:
+        yield error("ms-wrapper", where, f"MindIE {version} has no MindSpore backend ({release.source})", advice)
+    elif release is not None:
+        yield ok("mindie", where, f"{version}: its conf/config.json is of the generation {release.config}")
+    else:
+        yield warning("mindie", where, f"is of a version that is not known ({version or 'none recorded'})", advice)
+    if daemon is None:
+        yield error(
+            "daemon",
+            "PATH",
+            f"neither {' nor '.join(DAEMONS)} is on PATH or in MindIE's home",
+            "source MindIE's set_env.sh first: /usr/local/Ascend/mindie/set_env.sh in the public images.",
+        )
+    else:
+        yield ok("daemon", daemon, "is the daemon that launch would start")
