@@ -11,12 +11,16 @@ from telechat_mindie.commands.build import build
 from telechat_mindie.commands.check import check
 from telechat_mindie.commands.convert import convert
 from telechat_mindie.commands.doctor import doctor
+from telechat_mindie.commands.export import export
 from telechat_mindie.commands.generate import generate
 from telechat_mindie.commands.info import info
+from telechat_mindie.commands.launch import launch
 from telechat_mindie.commands.manifests import manifests
 from telechat_mindie.commands.nano import nano
 from telechat_mindie.commands.plan import plan
 from telechat_mindie.commands.service_config import service_config
+from telechat_mindie.commands.status import status
+from telechat_mindie.commands.stop import stop
 from telechat_mindie.commands.verify import verify
 from telechat_mindie.errors import TelechatMindieError
 
@@ -27,7 +31,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (build, check, convert, doctor, generate, info, manifests, nano, plan, service_config, verify):
+COMMANDS = (
+    build,
+    check,
+    convert,
+    doctor,
+    export,
+    generate,
+    info,
+    launch,
+    manifests,
+    nano,
+    plan,
+    service_config,
+    status,
+    stop,
+    verify,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -11,9 +11,7 @@ import typer
 def generate(
     model_path: Path = typer.Argument(help="A model directory."),
     prompt: str = typer.Argument(help="The question, or with --raw the text to go on with."),
-    raw: bool = typer.Option(
-        False, "--raw/--chat", help="The prompt as it is, or as a user's question."
-    ),
+    raw: bool = typer.Option(False, "--raw/--chat", help="The prompt as it is, or as a user's question."),
     system: str = typer.Option(None, "--system", help="System text of the chat template."),
     max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="Default: as the directory's yaml says."),
     temperature: float = typer.Option(None, "--temperature", help="Sample at this temperature; default: greedy."),

@@ -1,0 +1,214 @@
+"""`telechat-mindie launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from telechat_mindie.service.findings import Finding
+    from telechat_mindie.service.launch.client import Answer
+    from telechat_mindie.service.launch.prepare import Prepared
+    from telechat_mindie.service.launch.running import Launch
+
+STYLES = {"error": "bold red", "warning": "yellow", "noise": "dim", "text": ""}
+
+
+def launch(
+    model_path: Path = typer.Argument(help="A model directory."),
+    devices: str = typer.Option(None, "--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones."),
+    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
+    port_base: int = typer.Option(None, "--port-base", help="First of three ports; the next free ones are taken."),
+    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
+    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
+    template: Path = typer.Option(
+        None, "--service-config", help="A conf/config.json to start from; it is not changed."
+    ),
+    mindie_home: Path = typer.Option(None, "--mindie-home", help="MindIE's folder; default: the environment's."),
+    mindie: str = typer.Option(
+        None, "--mindie", help="Generation: 1.0, 2.0 or 3.0.0.beta; default: the installed one's."
+    ),
+    timeout: float = typer.Option(1800, "--timeout", min=1, help="Seconds for the model to load."),
+    prompt: str = typer.Option("你好", "--prompt", help="The first request."),
+    max_tokens: int = typer.Option(32, "--max-tokens", min=1, help="Tokens of its answer, at most."),
+    detach: bool = typer.Option(False, "--detach", help="Leave it running; see `status` and `stop`."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print config, environment and command; start nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON; the log stays on stderr."),
+) -> None:
+    """Start MindIE's daemon for a model directory, ask it something, and keep it until Ctrl-C.
+
+    The directory and the config are checked first. Config and log lie in a folder of their own, never in MindIE's.
+    """
+    from telechat_mindie.service.launch.prepare import check_prepared, prepare
+    from telechat_mindie.service.launch.rundir import locked, state_home
+    from telechat_mindie.service.launch.running import Launch
+    from telechat_mindie.service.options import ServiceOptions
+
+    options = ServiceOptions(
+        devices=devices,
+        device_mem_gb=device_mem,
+        max_seq_len=max_seq_len,
+        port_base=port_base,
+        insecure_http=insecure_http,
+        template=template,
+        overrides=tuple(set_),
+        mindie_home=mindie_home,
+    )
+    environment = dict(os.environ)
+    home = state_home(environment)
+    with contextlib.nullcontext() if dry_run else locked(home):
+        prepared = prepare(model_path, options, home, environment, generation=mindie, need_mindie=not dry_run)
+        if not dry_run:
+            prepared.run.create(prepared.plan, prepared.rendered.text)
+    try:
+        _tell(check_prepared(prepared, device_mem), model_path)
+    except BaseException:
+        if not dry_run:
+            prepared.run.remove()
+        raise
+    if dry_run:
+        _print_plan(prepared, as_json)
+        return
+    with _signals_as_interrupts():
+        daemon = Launch(prepared.run, detached=detach, on_line=_log_printer())
+        try:
+            _bring_up(daemon, prepared, timeout, prompt, max_tokens, as_json)
+        except KeyboardInterrupt:
+            daemon.stop()
+            print(f"{prepared.plan.name}: stopped before it was up", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if not detach:
+            _keep(daemon)
+
+
+def _bring_up(daemon: Launch, prepared: Prepared, timeout: float, prompt: str, max_tokens: int, as_json: bool) -> None:
+    """Until the daemon has answered a request; prints the answer."""
+    from telechat_mindie.service.launch.client import NoClientCertificateError
+
+    daemon.wait_until_up(timeout)
+    answer: Answer | None = None
+    try:
+        answer = daemon.first_request(prompt, max_tokens, timeout)
+    except NoClientCertificateError as failure:
+        print(f"note: no first request: {failure}", file=sys.stderr)
+    plan = prepared.plan
+    if as_json:
+        from telechat_mindie.commands.output import print_json
+
+        print_json(
+            {
+                "name": plan.name,
+                "urls": plan.urls,
+                "ports": plan.ports,
+                "config": str(prepared.run.config),
+                "log": str(prepared.run.log),
+                "prompt": prompt,
+                "answer": None if answer is None else answer.text,
+                "seconds": None if answer is None else round(answer.seconds, 3),
+            }
+        )
+    else:
+        print(f"{plan.name} is up: {plan.urls['business']}, log {prepared.run.log}")
+        if answer is not None:
+            print(f"{prompt!r} was answered in {answer.seconds:.2f} s: {answer.text}")
+    sys.stdout.flush()
+
+
+def _keep(daemon: Launch) -> None:
+    """Until the user stops the daemon; that it ends by itself is an error."""
+    from telechat_mindie.service.launch.errors import LaunchError
+
+    try:
+        daemon.follow()
+        print(f"{daemon.plan.name}: was stopped", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{daemon.plan.name}: stopping; once more to kill it", file=sys.stderr)
+        state = daemon.stop()
+        if state is not None and state.survivors:
+            raise LaunchError(
+                "left processes that do not die", where=daemon.plan.name, found=list(state.survivors)
+            ) from None
+
+
+def _tell(findings: list[Finding], model_path: Path) -> None:
+    """On stderr: what `check` finds. Errors refuse the launch."""
+    from telechat_mindie.service.launch.errors import LaunchError
+
+    for finding in findings:
+        print(f"{finding.severity}: {finding.where}: {finding.message}. {finding.advice}".rstrip(), file=sys.stderr)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if errors:
+        raise LaunchError(
+            "is not fit to be launched",
+            where=model_path,
+            found=f"{errors} error{'s' if errors > 1 else ''}, listed above",
+            advice="Nothing was started.",
+        )
+
+
+def _print_plan(prepared: Prepared, as_json: bool) -> None:
+    """What would be written, exported and run."""
+    import shlex
+
+    from telechat_mindie.commands.output import print_json
+
+    plan, config = prepared.plan, prepared.run.config
+    if as_json:
+        print_json(
+            {
+                "config_path": str(config),
+                "config": prepared.rendered.config,
+                "environment": plan.environment,
+                "command": list(plan.command),
+                "ports": plan.ports,
+                "urls": plan.urls,
+            }
+        )
+        return
+    print(f"# {config} (mode 0640)")
+    print(prepared.rendered.text, end="" if prepared.rendered.text.endswith("\n") else "\n")
+    print("# environment")
+    for name, value in plan.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print("# command" if prepared.installation else "# command; no MindIE was found on this machine")
+    print(shlex.join(plan.command))
+
+
+def _log_printer() -> Callable[[str], None]:
+    """Prints a line of the daemon's log on stderr, what says little dimmed where that can be seen."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from telechat_mindie.service.launch.log_advice import level
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def on_line(line: str) -> None:
+        console.print(Text(line, STYLES[level(line)]))
+
+    return on_line
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Ctrl-C, so that each of them ends the daemon first."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

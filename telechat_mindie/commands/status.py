@@ -1,0 +1,76 @@
+"""`telechat-mindie status`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from telechat_mindie.service.launch.rundir import RunDirectory
+
+
+def status(
+    name: str = typer.Argument(None, help="A run; default: all of them."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Say which launches run, and what became of the others.
+
+    Exit codes: 1 where one has ended by itself, is not ready or has left something over; else 0.
+    """
+    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.service.launch.rundir import all_runs, find_run, state_home
+
+    home = state_home(os.environ)
+    runs = [find_run(home, name)] if name is not None else all_runs(home)
+    rows = [_describe(run) for run in runs]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        print("nothing was launched; `telechat-mindie launch MODEL_PATH` does")
+    else:
+        header = ("run", "state", "address", "pid", "log")
+        print_table(str(home), [[str(row[column]) for column in header] for row in rows], header)
+    if any(row["state"] not in ("ready", "running", "stopped") for row in rows):
+        raise typer.Exit(1)
+
+
+def _describe(run: RunDirectory) -> dict[str, Any]:
+    plan, state = run.plan(), run.state()
+    return {
+        "run": run.name,
+        "state": _state(run),
+        "address": plan.urls["business"],
+        "pid": None if state is None else state.daemon.pid,
+        "log": str(run.log),
+        "model_path": plan.model_path,
+        "ports": dict(plan.ports),
+        "started": None if state is None else state.started,
+        "ended": None if state is None else state.ended,
+        "returncode": None if state is None else state.returncode,
+    }
+
+
+def _state(run: RunDirectory) -> str:
+    """In words: starting, ready, running, stopped, ended, not started, killed, left over."""
+    from pathlib import Path
+
+    from telechat_mindie.files import read_json
+    from telechat_mindie.service.launch.client import NoClientCertificateError, is_healthy, tls_context
+
+    state = run.state()
+    if state is None:
+        return "starting" if run.is_active() else "not started"
+    if not state.supervisor.alive:
+        if run.members():
+            return "left over"  # its supervisor was killed; `stop` cleans up
+        return state.reason or "killed"
+    plan = run.plan()
+    tls = None
+    if plan.urls["management"].startswith("https:"):
+        try:
+            tls = tls_context(read_json(run.config), Path(plan.tls_home or "/"))
+        except NoClientCertificateError:
+            return "running"  # its health cannot be asked for
+    return "ready" if is_healthy(plan.urls["management"], tls=tls) else "starting"

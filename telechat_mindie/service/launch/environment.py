@@ -1,0 +1,90 @@
+"""The environment of MindIE's daemon, which its workers inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import telechat_mindie.backend
+from telechat_mindie.service.launch.processes import MARKER
+
+SHADOW = Path(telechat_mindie.backend.__file__).parent / "shadow"
+"""The folder whose `mindformers` stands in for the real one."""
+
+HOME_VARIABLES = {"1.0": "MIES_INSTALL_PATH", "2.0": "MIES_INSTALL_PATH", "3.0.0.beta": "MINDIE_LLM_HOME_PATH"}
+"""What each generation calls the folder with bin/ and conf/. 3.0.0.beta: src/server/scripts/set_env.sh of MindIE-LLM
+v3.0.0.beta.2; before: mindformers r1.5.0 scripts/run_mindie.sh."""
+
+OLD_STDOUT_VARIABLES = ("MINDIE_LLM_LOG_TO_STDOUT", "MINDIE_LLM_PYTHON_LOG_TO_STDOUT", "MIES_PYTHON_LOG_TO_STDOUT")
+"""Replaced by MINDIE_LOG_TO_STDOUT in January 2025, before 2.0: MindIE-LLM v3.0.0.beta.2
+docs/zh/user_guide/user_manual/logging_configuration.md."""
+
+
+def daemon_environment(
+    base: Mapping[str, str],
+    *,
+    generation: str,
+    home: Path | None,
+    config_path: Path,
+    scheduler_port: int,
+    exchange_port: int,
+    shadow: bool,
+    marker: str,
+) -> dict[str, str]:
+    """The variables that differ from `base`, in the order in which a person would export them.
+
+    Args:
+        base: the caller's environment.
+        generation: of MindIE, a key of HOME_VARIABLES.
+        home: MindIE's folder with bin/; None where no MindIE is installed.
+        config_path: the rendered conf/config.json.
+        scheduler_port: MS_SCHED_PORT, of the scheduler that rank 0 starts.
+        exchange_port: LCAL_IF_PORT, over which the ranks of a host meet.
+        shadow: put the stand-in for mindformers first on PYTHONPATH.
+        marker: the name that processes of this launch are known by.
+    """
+    variables: dict[str, str] = {}
+    if home is not None:
+        variables |= _home_variables(base, generation, home)
+    variables["MIES_CONFIG_JSON_PATH"] = str(config_path)
+    # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
+    variables["MINDIE_LLM_FRAMEWORK_BACKEND"] = "MS"
+    variables["MS_SCHED_HOST"] = "127.0.0.1"
+    variables["MS_SCHED_PORT"] = str(scheduler_port)
+    variables["LCAL_IF_PORT"] = str(exchange_port)
+    if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
+        variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] = "0"  # MindSpore workers raise on it
+    if shadow:
+        variables["PYTHONPATH"] = _prepend([SHADOW], variables.get("PYTHONPATH", base.get("PYTHONPATH", "")))
+    variables["MINDIE_LOG_TO_STDOUT"] = "1"
+    variables["MINDIE_LOG_LEVEL"] = base.get("MINDIE_LOG_LEVEL", "INFO")
+    if generation == "1.0":
+        variables |= dict.fromkeys(OLD_STDOUT_VARIABLES, "1")
+    variables["PYTHONUNBUFFERED"] = "1"  # the daemon passes its workers' output on line by line
+    variables[MARKER] = marker
+    return {name: value for name, value in variables.items() if base.get(name) != value}
+
+
+def _home_variables(base: Mapping[str, str], generation: str, home: Path) -> dict[str, str]:
+    """MindIE's own variables, as its set_env.sh exports them; search paths only where it was not sourced.
+
+    set_env.sh itself is not run: one of them empties /dev/shm, and with it other instances' shared memory.
+    """
+    variable = HOME_VARIABLES[generation]
+    variables = {variable: str(home)}
+    if "MINDIE_LLM_HOME_PATH" not in base:
+        beside = home.parent / "mindie-llm"
+        variables.setdefault("MINDIE_LLM_HOME_PATH", str(beside if beside.is_dir() else home))
+    if variable not in base:
+        libraries = [folder for folder in (home / "lib", home / "lib" / "grpc") if folder.is_dir()]
+        if libraries:
+            variables["LD_LIBRARY_PATH"] = _prepend(libraries, base.get("LD_LIBRARY_PATH", ""))
+        modules = [folder for folder in (home / "bin", home / "lib") if folder.is_dir()]
+        if modules:
+            variables["PYTHONPATH"] = _prepend(modules, base.get("PYTHONPATH", ""))
+    return variables
+
+
+def _prepend(folders: list[Path], search_path: str) -> str:
+    first = [str(folder) for folder in folders]
+    return ":".join([*first, *(entry for entry in search_path.split(":") if entry and entry not in first)])

@@ -1,0 +1,205 @@
+"""The MindIE of this machine: its daemon, and what its workers' Python can import."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from telechat_mindie.errors import InputError
+from telechat_mindie.service.doctor.software import MS_WRAPPER
+from telechat_mindie.service.doctor.support import MindieRelease, release_of, working_releases
+from telechat_mindie.service.launch.errors import LaunchError
+
+DAEMON, SERVER = "mindieservice_daemon", "mindie_llm_server"
+"""The daemon itself, and the console script of the mindie_llm wheel that sets its paths and becomes it."""
+
+WORKER = "mindie_llm_backend"  # the console script that the daemon starts for each rank
+
+HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
+
+USUAL_HOMES = ("/usr/local/Ascend/mindie/latest/mindie-service", "/usr/local/Ascend/mindie/latest/mindie-llm")
+"""Where MindIE's installer and its public images put it."""
+
+DEFAULT_GENERATION = "3.0.0.beta"  # of a MindIE that does not tell its version
+PROBE_SECONDS = 60
+
+_PROBE = """
+import importlib.metadata, importlib.util, json, os, sys
+def folder(name):
+    spec = importlib.util.find_spec(name)
+    return spec and spec.origin and os.path.dirname(spec.origin)
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+names = ("mindie_llm", "mindformers", "telechat_mindie", "mindspore")
+print(json.dumps({"folders": {name: folder(name) for name in names}, "version": version("mindie_llm")}))
+"""
+
+
+class NotInstalledError(LaunchError):
+    """There is no MindIE on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """A MindIE that can serve TeleChat2.
+
+    Attributes:
+        home: the folder with bin/, conf/ and security/.
+        command: what starts the daemon.
+        python: the interpreter of the workers.
+        version: as recorded, None where it is not.
+        generation: of its conf/config.json, a key of `schema.GENERATIONS`.
+        has_mindformers: whether the workers' Python finds mindformers.
+    """
+
+    home: Path
+    command: tuple[str, ...]
+    python: Path
+    version: str | None
+    generation: str
+    has_mindformers: bool
+
+
+def find_installation(home: Path | None, environment: Mapping[str, str]) -> Installation:
+    """Find MindIE and ask its workers' Python what it can import; nothing of MindIE is run.
+
+    Looked for in `home`, MIES_INSTALL_PATH, MINDIE_LLM_HOME_PATH, the usual places and PATH, in that order. A named
+    folder may also be the one above, with mindie-service/ or mindie-llm/ in it.
+
+    Raises:
+        NotInstalledError: no daemon, where `home` names none.
+        LaunchError: no daemon in `home`, or one that cannot serve TeleChat2: no MindSpore wrapper in its mindie_llm, or
+            a Python without this package.
+    """
+    daemon_home, command = _find_daemon(home, environment)
+    python = _worker_python(daemon_home, environment)
+    answer = _ask(python, daemon_home, environment)
+    folders = answer["folders"]
+    if folders["mindie_llm"] is None:
+        raise LaunchError(
+            "finds no mindie_llm, whose workers the daemon starts",
+            where=python,
+            advice="Source MindIE's set_env.sh, or put the Python it is installed in first on PATH.",
+        )
+    found = daemon_home or Path(folders["mindie_llm"])  # the wheel is its own home
+    version = answer["version"] or _recorded_version(found)
+    release = _release(version)
+    if not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
+        raise LaunchError(
+            f"has no MindSpore backend: it would take backendType ms and then load the model as another backend "
+            f"(MindIE {version or 'of unknown version'})",
+            where=folders["mindie_llm"],
+            expected=f"MindIE {working_releases()}",
+            found=f"no {MS_WRAPPER}",
+            advice="Install one of these, or serve this directory without MindIE: telechat-mindie serve MODEL_PATH.",
+        )
+    for name, package in (("telechat_mindie", "telechat-mindie"), ("mindspore", "mindspore")):
+        if folders[name] is None:
+            raise LaunchError(
+                f"finds no {name}, which MindIE's workers load the model with",
+                where=python,
+                advice=f"{python} -m pip install {package}",
+            )
+    generation = release.config if release is not None and release.config else DEFAULT_GENERATION
+    return Installation(found, command, python, version, generation, folders["mindformers"] is not None)
+
+
+def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Path | None, tuple[str, ...]]:
+    """Its home and command line; no home for the wheel's console script, which lies beside Python."""
+    if home is not None:
+        for folder in _homes_in(home):
+            if daemon := _executable(folder / "bin" / DAEMON):
+                return folder, (str(daemon),)
+        raise LaunchError(
+            f"holds no bin/{DAEMON}", where=home, advice="Name MindIE's folder: the one with bin/ and conf/ in it."
+        )
+    named = [environment[name] for name in HOME_VARIABLES if environment.get(name)]
+    for name in (*named, *USUAL_HOMES):
+        for folder in _homes_in(Path(name)):
+            if daemon := _executable(folder / "bin" / DAEMON):
+                return folder, (str(daemon),)
+    search_path = environment.get("PATH", "")
+    if command := shutil.which(SERVER, path=search_path):
+        return None, (command,)
+    if command := shutil.which(DAEMON, path=search_path):
+        return Path(command).resolve().parent.parent, (command,)
+    raise NotInstalledError(
+        f"neither {DAEMON} nor {SERVER} was found",
+        where="MindIE",
+        expected=f"MindIE {working_releases()}",
+        advice="Name its folder with --mindie-home, or source its set_env.sh. Without an NPU, `telechat-mindie serve` "
+        "answers the same requests.",
+    )
+
+
+def _homes_in(folder: Path) -> Iterator[Path]:
+    for name in ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm"):
+        yield (folder / name).absolute()
+
+
+def _executable(path: Path) -> Path | None:
+    return path if path.is_file() and os.access(path, os.X_OK) else None
+
+
+def _worker_python(home: Path | None, environment: Mapping[str, str]) -> Path:
+    """The interpreter in the first line of the worker's script, else the python3 of PATH, which older daemons embed."""
+    search_path = environment.get("PATH", "")
+    script = shutil.which(WORKER, path=search_path if home is None else f"{search_path}:{home / 'bin'}")
+    if script is not None:
+        with open(script, "rb") as file:
+            first = file.readline(4096).decode(errors="replace").strip()
+        interpreter = Path(first[2:].split()[0]) if first.startswith("#!") and first[2:].strip() else None
+        if interpreter is not None and interpreter.name != "env" and _executable(interpreter):
+            return interpreter
+    return Path(shutil.which("python3", path=search_path) or sys.executable)
+
+
+def _ask(python: Path, home: Path | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the workers' Python finds, with MindIE's own folders searched as the daemon would have it."""
+    own = [] if home is None else [str(home / "bin"), str(home)]
+    search_path = ":".join([*own, *filter(None, [environment.get("PYTHONPATH")])])
+    try:
+        done = subprocess.run(
+            [str(python), "-c", _PROBE],
+            env={**environment, "PYTHONPATH": search_path},
+            cwd="/",  # not the caller's folder, from which Python would import
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+        )
+        answer = json.loads(done.stdout.decode(errors="replace").strip().rpartition("\n")[2])
+    except (OSError, ValueError, subprocess.TimeoutExpired) as failure:
+        raise LaunchError(
+            f"cannot tell what MindIE's workers would import: {failure}", where=python, advice="Repair that Python."
+        ) from None
+    return dict(answer)
+
+
+def _recorded_version(home: Path) -> str | None:
+    """From the version.info that MindIE's installer leaves (MindIE-LLM v3.0.0.beta.2 scripts/build_version_info.sh)."""
+    for folder in (home, home.parent):
+        try:
+            text = (folder / "version.info").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        if match := re.search(r"(?im)^\s*(?:(?:Ascend-)?mindie\S*|version)[^:=\n]*[:=]\s*(?:mindie\s+)?(\d\S*)", text):
+            return match[1]
+    return None
+
+
+def _release(version: str | None) -> MindieRelease | None:
+    try:
+        return release_of(version) if version else None
+    except InputError:
+        return None
