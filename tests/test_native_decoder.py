@@ -35,13 +35,14 @@ class Model:
     def __init__(self, kernels: type, config: TelechatConfig, stored: str) -> None:
         import mindspore as ms
 
+        from telechat_mindie.backend.ranks import use_device
         from telechat_mindie.model.decoder import TelechatForCausalLM
         from telechat_mindie.model.kv_cache import KVCache
         from telechat_mindie.model.parallel import TensorParallel
         from telechat_mindie.model.rope import RotaryTable
 
         ms.set_context(mode=ms.GRAPH_MODE)
-        ms.set_device("CPU")
+        use_device("cpu")
         random = np.random.default_rng(0)
 
         def take(name: str, shape: tuple[int, ...]) -> ms.Parameter:

@@ -13,3 +13,4 @@ telechat-mindie build "$work/model_path" --checkpoint "$work/telechat2-nano"
 (cd "$work" && find model_path | sort)
 set -x
 telechat-mindie generate "$work/model_path" "生抽与老抽的区别？"
+{ set +x; } 2>/dev/null

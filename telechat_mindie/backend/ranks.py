@@ -66,7 +66,7 @@ def use_device(device: str, device_id: int = 0) -> None:
 
     if device == "ascend":
         ms.set_device("Ascend", device_id)
-    else:
+    elif ms.get_context("device_target") != "CPU":  # MindSpore refuses the call once anything has been computed
         ms.set_device("CPU")
 
 

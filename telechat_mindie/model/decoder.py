@@ -186,6 +186,18 @@ class TelechatForCausalLM(nn.Cell):
         logits = self.kernels.norm_linear(x, self.model.norm_out.weight, self.lm_head.weight)
         return self.parallel.concatenate_columns(logits)
 
+    @property
+    def compile_phase(self) -> str | None:
+        """Which compiled graph MindSpore is about to run."""
+        phase: str | None = self._compile_phase
+        return phase
+
+    @compile_phase.setter
+    def compile_phase(self, phase: str) -> None:
+        # MindSpore sets it at every call, in this cell and all below: 1 ms a step for 12 layers. Only a change matters.
+        if phase != self.compile_phase:
+            nn.Cell.compile_phase.fset(self, phase)
+
     def kvcache(self, layer: int) -> tuple[Parameter, Parameter]:
         """Keys and values of a layer, which MindIE asks for where prefill and decode run on different machines."""
         return self.cache.keys[layer], self.cache.values[layer]

@@ -161,7 +161,7 @@ def load_all(checkpoint: Path, output: Path, dtype: str) -> None:
     tensors = {}
     for shard in shards:
         for name, value in shard.items():
-            tensors[name] = value.astype(np.float32).astype(DTYPES[dtype])
+            tensors[name] = value.astype(DTYPES[dtype])
     output.mkdir()
     save_file(tensors, output / "model.safetensors")
 
