@@ -6,11 +6,13 @@ source "$(dirname "$0")/venv.sh"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+cd "$work"
+
 set -x
-telechat-mindie nano "$work/telechat2-nano"
-telechat-mindie build "$work/model_path" --checkpoint "$work/telechat2-nano"
+telechat-mindie nano telechat2-nano
+telechat-mindie build model_path --checkpoint telechat2-nano
 { set +x; } 2>/dev/null
-(cd "$work" && find model_path | sort)
+find model_path | sort
 set -x
-telechat-mindie generate "$work/model_path" "生抽与老抽的区别？"
+telechat-mindie generate model_path "生抽与老抽的区别？"
 { set +x; } 2>/dev/null
