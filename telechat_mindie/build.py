@@ -15,7 +15,7 @@ from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import Plan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
-from telechat_mindie.checkpoint.writer import FileRecord
+from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, TokenizerError
 from telechat_mindie.files import StagedDirectory, dump_json, read_json, write_file
@@ -80,7 +80,9 @@ def build(
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
     plan = make_plan(source.config, targets, dtype, options.tp)
     texts = tokenizer_files | _render(plan, options, generation, max_seq_len, tokenizer_settings)
-    with StagedDirectory(model_path, replace=options.force, marker=MANIFEST, resume=options.resume) as staged:
+    with StagedDirectory(
+        model_path, replace=options.force, marker=MANIFEST, resume=options.resume, scratch=Journal.NAME
+    ) as staged:
         progress = on_start(plan) if on_start else None
         written = convert_staged(plan, source, staged, options, progress, options.qkv_concat)
         records = written.records

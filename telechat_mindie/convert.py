@@ -13,6 +13,7 @@ from telechat_mindie.checkpoint.mapping import hugging_face_targets, mindformers
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import Plan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint
+from telechat_mindie.checkpoint.writer import Journal
 from telechat_mindie.errors import InputError
 from telechat_mindie.files import StagedDirectory, dump_json, write_file
 
@@ -67,7 +68,9 @@ def to_mindspore(
     )
     single = form.tp == 1 and not form.ranks
     progress = on_start(plan) if on_start else None
-    with StagedDirectory(output, replace=form.force, marker="rank_0", resume=form.resume, single_file=single) as staged:
+    with StagedDirectory(
+        output, replace=form.force, marker="rank_0", resume=form.resume, single_file=single, scratch=Journal.NAME
+    ) as staged:
         convert_staged(plan, source, staged, form, progress)
         if single:
             staged.commit_file(plan.path(0, plan.shards[0]))
@@ -97,7 +100,9 @@ def to_hugging_face(
         folder="",
     )
     progress = on_start(plan) if on_start else None
-    with StagedDirectory(output, replace=force, marker="model.safetensors.index.json", resume=options.resume) as staged:
+    with StagedDirectory(
+        output, replace=force, marker="model.safetensors.index.json", resume=options.resume, scratch=Journal.NAME
+    ) as staged:
         convert_staged(plan, source, staged, options, progress)
         weight_map = {target.name: shard.file for shard in plan.shards for target in shard.targets}
         total = sum(frame.nbytes for shard in plan.shards for frame in shard.frames)

@@ -171,13 +171,21 @@ class StagedDirectory:
         marker: name of the file that every directory of this kind holds.
         resume: keep what an interrupted run left in the partial directory.
         single_file: the target is a file; `commit_file` moves it out of the partial directory.
+        scratch: name of a file for the making alone, which `commit` takes away at the last moment.
 
     Raises:
         OutputError: the target exists, its parent is missing or cannot be written, or another run is making it.
     """
 
     def __init__(
-        self, target: Path, *, replace: bool, marker: str = "", resume: bool = False, single_file: bool = False
+        self,
+        target: Path,
+        *,
+        replace: bool,
+        marker: str = "",
+        resume: bool = False,
+        single_file: bool = False,
+        scratch: str = "",
     ) -> None:
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
@@ -186,6 +194,7 @@ class StagedDirectory:
         self._marker = marker
         self._resume = resume
         self._single_file = single_file
+        self._scratch = scratch
         self._lock: int | None = None
 
     def __enter__(self) -> StagedDirectory:
@@ -226,6 +235,8 @@ class StagedDirectory:
                 Path(folder).chmod(DIR_MODE)
                 sync_directory(Path(folder))
             self._check_target()
+            if self._scratch:
+                (self.path / self._scratch).unlink(missing_ok=True)
             if self.target.is_dir() and any(self.target.iterdir()):
                 old = self.target.with_name(f".{self.target.name}.old")
                 shutil.rmtree(old, ignore_errors=True)

@@ -290,3 +290,17 @@ def test_optimizer_state_is_left_out(tmp_path):
         open_checkpoint(whole, tmp_path / "ckpt").weights.keys()
         == open_checkpoint(tmp_path / "x.ckpt", tmp_path / "ckpt").weights.keys()
     )
+
+
+@pytest.mark.parametrize("turn_bytes", [1, 1 << 20])
+def test_blocks_of_any_size_give_the_same_bytes(checkpoint, tmp_path, monkeypatch, turn_bytes):
+    """Rows that do not fill a block, matrices turned in pieces, and rows wider than a block."""
+    from telechat_mindie.checkpoint import blocks
+
+    root, _ = checkpoint
+    build(tmp_path / "usual", root, BuildOptions(tp=2))
+    monkeypatch.setattr(blocks, "TURN_BYTES", turn_bytes)
+    for size in (100, 1000, 5000):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        build(tmp_path / "small", root, BuildOptions(tp=2, force=True))
+        assert digests(tmp_path / "small") == digests(tmp_path / "usual")

@@ -111,11 +111,13 @@ def test_resume_does_not_write_finished_shards_again(large, tmp_path):
     wait_for_shards(process, partial, 3)
     process.kill()
     process.wait()
+    (partial / ".config.json.123.tmp").write_text("a write that a kill cut short")
     finished = [json.loads(line)["path"] for line in (partial / ".journal").read_text().splitlines()[1:4]]
     inodes = {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in finished}
     assert run(*arguments, "--resume").returncode == 0
     for name, (inode, mtime) in inodes.items():
         assert ((target / name).stat().st_ino, (target / name).stat().st_mtime_ns) == (inode, mtime)
+    assert check_files(ModelDir.open(target)) == []
 
 
 def test_resume_with_other_options_is_refused(large, tmp_path):

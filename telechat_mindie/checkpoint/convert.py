@@ -75,6 +75,7 @@ def convert_staged(
     try:
         journal = Journal(staged.path, fingerprint(plan, source, *choices), resume=options.resume)
         try:
+            _remove_strays(staged.path, journal)
             records = convert(
                 plan,
                 source,
@@ -89,9 +90,16 @@ def convert_staged(
     except Exception:
         staged.keep = options.resume
         raise
-    (staged.path / Journal.NAME).unlink()
     staged.keep = False
     return Written(records, journal.findings)
+
+
+def _remove_strays(root: Path, journal: Journal) -> None:
+    """Delete what a killed run left unfinished, so that it cannot end up in the result."""
+    kept = {root / path for path in journal.records} | {root / Journal.NAME}
+    for path in root.rglob("*"):
+        if not path.is_dir() and path not in kept:
+            path.unlink()
 
 
 def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
@@ -100,7 +108,7 @@ def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
     for weight in source.weights.values():
         for tile in weight.tiles:
             for extent in tile.stored.extents:
-                if extent.file.name not in files:
+                if str(extent.file) not in files:
                     status = extent.file.stat()
                     files[str(extent.file)] = (status.st_size, status.st_mtime_ns)
     shards = [
