@@ -142,7 +142,7 @@ def _serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
     values: dict[str, Any] = {}
     kinds = {field.name: field.type for field in fields(ServingConfig)}
     for name, key in YAML_KEYS.items():
-        value = model_config.get(key)
+        value = model_config.get(key, 1.0 if name == "scaling_factor" else None)  # mindformers' yamls leave it out
         if kinds[name] == "float" and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         if type(value).__name__ != kinds[name]:

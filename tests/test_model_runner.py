@@ -228,7 +228,7 @@ def test_constructor_refusals(synthetic, tmp_path):
         (lambda path: (path / "second.yaml").write_text("a: 1"), ModelDirError, "exactly one yaml"),
         (lambda path: (path / "rank_0").rename(path / "rank_1"), ModelDirError, "rank are missing"),
         (lambda path: edit_yaml(path, "num_layers: 2", "num_layers: 3"), ModelDirError, "num_layers"),
-        (lambda path: edit_yaml(path, 'init_type: "float32"', 'init_type: "float16"'), ModelDirError, "param_init_type"),
+        (lambda path: edit_yaml(path, 'type: "float32"', 'type: "float16"'), ModelDirError, "param_init_type"),
         (lambda path: edit_yaml(path, "'DYNAMIC_NTK'", "'YARN'"), ConfigError, "extend_method"),
         (lambda path: edit_weights(path, drop="lm_head.weight"), ModelDirError, "missing: lm_head.weight"),
         (lambda path: edit_weights(path, add="odd.weight"), ModelDirError, "unknown: odd.weight"),

@@ -43,7 +43,8 @@ def main(model_path: str) -> None:
 def generate(runner: ModelRunner, prompt: list[int], eos: int) -> list[int]:
     """A greedy answer, one sequence over two blocks."""
     blocks = np.array([[3, 1]], np.int32)
-    tokens, done, answer = np.array(prompt), 0, []
+    tokens, done = np.array(prompt), 0
+    answer: list[int] = []
     while len(answer) < 2 * BLOCK - len(prompt):
         positions = np.arange(done, done + len(tokens), dtype=np.int32)
         done += len(tokens)

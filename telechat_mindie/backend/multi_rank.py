@@ -112,6 +112,7 @@ class MultiRankRunner:
                     stdout=subprocess.DEVNULL,
                     env=environment | {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)},
                     preexec_fn=die_with_parent,
+                    start_new_session=True,  # Ctrl-C is for the program, which ends its ranks itself
                 )
             )
         self._connections.append(ours)
