@@ -1,0 +1,170 @@
+"""Where a chat's answers come from: a model directory opened in this process, or a service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from telechat_mindie.client.dialects import Message, Sampling
+from telechat_mindie.errors import InputError
+
+if TYPE_CHECKING:
+    from telechat_mindie.engine.output import Output
+
+Emit = Callable[[str], object]
+"""Takes the next piece of an answer's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """An answer in numbers.
+
+    Attributes:
+        first_seconds: from the question to the first text; to the end, if there was none.
+        seconds: from the question to the end.
+        generated_tokens: length of the answer; None where the service does not tell.
+        prompt_tokens: length of the prompt, likewise.
+        cut: the answer ended for its length, not by itself.
+    """
+
+    first_seconds: float
+    seconds: float
+    generated_tokens: int | None
+    prompt_tokens: int | None
+    cut: bool
+
+    def __str__(self) -> str:
+        parts = []
+        if self.prompt_tokens is not None:
+            parts.append(f"{self.prompt_tokens} tokens in")
+        if self.generated_tokens is not None:
+            parts.append(f"{self.generated_tokens} out")
+        parts.append(f"first after {self.first_seconds * 1000:.0f} ms")
+        decode = self.seconds - self.first_seconds
+        if self.generated_tokens is not None and self.generated_tokens > 1 and decode > 0:
+            parts.append(f"then {(self.generated_tokens - 1) / decode:.1f} tokens/s")
+        if self.cut:
+            parts.append("cut for its length")
+        return ", ".join(parts)
+
+
+class Answers(Protocol):
+    """Answers messages."""
+
+    name: str
+
+    def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
+        """Give the answer to `emit` as it comes, and its figures at the end. An interrupt ends it and passes through.
+
+        Raises:
+            TelechatMindieError: there is no answer, or only a part of one.
+        """
+
+
+class LocalAnswers:
+    """The embedded engine on a model directory.
+
+    Raises:
+        ModelDirError, ConfigError, TokenizerError: the directory is incomplete or contradicts itself.
+    """
+
+    def __init__(self, model_path: Path, sampling: Sampling) -> None:
+        from telechat_mindie.engine.local import open_local
+        from telechat_mindie.engine.params import GenerationParams
+
+        self.name = str(model_path)
+        self._local = open_local(model_path)
+        serving = self._local.directory.serving
+        draws = (sampling.temperature, sampling.top_k, sampling.top_p)
+        penalty = sampling.repetition_penalty
+        self._params = GenerationParams(
+            max_new_tokens=sampling.max_tokens or serving.max_new_tokens,
+            do_sample=any(value is not None for value in draws) or serving.do_sample,
+            temperature=serving.temperature if sampling.temperature is None else sampling.temperature,
+            top_k=serving.top_k if sampling.top_k is None else sampling.top_k,
+            top_p=serving.top_p if sampling.top_p is None else sampling.top_p,
+            repetition_penalty=serving.repetition_penalty if penalty is None else penalty,
+            seed=sampling.seed,
+        )
+
+    def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
+        from telechat_mindie.engine.generate import generate
+        from telechat_mindie.engine.output import FinishReason
+
+        prompt_ids = self._local.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        outputs = generate(self._local.engine, self._local.tokenizer, prompt_ids, self._params)
+        with contextlib.closing(cast("Generator[Output, None, None]", outputs)):  # an interrupt frees its blocks
+            for output in outputs:
+                emit(output.text)
+        if output.error:
+            raise InputError(output.error)
+        timings = output.timings
+        return Figures(
+            first_seconds=(timings.first_token or timings.now) - timings.arrival,
+            seconds=timings.now - timings.arrival,
+            generated_tokens=output.generated_tokens,
+            prompt_tokens=output.prompt_tokens,
+            cut=output.finish_reason in (FinishReason.LENGTH, FinishReason.MAX_SEQ),
+        )
+
+
+class RemoteAnswers:
+    """The chat route of a service, MindIE or another with OpenAI's.
+
+    Args:
+        url: its address.
+        model: None for the first that it names.
+        timeout: seconds without a byte after which an answer is given up.
+
+    Raises:
+        ServiceError: it cannot be reached, or names no model.
+    """
+
+    def __init__(
+        self, url: str, sampling: Sampling, *, model: str | None, tls: ssl.SSLContext | None, timeout: float
+    ) -> None:
+        from telechat_mindie.client.client import MindieClient
+        from telechat_mindie.client.dialects import OpenAIChat
+
+        self._client = MindieClient(url, tls, timeout=None, idle_timeout=timeout)
+        self._sampling = sampling
+        self.model = asyncio.run(self._first_model()) if model is None else model
+        self._dialect = OpenAIChat(self.model)
+        self.name = f"{self.model} at {self._client.url}"
+
+    def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
+        return asyncio.run(self._answer(messages, emit))
+
+    async def _first_model(self) -> str:
+        async with self._client as client:
+            return await client.first_model()
+
+    async def _answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
+        begin = time.monotonic()
+        first = None
+        reason = prompt_tokens = generated_tokens = None
+        async with (
+            self._client as client,
+            contextlib.aclosing(client.stream(self._dialect, messages, self._sampling)) as deltas,
+        ):
+            async for delta in deltas:
+                if delta.text and first is None:
+                    first = time.monotonic()
+                emit(delta.text)
+                reason = delta.finish_reason or reason
+                prompt_tokens = delta.prompt_tokens or prompt_tokens
+                generated_tokens = delta.generated_tokens or generated_tokens
+        end = time.monotonic()
+        return Figures(
+            first_seconds=(first or end) - begin,
+            seconds=end - begin,
+            generated_tokens=generated_tokens,
+            prompt_tokens=prompt_tokens,
+            cut=reason == "length",
+        )

@@ -1,0 +1,161 @@
+"""The terminal chat: reads questions and commands, prints answers as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+
+from telechat_mindie.client.answers import Answers
+from telechat_mindie.client.conversation import Conversation
+from telechat_mindie.errors import InputError, TelechatMindieError
+
+HELP = """\
+/system TEXT   set the system text; without a text, go back to the chat template's own
+/history       print the conversation
+/reset         forget the conversation; the system text stays
+/help          print this
+/exit          end, as Ctrl-D does
+//...          a question that begins with a slash
+\"""            begins a question of several lines, and ends it
+Ctrl-C         stops an answer; what was said of it stays in the conversation"""
+
+_FENCE = '"""'
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all of C0 but tab and line feed, and C1: escape sequences
+
+
+class ChatLoop:
+    """A chat on stdin and stdout.
+
+    On a terminal it prompts, keeps to itself what a terminal would obey, says how fast an answer was, and goes on after
+    an error or an interrupt. In a pipe it reads one question a line and prints the answers and nothing else; there an
+    error or an interrupt ends it.
+    """
+
+    def __init__(self, answers: Answers, conversation: Conversation) -> None:
+        self._answers = answers
+        self._conversation = conversation
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._commands = {
+            "/system": self._set_system,
+            "/history": self._print_history,
+            "/reset": self._reset,
+            "/help": self._print_help,
+        }
+
+    def run(self) -> None:
+        """Chat until /exit or the end of the input.
+
+        Raises:
+            TelechatMindieError: in a pipe, a command that does not exist, or a question without a whole answer.
+        """
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  gives input() its line editing and history
+            self._note(f"{self._answers.name}. /help lists the commands.")
+        while True:
+            try:
+                text = self._read()
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                print()
+                self._note("/exit or Ctrl-D ends the chat.")
+                continue
+            if text is None:
+                if self._interactive:
+                    print()
+                return
+            if text == "/exit":
+                return
+            try:
+                if text.startswith("/") and not text.startswith("//"):
+                    self._obey(text)
+                elif text:
+                    self._ask(text[1:] if text.startswith("//") else text)
+            except TelechatMindieError as error:
+                if not self._interactive:
+                    raise
+                print(self._shown(f"error: {error}"), file=sys.stderr)
+
+    def _read(self) -> str | None:
+        """The next question or command, without white space around it; None at the end of the input."""
+        line = self._read_line("> ")
+        if line is None or not line.startswith(_FENCE):
+            return line if line is None else line.strip()
+        lines = [line.removeprefix(_FENCE)]
+        while not (end := lines[-1].rstrip()).endswith(_FENCE):
+            line = self._read_line(". ")
+            if line is None:
+                break
+            lines.append(line)
+        else:
+            lines[-1] = end.removesuffix(_FENCE)
+        return "\n".join(lines).strip()
+
+    def _read_line(self, prompt: str) -> str | None:
+        try:
+            return input(prompt if self._interactive else "")
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            raise InputError("is not UTF-8", where="the input") from None
+
+    def _obey(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            raise InputError("is no command", where=name, advice="/help lists them.")
+        command(argument.strip())
+
+    def _ask(self, question: str) -> None:
+        pieces: list[str] = []
+
+        def emit(text: str) -> None:
+            pieces.append(text)
+            print(self._shown(text), end="", flush=True)
+
+        try:
+            figures = self._answers.answer(self._conversation.messages(question), emit)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            print()
+            self._note("stopped")
+            figures = None
+        except TelechatMindieError:
+            if any(pieces):
+                print()
+            raise
+        else:
+            print()
+        answer = "".join(pieces)
+        if answer:
+            self._conversation.add(question, answer)
+        if figures is not None and self._interactive:
+            self._note(str(figures))
+
+    def _set_system(self, text: str) -> None:
+        self._conversation.system = text or None
+        self._note("the system text is set" if text else "the chat template's own system text is back")
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset()
+        self._note("the conversation is forgotten")
+
+    def _print_history(self, _: str) -> None:
+        conversation = self._conversation
+        if conversation.system is not None:
+            print(f"system: {conversation.system}")
+        for turn in conversation.turns:
+            print(self._shown(f"{turn['role']}: {turn['content']}"))
+
+    def _print_help(self, _: str) -> None:
+        print(HELP)
+
+    def _note(self, text: str) -> None:
+        if self._interactive:
+            print(self._shown(f"[{text}]"), file=sys.stderr)
+
+    def _shown(self, text: str) -> str:
+        return _CONTROLS.sub("\ufffd", text) if self._interactive else text

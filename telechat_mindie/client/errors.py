@@ -1,0 +1,36 @@
+"""What goes wrong on the way to a service and back."""
+
+from __future__ import annotations
+
+from telechat_mindie.errors import TelechatMindieError
+
+
+class MissingExtraError(TelechatMindieError):
+    """A library of an optional extra is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed", advice=f"`pip install 'telechat-mindie[{extra}]'` brings it.")
+
+
+class ServiceError(TelechatMindieError):
+    """A service that cannot be reached, refuses a request, or breaks an answer off.
+
+    Attributes:
+        kind: the fault in a word or two, the same for all faults of a sort, so that they can be counted.
+        status: of the HTTP answer, where there was one other than 200.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        advice: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, found=found, advice=advice)
+        self.kind = kind
+        self.status = status

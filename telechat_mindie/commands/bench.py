@@ -1,0 +1,170 @@
+"""`telechat-mindie bench`: a group of commands that measure."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from telechat_mindie.loadtest.run import Outcome, Plan
+
+bench = typer.Typer(help="Measure a service.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class Api(str, enum.Enum):
+    """MindIE's streaming formats."""
+
+    openai = "openai"
+    tgi = "tgi"
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure a service."""
+
+
+@bench.command()
+def serve(
+    url: str = typer.Option("http://127.0.0.1:1025", "--url", help="The service: MindIE, or `telechat-mindie serve`."),
+    api: Api = typer.Option(Api.openai, "--api", help="/v1/chat/completions, or TGI's /generate_stream."),
+    concurrency: int = typer.Option(None, "--concurrency", min=1, max=4096, help="Requests at a time; default: 8."),
+    rate: float = typer.Option(None, "--rate", help="Requests a second at random times, in the place of a number."),
+    requests: int = typer.Option(None, "--requests", min=1, help="Requests to send; default: 64."),
+    duration: float = typer.Option(None, "--duration", help="Seconds to send for, in the place of a number."),
+    prompt_tokens: str = typer.Option("128", "--prompt-tokens", help="Length of the prompts: 128, or 64:256."),
+    output_tokens: str = typer.Option("128", "--output-tokens", help="Most tokens of an answer: 128, or 64:256."),
+    prompts: Path = typer.Option(None, "--prompts", help="Prompts of your own: one a line, or .jsonl."),
+    fixed_output: bool = typer.Option(
+        None, "--fixed-output/--natural-output", help="Ignore the end of an answer; default: for random prompts."
+    ),
+    warm_up: int = typer.Option(2, "--warm-up", min=0, help="Requests to send before."),
+    temperature: float = typer.Option(None, "--temperature", help="Default: the service's."),
+    seed: int = typer.Option(0, "--seed", help="Seed of prompts, lengths and times."),
+    model: str = typer.Option(None, "--model", help="The model's name; default: the first that the service names."),
+    timeout: float = typer.Option(600, "--timeout", min=1, help="Most seconds of a request."),
+    ca_cert: Path = typer.Option(None, "--ca-cert", help="Authority of the service's certificate (PEM)."),
+    cert: Path = typer.Option(None, "--cert", help="Our own certificate (PEM), which MindIE asks for."),
+    key: Path = typer.Option(None, "--key", help="Its private key (PEM)."),
+    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    plot: Path = typer.Option(None, "--plot", help="Draw them into this PNG file."),
+) -> None:
+    """Load a service and report TTFT, TPOT, ITL, end-to-end latency and throughput.
+
+    Exit code 1 where no request succeeded. Ctrl-C ends the test early and reports what it has.
+    """
+    from telechat_mindie.client.client import client_tls
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.loadtest.driver import Load
+    from telechat_mindie.loadtest.prompts import Range
+    from telechat_mindie.loadtest.run import Plan
+
+    if plot is not None:
+        import telechat_mindie.loadtest.plot  # noqa: F401  says before the test that matplotlib is missing
+    if rate is not None and concurrency is not None:
+        raise InputError("exclude each other", where="--rate and --concurrency")
+    for name, value in (("--rate", rate), ("--duration", duration)):
+        if value is not None and not 0 < value < 1e6:
+            raise InputError("is out of range", where=name, expected="above 0", found=value)
+    if requests is None and duration is None:
+        requests = 64
+    plan = Plan(
+        url=url,
+        api=api.value,
+        load=Load(concurrency or 8, rate, requests, duration),
+        prompt_tokens=Range.parse(prompt_tokens, "--prompt-tokens"),
+        output_tokens=Range.parse(output_tokens, "--output-tokens"),
+        prompts=prompts,
+        fixed_output=(prompts is None and api is Api.openai) if fixed_output is None else fixed_output,
+        warm_up=warm_up,
+        temperature=temperature,
+        seed=seed,
+        model=model,
+        timeout=timeout,
+        tls=client_tls(ca_cert, cert, key),
+    )
+    _report(plan, _measure(plan), as_json=as_json, plot=plot)
+
+
+def _measure(plan: Plan) -> Outcome:
+    import asyncio
+
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.loadtest.run import Outcome, run
+
+    outcome = Outcome()
+    try:
+        with _progress(plan.load.requests) as advance:
+            asyncio.run(run(plan, outcome, advance))
+    except KeyboardInterrupt:
+        if not outcome.records:
+            raise
+        outcome.notes.append("interrupted: the requests that ran then are left out")
+    if not outcome.records:
+        raise InputError("ended before a request was sent", where="the test", advice="Raise --duration or --rate.")
+    if outcome.busy > 0.8:
+        outcome.notes.append(f"this client computed {outcome.busy:.0%} of the time: it may be what was measured")
+    return outcome
+
+
+def _report(plan: Plan, outcome: Outcome, *, as_json: bool, plot: Path | None) -> None:
+    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.loadtest.report import Report
+
+    report = Report.of(outcome.records)
+    load = plan.load
+    how = f"{load.concurrency} at a time" if load.rate is None else f"{load.rate:g} requests/s"
+    title = f"{plan.url}, {plan.api}: {report.requests} requests, {how}"
+    if as_json:
+        settings = {
+            "url": plan.url,
+            "api": plan.api,
+            "concurrency": load.concurrency if load.rate is None else None,
+            "rate": load.rate,
+            "prompt_tokens": str(plan.prompt_tokens) if plan.prompts is None else None,
+            "prompts": None if plan.prompts is None else str(plan.prompts),
+            "output_tokens": str(plan.output_tokens),
+            "fixed_output": plan.fixed_output,
+            "warm_up": plan.warm_up,
+            "seed": plan.seed,
+        }
+        notes = {"client_busy": outcome.busy, "notes": outcome.notes}
+        print_json({"settings": settings, **report.as_dict(), **notes})
+    else:
+        print_table(title, report.rows(), ("", "mean", "p50", "p90", "p95", "p99", "max"))
+        print(
+            f"{report.output_tokens_per_second:,.1f} output tokens/s, {report.total_tokens_per_second:,.1f} tokens/s "
+            f"with prompts, {report.requests_per_second:,.2f} requests/s over {report.seconds:.1f} s, "
+            f"at most {report.peak_concurrency} at a time"
+        )
+        for note in outcome.notes:
+            print(f"note: {note}")
+    for kind, count in report.failed.items():
+        example = next(record.message for record in outcome.records if record.error == kind)
+        print(f"{count} failed, {kind}: {example}", file=sys.stderr)
+    if report.succeeded == 0:
+        raise typer.Exit(1)
+    if plot is not None:
+        from telechat_mindie.loadtest.plot import write_plot
+
+        write_plot(plot, outcome.records, title)
+
+
+@contextlib.contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[], None]]:
+    """A count of finished requests on stderr, shown only on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
