@@ -7,7 +7,9 @@ import sys
 import typer
 
 from telechat_mindie import __version__
+from telechat_mindie.commands.bench import bench
 from telechat_mindie.commands.build import build
+from telechat_mindie.commands.chat import chat
 from telechat_mindie.commands.check import check
 from telechat_mindie.commands.convert import convert
 from telechat_mindie.commands.doctor import doctor
@@ -18,6 +20,7 @@ from telechat_mindie.commands.launch import launch
 from telechat_mindie.commands.manifests import manifests
 from telechat_mindie.commands.nano import nano
 from telechat_mindie.commands.plan import plan
+from telechat_mindie.commands.serve import serve
 from telechat_mindie.commands.service_config import service_config
 from telechat_mindie.commands.status import status
 from telechat_mindie.commands.stop import stop
@@ -33,6 +36,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     build,
+    chat,
     check,
     convert,
     doctor,
@@ -43,6 +47,7 @@ COMMANDS = (
     manifests,
     nano,
     plan,
+    serve,
     service_config,
     status,
     stop,
@@ -50,6 +55,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,70 @@
+"""`telechat-mindie serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+
+def serve(
+    model_path: Path = typer.Argument(help="A model directory."),
+    host: str = typer.Option(None, "--host", help="Address of all routes; default: 127.0.0.1, or the config's."),
+    port: int = typer.Option(None, "--port", min=0, max=65535, help="Port of all routes; default: 1025, 0: any."),
+    service_config: Path = typer.Option(
+        None, "--service-config", help="MindIE's conf/config.json: names, ports, TLS and limits are as it says."
+    ),
+    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of that file: 1.0, 2.0 or 3.0.0.beta."),
+    mindie_home: Path = typer.Option(
+        None, "--mindie-home", help="Where its TLS files are; default: the environment's, else beside conf/."
+    ),
+    kv_gb: float = typer.Option(None, "--kv-gb", help="GB of memory for the KV cache; default: npuMemSize, else 2."),
+    model_name: str = typer.Option(None, "--model-name", help="Name that requests use; default: the directory's."),
+    prefix_cache: bool = typer.Option(False, "--prefix-cache", help="Share equal beginnings of prompts."),
+    chunked_prefill: bool = typer.Option(False, "--chunked-prefill", help="Cut long prompts beside running answers."),
+    drain: float = typer.Option(30, "--drain", min=0, help="Seconds for unfinished answers when it is stopped."),
+) -> None:
+    """Serve a model directory on the CPU with MindIE's HTTP API, and a chat page at /.
+
+    SIGTERM and Ctrl-C let unfinished answers finish; a second one does not.
+    """
+    import dataclasses
+    import math
+
+    from telechat_mindie.client.errors import MissingExtraError
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.model_dir import ModelDir
+
+    try:
+        from telechat_mindie.server.app import Plane
+        from telechat_mindie.server.host import EngineHost
+        from telechat_mindie.server.run import serve as run
+        from telechat_mindie.server.settings import plain_settings, read_settings
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(missing.name or "fastapi", "serve") from None
+
+    if kv_gb is not None and not 0 < kv_gb < math.inf:
+        raise InputError("is out of range", where="--kv-gb", expected="above 0", found=kv_gb)
+    directory = ModelDir.open(model_path)
+    if service_config is None:
+        settings = plain_settings(directory, prefix_cache=prefix_cache, chunked_prefill=chunked_prefill)
+    elif prefix_cache or chunked_prefill:
+        raise InputError(
+            "has its own word on plugins", where="--service-config", advice="Set plugin_params there instead."
+        )
+    else:
+        settings = read_settings(service_config, mindie, mindie_home, os.environ)
+    settings = settings.with_flags(host, port, kv_gb)
+    settings = dataclasses.replace(
+        settings,
+        model_name=model_name or settings.model_name,
+        limits=dataclasses.replace(settings.limits, drain_seconds=drain),
+    )
+
+    def on_ready(urls: dict[Plane, str]) -> None:
+        others = [f"{plane.value} {url}" for plane, url in urls.items() if url != urls[Plane.BUSINESS]]
+        print(f"Daemon start success! {settings.model_name} at {urls[Plane.BUSINESS]}", *others, sep=", ", flush=True)
+
+    run(lambda: EngineHost.open(model_path, settings), settings, on_ready)
+    print("stopped", flush=True)

@@ -1,0 +1,83 @@
+"""The applications behind the three planes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from importlib import resources
+
+from fastapi import APIRouter, FastAPI, Response
+
+from telechat_mindie import __version__
+from telechat_mindie.server.chat import chat_routes
+from telechat_mindie.server.completions import completion_routes
+from telechat_mindie.server.errors import ApiError
+from telechat_mindie.server.management import management_routes, metrics_routes
+from telechat_mindie.server.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
+from telechat_mindie.server.models import model_routes
+from telechat_mindie.server.native import native_routes
+from telechat_mindie.server.openapi import document
+from telechat_mindie.server.service import Service
+from telechat_mindie.server.tgi import tgi_routes
+from telechat_mindie.server.triton import triton_routes
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of the page: what is in its one file, and requests to this server."""
+
+
+class Plane(Enum):
+    """What a port is for."""
+
+    BUSINESS = "business"
+    MANAGEMENT = "management"
+    METRICS = "metrics"
+
+
+def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> FastAPI:
+    """The routes of the planes that share a port.
+
+    Args:
+        is_local: the port is on a loopback address.
+    """
+    planes = set(planes)
+    app = FastAPI(
+        title="telechat-mindie",
+        version=__version__,
+        description="MindIE's HTTP API over TeleChat2 on a CPU.",
+        docs_url=None,  # its page would load scripts from another site
+        redoc_url=None,
+        exception_handlers={ApiError: on_api_error, 404: on_unknown, 405: on_unknown, Exception: on_fault},
+        redirect_slashes=False,
+    )
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    if Plane.BUSINESS in planes:
+        for routes in (native_routes, tgi_routes, chat_routes, completion_routes, triton_routes, model_routes):
+            app.include_router(routes(service))
+        app.include_router(page_routes())
+    if Plane.MANAGEMENT in planes:
+        app.include_router(management_routes(service))
+    if Plane.METRICS in planes:
+        app.include_router(metrics_routes(service))
+    app.add_middleware(BrowserGuard, is_local=is_local)
+    return app
+
+
+def page_routes() -> APIRouter:
+    """GET /: the chat page. MindIE's / is POST only."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def page() -> Response:
+        html = resources.files(__package__).joinpath("static/index.html").read_bytes()
+        headers = {
+            "Content-Security-Policy": PAGE_POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+    return router

@@ -1,0 +1,131 @@
+"""One request in the engine: as many sequences as it asked for, their outputs in one queue."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from telechat_mindie.engine.engine import Engine
+from telechat_mindie.engine.output import FinishReason, Output
+from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.server.answers import Answer
+from telechat_mindie.server.errors import STOPPED, ApiError, from_engine
+
+
+class Ended(enum.Enum):
+    """Who ended a request before its time."""
+
+    CLIENT = "the client left"
+    STOPPED = "the client asked for it by another request"
+    SHUTDOWN = "the server stops"
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to be answered."""
+
+
+class Generation:
+    """A request in the engine. Made and submitted in any thread; the event loop does the rest.
+
+    Args:
+        engine: that runs in a thread of its own.
+        prompt_ids: the prompt.
+        params: of each sequence; a given seed is that of the first, the others follow.
+        count: sequences.
+        token_seconds: time-out for the next output.
+        timed_by_client: the time-out in `params` is the client's own, rather than the server's.
+        loop: the event loop that reads the outputs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_ids: Sequence[int],
+        params: GenerationParams,
+        count: int,
+        *,
+        token_seconds: float,
+        timed_by_client: bool,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.prompt_ids = prompt_ids
+        self.answers = [Answer() for _ in range(count)]
+        self.ended: Ended | None = None
+        self._engine = engine
+        self._params = params
+        self._token_seconds = token_seconds
+        self._timed_by_client = timed_by_client
+        self._loop = loop
+        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+
+    def submit(self) -> None:
+        """Queue all sequences, or none. Takes long for a long prompt: call it from another thread than the loop's.
+
+        Raises:
+            ApiError: the engine refuses.
+        """
+        for index in range(len(self.answers)):
+            params = self._params
+            if params.seed is not None:
+                params = dataclasses.replace(params, seed=(params.seed + index) % 2**63)
+            try:
+                self._engine.submit(self.prompt_ids, params, partial(self._deliver, index), self._request_id(index))
+            except TelechatMindieError as error:
+                self._cancel_all()
+                raise from_engine(error) from None
+        if self.ended is not None:  # while this thread was at it
+            self._cancel_all()
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """Each output with the index of its answer, which has it already.
+
+        Raises:
+            ApiError: 500 the engine failed or took too long, 503 the server stops.
+            ClientGoneError: `cancel` was told so.
+        """
+        left = len(self.answers)
+        while left:
+            try:
+                index, output = await asyncio.wait_for(self._outputs.get(), self._token_seconds)
+            except (asyncio.TimeoutError, TimeoutError):
+                raise ApiError(500, "Engine callback timeout: server tokenTimeout") from None
+            self._check(output)
+            self.answers[index].add(output)
+            left -= output.finish_reason is not None
+            yield index, output
+
+    def cancel(self, by: Ended) -> None:
+        """End what is unfinished; its blocks are free when the forward under way has ended. Harmless at any time."""
+        if self.ended is None:
+            self.ended = by
+        self._cancel_all()
+
+    def _check(self, output: Output) -> None:
+        reason = output.finish_reason
+        if self.ended is Ended.CLIENT:
+            raise ClientGoneError
+        if reason is FinishReason.ERROR:
+            raise ApiError(500, f"The engine failed: {output.error}")
+        if reason is FinishReason.DEADLINE:
+            whose = "client timeout" if self._timed_by_client else "server e2eTimeout"
+            raise ApiError(500, f"Engine callback timeout: {whose}")
+        if reason is FinishReason.CANCELLED and self.ended is not Ended.STOPPED:
+            raise ApiError(503, STOPPED)
+
+    def _cancel_all(self) -> None:
+        for index, answer in enumerate(self.answers):
+            if not answer.is_finished:
+                self._engine.cancel(self._request_id(index))
+
+    def _request_id(self, index: int) -> str:
+        return f"{self.id}-{index}"
+
+    def _deliver(self, index: int, output: Output) -> None:
+        """Called in the engine's thread."""
+        self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))

@@ -1,0 +1,217 @@
+"""The management plane: health, status and stopping (http_wrapper/http_handler.cpp:506-1290)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from telechat_mindie.engine.output import FinishReason
+from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.server.errors import STOPPED, ApiError, dump
+from telechat_mindie.server.metrics import CONTENT_TYPE
+from telechat_mindie.server.models import check_model, info
+from telechat_mindie.server.service import Service
+
+DEFAULT_PROBE_SECONDS, MAX_PROBE_SECONDS = 10, 600  # endpoint_def.h: SIMULATE_CV_WAIT_TIME, CV_WAIT_TIME
+
+
+def management_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["management"])
+
+    @router.get("/health")
+    async def health() -> Response:
+        _check_alive(service)
+        return Response()
+
+    @router.get("/v2/health/live")
+    async def live() -> Response:
+        _check_alive(service)
+        return _message(200, "Service is alive but busy") if _is_busy(service) else Response()
+
+    @router.get("/v2/health/ready")
+    async def ready() -> Response:
+        _check_alive(service)
+        return _message(503, "Service is alive but busy. Send fewer requests.") if _is_busy(service) else Response()
+
+    @router.get("/v2/models/{model}/ready")
+    async def model_ready(model: str) -> Response:
+        _check_alive(service)
+        check_model(service, model)
+        return Response()
+
+    @router.get("/health/timed")
+    async def timed() -> Response:
+        return await _probe(service, DEFAULT_PROBE_SECONDS)
+
+    @router.get("/health/timed-{seconds}")
+    async def timed_by(seconds: str) -> Response:
+        number = int(seconds) if re.fullmatch(r"[0-9]{1,3}", seconds) else 0
+        if not 1 <= number <= MAX_PROBE_SECONDS:
+            raise ApiError(404, f"The time must be 1 to {MAX_PROBE_SECONDS} seconds.")
+        return await _probe(service, number)
+
+    @router.get("/info")
+    async def get_info() -> dict[str, Any]:
+        _check_alive(service)
+        return info(service)
+
+    @router.get("/v1/config")
+    async def config() -> dict[str, Any]:
+        engine, settings = service.engine.config, service.settings
+        return {
+            "modelName": settings.model_name,
+            "maxSeqLen": engine.max_seq_len,
+            "npuMemSize": settings.npu_mem_size,
+            "cpuMemSize": settings.host_cache_gb,
+            "worldSize": service.host.directory.tp,
+            "maxOutputLen": engine.max_iter_times,
+            "cacheBlockSize": engine.block_size,
+        }
+
+    @router.get("/v1/status")
+    async def status() -> dict[str, Any]:
+        _check_alive(service)
+        return _status(_resources(service))
+
+    @router.get("/v2/status")
+    async def status_v2() -> dict[str, Any]:
+        _check_alive(service)
+        resources = _resources(service)
+        blocks = resources["availBlockNum"]
+        more = {
+            "totalAvailNpuSlotsNum": resources["availSlotsNum"],
+            "totalAvailNpuBlockNum": blocks,
+            "dpInstMap": [[0, blocks]],
+            "maxAvailNpuBlockNum": blocks,
+        }
+        return _status(resources | more)
+
+    @router.get("/v2/models/{model}/getSlotCount")
+    async def slot_count(model: str) -> dict[str, Any]:
+        _check_alive(service)
+        check_model(service, model)
+        resources, engine = _resources(service), service.engine.config
+        return {
+            "total_slots": engine.max_batch_size,
+            "free_slots": resources["availSlotsNum"],
+            "available_tokens_length": resources["availBlockNum"] * engine.block_size,
+        }
+
+    @router.get("/metrics-json")
+    async def metrics_json() -> dict[str, Any]:
+        _check_alive(service)
+        return _metrics_json(service)
+
+    @router.get("/v1/engine-server/running-status")
+    async def running_status() -> dict[str, Any]:
+        # health_checker/health_checker.h: 1 is normal, 2 abnormal, 5 busy.
+        return {"status": 2 if not service.host.is_alive else 5 if _is_busy(service) else 1, "errors": []}
+
+    @router.get("/stopService")
+    async def stop_service(request: Request) -> Response:
+        if service.is_stopping:
+            raise ApiError(500, STOPPED)
+        service.is_stopping = True
+        if request.query_params.get("mode") == "Force":
+            service.is_forced = True
+        else:
+            while service.in_flight:
+                await asyncio.sleep(0.05)
+        service.stop_wanted.set()
+        return Response()
+
+    return router
+
+
+def metrics_routes(service: Service) -> APIRouter:
+    """Of the metrics plane."""
+    router = APIRouter(tags=["metrics"])
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _check_alive(service: Service) -> None:
+    service.refuse_if_stopping()
+    if not service.host.is_alive:
+        raise ApiError(500, "Service is abnormal: the engine ended.")
+
+
+def _is_busy(service: Service) -> bool:
+    """Whether a further request would have to wait."""
+    stats = service.engine.stats()
+    return stats.waiting > 0 or stats.running >= service.engine.config.max_batch_size
+
+
+def _message(status: int, text: str) -> Response:
+    return Response(dump({"message": text}), status, media_type="application/json")
+
+
+async def _probe(service: Service, seconds: int) -> Response:
+    """Compute one token within the time. A server that is busy computes anyway, and counts as healthy."""
+    if service.is_stopping:
+        return Response(dump({"status": "healthy"}), media_type="application/json")
+    try:
+        params = GenerationParams(max_new_tokens=1, priority=1, timeout=seconds)
+        stream = service.engine.add_async([service.tokenizer.bos_token_id], params)
+    except TelechatMindieError as error:
+        raise ApiError(500, f"Service is abnormal: {error}") from None
+    async for output in stream:
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.CANCELLED):
+            raise ApiError(500, f"Service is abnormal: {output.error or f'no token within {seconds} seconds'}")
+    return Response(dump({"status": "healthy"}), media_type="application/json")
+
+
+def _resources(service: Service) -> dict[str, Any]:
+    stats, engine = service.engine.stats(), service.engine.config
+    free = stats.blocks_total - stats.blocks_used
+    return {
+        "availSlotsNum": max(0, engine.max_batch_size - stats.running - stats.waiting - stats.swapped),
+        "availBlockNum": free,
+        "waitingRequestNum": stats.waiting,
+        "runningRequestNum": stats.running,
+        "swappedRequestNum": stats.swapped,
+        "freeNpuBlockNums": free,
+        "freeCpuBlockNums": stats.host_blocks_total - stats.host_blocks_used,
+        "totalNpuBlockNums": stats.blocks_total,
+        "totalCpuBlockNums": stats.host_blocks_total,
+    }
+
+
+def _status(resources: dict[str, Any]) -> dict[str, Any]:
+    role = {"roleStatus": "RoleReady", "currentRole": "none"}
+    return {"service": role, "resource": resources, "linkStatus": {"peers": []}}
+
+
+def _metrics_json(service: Service) -> dict[str, Any]:
+    """Averages in milliseconds over the last requests, and counts, all as text."""
+    metrics, resources = service.metrics, _resources(service)
+    where = service.settings.management
+
+    def average(values: Any) -> int:
+        return int(1000 * sum(values) / len(values)) if values else 0
+
+    values = {
+        "TTFT": average(metrics.recent_first_tokens),
+        "TBT": average(metrics.recent_token_times),
+        "waitingInferRequestNum": resources["waitingRequestNum"],
+        "processingInferRequestNum": resources["runningRequestNum"] + resources["swappedRequestNum"],
+        "remainBlocks": resources["availBlockNum"],
+    }
+    return {
+        "resultType": "vector",
+        "result": [
+            {
+                "metric": [{"__name__": name, "job": "node", "instance": f"{where.host}:{where.port}"}],
+                "value": str(value),
+            }
+            for name, value in values.items()
+        ],
+    }

@@ -1,0 +1,176 @@
+"""What all routes share: the engine, the tokenizer, the bounds, and the requests that are under way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.errors import InputError
+from telechat_mindie.input_builder import InputBuilder
+from telechat_mindie.server.body import BodyReader, parse
+from telechat_mindie.server.errors import STOPPED, ApiError, from_engine, invalid
+from telechat_mindie.server.fields import RequestBody, utf16_length
+from telechat_mindie.server.generation import Ended, Generation
+from telechat_mindie.server.host import EngineHost
+from telechat_mindie.server.metrics import Metrics
+from telechat_mindie.server.render import Renderer
+from telechat_mindie.server.sampling import generation_params
+from telechat_mindie.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, read and understood.
+
+    Args:
+        prompt_ids: the prompt.
+        params: of each sequence.
+        renderer: of its format.
+        stream: answer token by token.
+        count: sequences; several whole answers come best first.
+        timed_by_client: the request brought the time-out in `params`.
+        name: the client's own id of the request, by which another request can stop it.
+    """
+
+    prompt_ids: Sequence[int]
+    params: GenerationParams
+    renderer: Renderer
+    stream: bool
+    count: int = 1
+    timed_by_client: bool = False
+    name: str | None = None
+
+
+class Service:
+    """One server's state. All methods but `prepare` and what it calls belong to the event loop."""
+
+    def __init__(self, settings: ServerSettings, host: EngineHost) -> None:
+        self.settings = settings
+        self.limits = settings.limits
+        self.host = host
+        self.engine = host.engine
+        self.tokenizer = host.tokenizer
+        self.defaults = host.directory.serving
+        self.metrics = Metrics(settings.model_name, host.engine.stats)
+        self.bodies = BodyReader(settings.limits)
+        self.started = int(time.time())
+        self.is_stopping = False
+        self.is_forced = False  # to stop without waiting for answers
+        self.stop_wanted = asyncio.Event()  # a route asks the process to end
+        self.running: dict[str, Generation] = {}  # by id
+        self.named: dict[str, Generation] = {}  # by the client's own id
+        self.in_flight = 0  # requests for an answer, from their first byte to their last
+        self._threads = ThreadPoolExecutor(settings.threads, "telechat-request")
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run what takes long in one of the threads for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def begin(self, raw: bytes, read: Callable[[dict[str, Any]], Job]) -> tuple[Job, Generation]:
+        """Parse a body and start what it asks for.
+
+        Raises:
+            ApiError: the body, or the engine, refuses.
+        """
+        loop = asyncio.get_running_loop()
+        job, generation = await self.in_thread(self._prepare, raw, read, loop)
+        if self.is_stopping:
+            generation.cancel(Ended.SHUTDOWN)
+        self.running[generation.id] = generation
+        if job.name is not None:
+            self.named[job.name] = generation
+        return job, generation
+
+    def _prepare(
+        self, raw: bytes, read: Callable[[dict[str, Any]], Job], loop: asyncio.AbstractEventLoop
+    ) -> tuple[Job, Generation]:
+        try:
+            job = read(parse(raw))
+        except InputError as error:
+            raise invalid(str(error)) from None
+        generation = Generation(
+            self.engine,
+            job.prompt_ids,
+            job.params,
+            job.count,
+            token_seconds=self.limits.token_seconds,
+            timed_by_client=job.timed_by_client,
+            loop=loop,
+        )
+        generation.submit()
+        return job, generation
+
+    def end(self, job: Job, generation: Generation, by: Ended) -> None:
+        """Forget a request that was answered, or whose client left."""
+        generation.cancel(by)
+        self.running.pop(generation.id, None)
+        if job.name is not None and self.named.get(job.name) is generation:
+            del self.named[job.name]
+
+    def refuse_if_stopping(self) -> None:
+        if self.is_stopping:
+            raise ApiError(503, STOPPED)
+
+    def encode(self, text: str, where: str, keep: int | None = None) -> list[int]:
+        """The tokens of a bare prompt, as MindIE's ms backend has them made (mf_tokenizer_wrapper.py:34).
+
+        Args:
+            where: the text's field.
+            keep: only that many tokens of the end.
+
+        Raises:
+            ApiError: 422 no text, 424 one that is too long.
+        """
+        if not text:
+            raise invalid(f"Parameter {where} must not be empty.")
+        if keep is not None:
+            text = text[-keep * self._longest_token :]
+        elif self.settings.truncation:
+            text = text[: self._longest_text]
+        self._check_length(utf16_length(text))
+        ids: list[int] = self.tokenizer([text], return_tensors="np")["input_ids"][0].tolist()
+        return self.cut(ids if keep is None else ids[-keep:])
+
+    def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any], length: int) -> list[int]:
+        """The tokens of a conversation, through the chat template; `length` is that of all its texts."""
+        if not self.settings.truncation:
+            self._check_length(length)
+        return self.cut(InputBuilder(self.tokenizer).make_context(0, messages, **options))
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """With `truncation` the beginning of a prompt that is too long (llm_manager_impl.cpp:1526)."""
+        return ids[: self.engine.config.longest_prompt] if self.settings.truncation else ids
+
+    def params(
+        self, body: RequestBody, max_new_tokens: int | None, count: int = 1, logprobs: int | None = None
+    ) -> GenerationParams:
+        """The engine's parameters for a body with, or without, a `timeout` of its own."""
+        seconds = min(getattr(body, "timeout", None) or self.limits.request_seconds, self.limits.request_seconds)
+        return generation_params(
+            body, self.defaults, max_new_tokens=max_new_tokens, timeout=seconds, count=count, logprobs=logprobs
+        )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, map(self.tokenizer.convert_ids_to_tokens, range(self.tokenizer.vocab_size))))
+
+    @property
+    def _longest_text(self) -> int:
+        """Characters of a prompt within the engine's limits, if each of its tokens were the longest."""
+        return self.engine.config.longest_prompt * self._longest_token
+
+    def _check_length(self, length: int) -> None:
+        """Refuse what is too long anyway before time is spent on tokenizing it."""
+        if length > self._longest_text:
+            most = self.engine.config.longest_prompt
+            raise from_engine(InputError("is too long", where="prompt", expected=f"at most {most} tokens"))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

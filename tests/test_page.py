@@ -1,0 +1,319 @@
+"""The chat playground, in a real browser against a service that answers as a test wants."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import time
+from importlib import resources
+
+import pytest
+from helpers.fake_mindie import FakeMindie
+from helpers.server import shared_server
+
+PAGE = resources.files("telechat_mindie.server") / "static" / "index.html"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+HOSTILE = '<img src="/pwned" onerror="window.pwned = 1"><script>window.pwned = 1</script>'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def fake():
+    with FakeMindie(page=PAGE) as fake:
+        yield fake
+
+
+@pytest.fixture
+def visit(browser, fake):
+    """`visit(locale=...)` opens the page; at the end it must have loaded nothing from elsewhere and raised nothing."""
+    contexts, faults, urls, served = [], [], [], set()
+
+    def open_page(url=fake.url, **options):
+        context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1100, "height": 720}, **options})
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        served.add(url)
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if "Content Security" in message.text else None)
+        page.on("request", lambda request: urls.append(request.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+    assert [url for url in urls if not url.startswith((*served, "data:"))] == []
+
+
+def wait_until(page, expression):
+    """Playwright's own wait_for_function polls by an eval in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + 10
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
+
+
+def ask(page, question):
+    """Ask by keyboard and give the answer's element once it is complete."""
+    count = page.locator(".assistant").count()
+    page.get_by_role("textbox", name=re.compile("Ask something|输入问题")).fill(question)
+    page.keyboard.press("Enter")
+    answer = page.locator(".assistant").nth(count)
+    answer.wait_for()
+    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
+    return answer
+
+
+def asked(fake):
+    return fake.bodies("/v1/chat/completions")
+
+
+def test_the_policy_admits_the_page_and_nothing_else():
+    text = PAGE.read_text(encoding="utf-8")
+    policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
+    assert re.findall(r"\s(?:on\w+|style)=", text.split("<script>")[0].split("</style>")[1]) == []
+
+
+def test_a_conversation(fake, visit):
+    page = visit()
+    assert page.locator("#model").text_content() == "fake"
+    first = ask(page, "one")
+    assert first.locator(".text").text_content() == "你好，世界"
+    assert re.fullmatch(r"3 tokens · First token \d+ ms · [\d.]+ tok/s", first.locator(".foot").text_content())
+    assert int(page.locator("#ttft").text_content()) >= 0 and float(page.locator("#speed").text_content()) > 0
+    page.get_by_label("System prompt").fill("short")
+    for label, value in (("Temperature", "0.5"), ("top_p", "0.9"), ("top_k", "7"), ("Max tokens", "2"), ("Seed", "3")):
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_label("Repetition penalty").fill("1.1")
+    second = ask(page, "two")
+    assert second.locator(".text").text_content() == "你好"
+    assert second.locator(".foot").text_content().endswith("cut for its length")
+    bodies = asked(fake)
+    user = {"role": "user", "content": "one"}
+    assert bodies[0] == {"model": "fake", "messages": [user], "stream": True}
+    assert bodies[1] == {
+        "model": "fake",
+        "messages": [
+            {"role": "system", "content": "short"},
+            user,
+            {"role": "assistant", "content": "你好，世界"},
+            {"role": "user", "content": "two"},
+        ],
+        "stream": True,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "max_tokens": 2,
+        "repetition_penalty": 1.1,
+        "seed": 3,
+    }
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible()
+    ask(page, "three")
+    assert [message["content"] for message in asked(fake)[2]["messages"]] == ["short", "three"]
+
+
+def test_the_embedded_server(visit):
+    server = shared_server()
+    page = visit(server.url)
+    answer = ask(page, "生抽与老抽的区别？")
+    assert answer.locator(".text").text_content().startswith("生抽和老抽都是酱油")
+    assert re.fullmatch(r"\d\d tokens · First token \d+ ms · [\d.]+ tok/s", answer.locator(".foot").text_content())
+    wait_until(page, "Number(document.getElementById('throughput').textContent) > 0")
+    assert page.locator("#running").text_content() == page.locator("#waiting").text_content() == "0"
+    assert page.locator("#kv").text_content().endswith("%")
+    assert "prompt: is too long" in ask(page, "长" * 3000).get_by_role("alert").text_content()
+
+
+def test_an_answer_is_shown_as_it_comes(fake, visit):
+    fake.pieces, fake.delay = ["x"] * 300, 0.02
+    page = visit()
+    page.get_by_role("textbox", name="Ask something").fill("long")
+    page.keyboard.press("Enter")
+    lengths = []
+    for size in (3, 10, 20):
+        wait_until(page, f"document.querySelector('.assistant .text').textContent.length >= {size}")
+        lengths.append(len(page.locator(".assistant .text").text_content()))
+    assert lengths[0] < lengths[1] < lengths[2] < 300
+    wait_until(page, "document.getElementById('running').textContent === '1'")
+
+
+@pytest.mark.parametrize("how", ["button", "key"])
+def test_an_answer_can_be_stopped(fake, visit, how):
+    fake.pieces, fake.delay = ["x"] * 500, 0.02
+    page = visit()
+    page.get_by_role("textbox", name="Ask something").fill("long")
+    page.keyboard.press("Enter")
+    wait_until(page, "document.querySelector('.assistant .text').textContent.length >= 3")
+    if how == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
+    assert page.locator(".assistant .foot").text_content().endswith("stopped")
+    deadline = time.monotonic() + 10
+    while not fake.disconnects and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    assert fake.disconnects == 1 and fake.running == 0  # the service need not compute what nobody reads
+    fake.pieces, fake.delay = ["short"], 0
+    ask(page, "again")
+    question, partial, _ = asked(fake)[1]["messages"]
+    assert question["content"] == "long" and 3 <= len(partial["content"]) < 500
+
+
+def test_text_is_never_markup(fake, visit):
+    fake.pieces = [HOSTILE[:9], HOSTILE[9:]]
+    page = visit()
+    answer = ask(page, HOSTILE)
+    assert page.locator(".user .text").text_content() == answer.locator(".text").text_content() == HOSTILE
+    fake.faults["/v1/chat/completions"] = (422, json.dumps({"error": HOSTILE}))
+    fault = ask(page, "x").get_by_role("alert")
+    assert fault.text_content() == f"HTTP 422: {HOSTILE}"
+    assert page.locator("#log img, #log script").count() == 0
+    assert page.evaluate("window.pwned") is None
+    assert "/pwned" not in [path for path, _ in fake.requests]
+
+
+def test_faults_are_said(fake, visit):
+    fake.faults["/v1/chat/completions"] = (503, '{"error": "queue is full", "error_type": "Service Unavailable"}')
+    page = visit()
+    assert ask(page, "one").get_by_role("alert").text_content() == "HTTP 503: queue is full"
+    del fake.faults["/v1/chat/completions"]
+    fake.broken, fake.delay = True, 0.2
+    broken = ask(page, "two")
+    assert broken.locator(".text").text_content() == "你"
+    assert broken.get_by_role("alert").text_content() == "The answer broke off."
+    fake.broken, fake.delay = False, 0
+    ask(page, "three")
+    roles = [message["role"] for message in asked(fake)[-1]["messages"]]
+    assert roles == ["user", "assistant", "user"]  # a question without any answer is not repeated
+    page.get_by_label("top_p").fill("7")
+    page.get_by_role("textbox", name="Ask something").fill("four")
+    page.keyboard.press("Enter")
+    assert page.get_by_label("top_p").evaluate("input => input === document.activeElement")
+    assert len(asked(fake)) == 3
+    assert page.get_by_role("textbox", name="Ask something").input_value() == "four"
+
+
+def test_live_figures(fake, visit):
+    page = visit()
+    wait_until(page, "document.getElementById('waiting').textContent === '2'")
+    assert page.locator("#running").text_content() == "0"
+    assert page.locator("#kv").text_content() == "12.5%"
+    ask(page, "one")
+    wait_until(page, "Number(document.getElementById('throughput').textContent) > 0")
+    assert page.locator("#unserved").is_hidden()
+    fake.faults["/metrics"] = (404, "")
+    wait_until(page, "document.getElementById('waiting').textContent === '–'")
+    assert page.locator("#unserved").is_visible()
+
+
+def test_two_languages(visit):
+    page = visit(locale="zh-CN")
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    assert page.get_by_role("button", name="发送").is_visible()
+    ask(page, "一")
+    page.get_by_role("button", name="English").click()
+    assert page.get_by_role("button", name="Send").is_visible()
+    assert page.locator(".assistant .foot").text_content().startswith("3 tokens")
+    page.reload()
+    assert page.locator("html").get_attribute("lang") == "en"
+    page.get_by_role("button", name="中文").click()
+    assert page.get_by_label("系统提示").is_visible()
+    left = page.evaluate("""() => [...document.querySelectorAll('body *')]
+        .flatMap((element) => [...element.attributes].map((attribute) => attribute.value).concat(
+            element.children.length ? [] : [element.textContent]))
+        .filter((text) => /undefined|null|NaN/.test(text) && text.length < 200)""")
+    assert left == []
+
+
+def test_light_and_dark(visit):
+    page = visit(color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    page.get_by_role("button", name="Colours: Auto").click()
+    light = page.evaluate(background)
+    assert light != dark
+    page.reload()
+    assert page.evaluate(background) == light
+    page.get_by_role("button", name="Colours: Light").click()
+    assert page.evaluate(background) == dark
+    page.get_by_role("button", name="Colours: Dark").click()
+    page.emulate_media(color_scheme="light")
+    wait_until(page, f"{background} === '{light}'")
+
+
+def test_by_keyboard_alone(fake, visit):
+    page = visit()
+    box = page.get_by_role("textbox", name="Ask something")
+    assert box.evaluate("element => element === document.activeElement")
+    page.keyboard.type("two")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("lines")
+    # An input method ends a word with Enter; that must not send.
+    box.evaluate("e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))")
+    assert asked(fake) == []
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # the send button
+    page.locator(".assistant .foot").wait_for()
+    assert asked(fake)[0]["messages"][0]["content"] == "two\nlines"
+    assert box.evaluate("element => element === document.activeElement")
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.name"))
+    assert {"log", "question", "clear", "theme", "language", "system", "temperature", "seed"} <= reached
+
+
+def test_everything_has_a_name(visit):
+    page = visit()
+    ask(page, "one")
+    snapshot = page.locator("body").aria_snapshot()
+    controls = re.findall(r"- (button|textbox|spinbutton|log|region|complementary)\b(.*)", snapshot)
+    assert len(controls) >= 12
+    assert [control for control in controls if '"' not in control[1]] == []
+
+
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_a_narrow_screen(fake, visit, locale):
+    fake.pieces = ["w" * 200, "\n", "宽" * 200]
+    page = visit(locale=locale, viewport={"width": 360, "height": 640})
+    ask(page, "W" * 300)
+    page.locator("#settings summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for element in page.locator("button:visible, textarea:visible, input:visible, dd:visible, .text").all():
+        box = element.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360.5, element.evaluate("e => e.outerHTML")
+    send = page.locator("#send").bounding_box()
+    assert send["y"] + send["height"] <= 640  # in sight even with the settings open
