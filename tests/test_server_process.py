@@ -140,6 +140,15 @@ class TestRefusals:
         done = run(str(tmp_path))
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
+    def test_libraries_that_are_not_installed(self):
+        code = (
+            "import sys; sys.modules['fastapi'] = None; sys.argv = ['telechat-mindie', 'serve', sys.argv[1]]; "
+            "from telechat_mindie.cli import main; main()"
+        )
+        command = [sys.executable, "-c", code, str(nano_directory())]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "pip install 'telechat-mindie[serve]'" in done.stderr
+
     def test_a_config_that_mindie_refuses(self, tmp_path):
         config = service_config()
         config["ServerConfig"]["port"] = 80

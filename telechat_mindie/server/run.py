@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ CLOSE_SECONDS = 2
 """For connections to close once their answers are complete."""
 
 BACKLOG = 2048
+SPARE_FILES = 200  # beside the connections: the model's, the libraries'
 
 
 class _Listener(uvicorn.Server):
@@ -51,6 +53,7 @@ def serve(
     by_address: dict[Address, list[Plane]] = {}
     for plane in Plane:
         by_address.setdefault(getattr(settings, plane.value), []).append(plane)
+    _allow_open_files(sum(settings.limits.connections for _ in by_address) + SPARE_FILES)
     # First what fails at once, then what takes long.
     contexts = {address: None if address.tls is None else address.tls.context() for address in by_address}
     with contextlib.ExitStack() as stack:
@@ -76,6 +79,14 @@ def serve(
             await _run(service, servers, lambda: on_ready(urls))
 
         asyncio.run(main())
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the process's own limit, as far as the system lets it: a connection needs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(address: Address) -> socket.socket:
