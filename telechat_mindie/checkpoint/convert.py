@@ -153,6 +153,7 @@ def convert(
                 findings = pipeline.write(shard, files, report)
                 _judge(findings, allow_nonfinite, allow_overflow)
             except BaseException:
+                pipeline.stop()
                 for file in files:
                     file.close()
                 raise

@@ -42,9 +42,13 @@ class Pipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._reader.close()
+
+    def stop(self) -> None:
+        """Wait for what is under way and drop the rest; the files are nobody's then. May be called again."""
         for pool in (self._read_pool, self._hash_pool, self._write_pool):
             pool.shutdown(cancel_futures=True)
-        self._reader.close()
 
     def write(self, shard: Shard, files: Sequence[HashedFile], report: Progress) -> dict[str, Findings]:
         """Fill the ranks' files of one shard; returns the odd numbers by source weight."""
