@@ -61,9 +61,12 @@ def ragged_batch(
     _check_range("input_ids", token_ids, 0, limits.vocab_size)
     _check_range("slot_mapping", slots, -1, limits.num_blocks * limits.block_size)
     _check_range("block_tables", tables, -1, limits.num_blocks)
-    _check_range("valid_length_each_example", context_lens, 1, limits.max_seq_len + 1)
     if (context_lens < query_lens).any():
         raise InputError("context is shorter than the new tokens", where="valid_length_each_example")
+    # Drafts may reach beyond the longest sequence: MindIE ends a request by the tokens that it keeps, after the call
+    # (la and memory_decoding clip no draft by maxSeqLen), and it has blocks for them.
+    drafts = np.zeros_like(query_lens) if prefill else query_lens - 1
+    _check_range("valid_length_each_example", context_lens - drafts, 1, limits.max_seq_len + 1)
     # Only a context with history is read through its block table.
     _check_tables(tables, np.where(context_lens > query_lens, context_lens, 0), limits.block_size)
     starts = np.cumsum(query_lens) - query_lens
@@ -72,7 +75,7 @@ def ragged_batch(
     else:
         positions = _integers("position_ids", position_ids).reshape(-1)
         _check_length("position_ids", positions, total)
-        _check_range("position_ids", positions, 0, limits.max_seq_len)
+        _check_range("position_ids", positions, 0, limits.max_seq_len + int(drafts.max()))
     return RaggedBatch(
         token_ids=token_ids.astype(np.int32),
         positions=positions.astype(np.int32),
@@ -118,16 +121,20 @@ def _logits_rows(prefill: bool, head_indices: np.ndarray | None, last: np.ndarra
 
 
 def _visible(spec_mask: Any, total: int) -> np.ndarray:
-    """[T, C] bool from MindIE's additive mask: 0 where a token may look, a large negative number elsewhere."""
+    """[T, C] bool from MindIE's additive mask: 0 where a token may look, a large negative number elsewhere.
+
+    lookahead casts its mask to the runner's dtype, and MindSpore's bfloat16 for numpy is neither of kind "f" nor
+    ml_dtypes' own.
+    """
     mask = np.asarray(spec_mask.asnumpy() if hasattr(spec_mask, "asnumpy") else spec_mask)
-    if mask.ndim != 2 or len(mask) != total or mask.dtype.kind != "f":
+    if mask.ndim != 2 or len(mask) != total or not (mask.dtype.kind == "f" or mask.dtype.name == "bfloat16"):
         raise InputError(
             "has the wrong shape or dtype",
             where="spec_mask",
             expected=f"a float matrix [{total}, context]",
             found=f"{mask.dtype} {list(mask.shape)}",
         )
-    return mask > -1
+    return mask.astype(np.float32) > -1
 
 
 def _integers(name: str, value: Any) -> np.ndarray:
