@@ -48,6 +48,7 @@ class Arguments {
   }
 
   Argument get(int index, int rank, const char* name) const {
+    if (index >= count_) throw Fault{std::string(name) + " is missing"};
     if (ranks_[index] != rank) {
       throw Fault{std::string(name) + " has rank " + std::to_string(ranks_[index]) + ", expected " +
                   std::to_string(rank)};
@@ -60,6 +61,8 @@ class Arguments {
     if (found.dtype != expected) throw Fault{std::string(name) + " has dtype " + dtypes_[index]};
     return found;
   }
+
+  Argument floats(int index, int rank, const char* name) const { return get(index, rank, Dtype::kFloat, name); }
 
  private:
   static Dtype dtype(const char* name) {
@@ -127,7 +130,23 @@ float* scratch(size_t count) {
   return buffer.data;
 }
 
-// Names for scratch: what a kernel's caller prepares, and what each thread needs for its chunk.
-enum Buffers { kActivations, kRotated, kHidden, kChunk, kChunkSecond, kWidened, kColumns, kTile };
+// Names for scratch: what a kernel's caller prepares, what each thread needs for its chunk, and what lies between the
+// layers of a decoder.
+enum Buffers {
+  kActivations,
+  kRotated,
+  kHidden,
+  kChunk,
+  kChunkSecond,
+  kColumns,
+  kTile,
+  kResidual,
+  kSecondResidual,
+  kPacked,
+  kAttended,
+  kGated,
+  kNormed,
+  kScores
+};
 
 }  // namespace telechat

@@ -28,7 +28,7 @@ constexpr size_t prefetch_bytes(int tokens) { return tokens > 4 ? 4096 : tokens 
 
 // Weight rows of a broadcast tile, two vectors of tokens wide.
 constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
-// Weights of a row that are widened at a time: kTileRows * kDepth floats stay in the first-level cache.
+// Weights of a row that are used at a time, so that the tokens' panels of this depth stay in the second-level cache.
 constexpr size_t kDepth = 256;
 
 // Activations as the product wants them, made by `arrange` from rows that may have been normalised first.
@@ -176,24 +176,41 @@ void multiply_few(const Activations& x, const W* weight, size_t rows, float* to,
   }
 }
 
-// columns[n * column_stride + lane] += the products of kTileRows widened weight rows with one panel, `count` deep.
-template <int Vectors>
-void broadcast_tile(const float* weights, const float* panel, size_t count, float* columns, size_t column_stride) {
+// columns[n * column_stride + lane] = or, unless `first`, += the products of kTileRows weight rows with one panel, `count`
+// deep. The weights are widened between the sums, for which a Zen 4 core has time: a widened copy makes it no faster.
+template <class W, int Vectors>
+void broadcast_tile(const W* weights, size_t weight_stride, const float* panel, size_t count, float* columns,
+                    size_t column_stride, bool first) {
   Lanes sums[kTileRows * Vectors];
 #pragma GCC unroll 12
   for (int n = 0; n < kTileRows; ++n) {
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sums[n * Vectors + v] = load(columns + n * column_stride + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) {
+      sums[n * Vectors + v] = first ? zero() : load(columns + n * column_stride + v * kLanes);
+    }
   }
-  for (size_t k = 0; k < count; ++k) {
-    Lanes tokens[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) tokens[v] = load(panel + (k * Vectors + v) * kLanes);
+  size_t k = 0;
+  for (; k + 2 <= count; k += 2) {
+    Lanes tokens[2 * Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < 2 * Vectors; ++v) tokens[v] = load(panel + (k * Vectors + v) * kLanes);
 #pragma GCC unroll 12
     for (int n = 0; n < kTileRows; ++n) {
-      const Lanes weight = splat(weights[n * kDepth + k]);
+      Lanes one, two;
+      splat_two(weights + n * weight_stride + k, &one, &two);
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sums[n * Vectors + v] = fma(weight, tokens[v], sums[n * Vectors + v]);
+      for (int v = 0; v < Vectors; ++v) {
+        Lanes& sum = sums[n * Vectors + v];
+        sum = fma(two, tokens[Vectors + v], fma(one, tokens[v], sum));
+      }
+    }
+  }
+  if (k < count) {
+    for (int n = 0; n < kTileRows; ++n) {
+      const Lanes weight = splat(widen(weights[n * weight_stride + k]));
+      for (int v = 0; v < Vectors; ++v) {
+        sums[n * Vectors + v] = fma(weight, load(panel + (k * Vectors + v) * kLanes), sums[n * Vectors + v]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -206,37 +223,53 @@ void broadcast_tile(const float* weights, const float* panel, size_t count, floa
 template <class W>
 void multiply_many(const Activations& x, const W* weight, size_t rows, float* to, size_t stride) {
   const size_t tile_rows = round_up(rows, kTileRows), columns_stride = round_up(x.tokens, kPair);
+  const size_t panels = columns_stride / kPair;
   float* columns = scratch<kColumns>(tile_rows * columns_stride);
-  float* widened = scratch<kWidened>(kTileRows * kDepth);
-  std::fill_n(columns, tile_rows * columns_stride, 0.0f);
   for (size_t begin = 0; begin < x.depth; begin += kDepth) {
     const size_t count = std::min(kDepth, x.depth - begin);
     for (size_t n = 0; n < rows; n += kTileRows) {
-      for (size_t row = 0; row < kTileRows; ++row) {
-        float* wide = widened + row * kDepth;
-        if (n + row >= rows) {
-          std::fill_n(wide, count, 0.0f);
-          continue;
+      const W* weights = weight + n * x.depth + begin;
+      size_t weight_stride = x.depth;
+      W last[kTileRows * kDepth];
+      if (rows - n < kTileRows) {  // so that nothing behind the matrix is read
+        std::fill_n(last, kTileRows * kDepth, W{});
+        for (size_t row = 0; row < rows - n; ++row) {
+          std::copy_n(weights + row * x.depth, count, last + row * kDepth);
         }
-        const W* from = weight + (n + row) * x.depth + begin;
-        size_t k = 0;
-        for (; k + kLanes <= count; k += kLanes) store(wide + k, load(from + k));
-        for (; k < count; ++k) wide[k] = widen(from[k]);
+        weights = last;
+        weight_stride = kDepth;
       }
       for (size_t first = 0; first < x.tokens; first += kPair) {
+        // A share of the next tile's weights: the CPU does not foresee such short pieces of rows.
+        for (size_t row = first / kPair; row < kTileRows && n + kTileRows + row < rows; row += panels) {
+          const char* next = reinterpret_cast<const char*>(weight + (n + kTileRows + row) * x.depth + begin);
+          for (size_t byte = 0; byte < count * sizeof(W); byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        }
         const size_t width = x.width(first);
         const float* panel = x.panel(first) + begin * width;
         float* column = columns + n * columns_stride + first;
         if (width == kPair) {
-          broadcast_tile<2>(widened, panel, count, column, columns_stride);
+          broadcast_tile<W, 2>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
         } else {
-          broadcast_tile<1>(widened, panel, count, column, columns_stride);
+          broadcast_tile<W, 1>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
         }
       }
     }
   }
-  for (size_t t = 0; t < x.tokens; ++t) {
-    for (size_t n = 0; n < rows; ++n) to[t * stride + n] = columns[n * columns_stride + t];
+  // Square by square: a whole column of weight rows would not stay in the cache.
+  for (size_t t = 0; t < x.tokens; t += kLanes) {
+    for (size_t n = 0; n < rows; n += kLanes) {
+      const float* from = columns + n * columns_stride + t;
+      float* out = to + t * stride + n;
+      const size_t height = std::min<size_t>(kLanes, x.tokens - t), width = std::min<size_t>(kLanes, rows - n);
+      if (height == kLanes && width == kLanes) {
+        transpose_square(from, columns_stride, out, stride);
+        continue;
+      }
+      for (size_t i = 0; i < height; ++i) {
+        for (size_t j = 0; j < width; ++j) out[i * stride + j] = from[j * columns_stride + i];
+      }
+    }
   }
 }
 
@@ -270,7 +303,7 @@ inline void swiglu(const float* gate, const float* up, size_t count, float* to) 
 // body(first, count) for each.
 template <class Body>
 void for_row_chunks(size_t rows, Body&& body) {
-  const size_t wanted = rows / (thread_count() * 8) + 1;
+  const size_t chunks = thread_count() * 8, wanted = std::max<size_t>(1, (rows + chunks - 1) / chunks);
   const size_t size = std::min<size_t>(round_up(wanted, kTileRows), kTileRows * 8);
   parallel_for((rows + size - 1) / size,
                [&](size_t index) { body(index * size, std::min(size, rows - index * size)); });

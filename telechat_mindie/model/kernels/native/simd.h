@@ -128,6 +128,18 @@ inline void load_pair(const Brain* from, Lanes* even, Lanes* odd) {
   *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
 }
 
+inline void splat_two(const Brain* from, Lanes* first, Lanes* second) {
+  int bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const __m512i both = _mm512_set1_epi32(bits);
+  *first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  *second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
+}
+inline void splat_two(const Half* from, Lanes* first, Lanes* second) {
+  *first = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(from[0].bits)));
+  *second = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(from[1].bits)));
+}
+
 // The sums of four vectors.
 inline void sum_four(Lanes a, Lanes b, Lanes c, Lanes d, float* to) {
   const Lanes ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -138,6 +150,35 @@ inline void sum_four(Lanes a, Lanes b, Lanes c, Lanes d, float* to) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(quads), 1));
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), upper);
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c] for kLanes rows and columns: pairs, quadruples, then quarters of them.
+inline void transpose_square(const float* from, size_t from_stride, float* to, size_t to_stride) {
+  Lanes rows[16], pairs[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) rows[r] = load(from + r * from_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    pairs[r] = _mm512_unpacklo_ps(rows[r], rows[r + 1]);
+    pairs[r + 1] = _mm512_unpackhi_ps(rows[r], rows[r + 1]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) {  // column r % 4 of every quarter, of the four rows around r
+    const __m512d above = _mm512_castps_pd(pairs[r / 4 * 4 + r % 4 / 2]);
+    const __m512d below = _mm512_castps_pd(pairs[r / 4 * 4 + r % 4 / 2 + 2]);
+    rows[r] = _mm512_castpd_ps(r % 2 ? _mm512_unpackhi_pd(above, below) : _mm512_unpacklo_pd(above, below));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const Lanes even_above = _mm512_shuffle_f32x4(rows[c], rows[c + 4], 0x88);
+    const Lanes even_below = _mm512_shuffle_f32x4(rows[c + 8], rows[c + 12], 0x88);
+    const Lanes odd_above = _mm512_shuffle_f32x4(rows[c], rows[c + 4], 0xdd);
+    const Lanes odd_below = _mm512_shuffle_f32x4(rows[c + 8], rows[c + 12], 0xdd);
+    store(to + c * to_stride, _mm512_shuffle_f32x4(even_above, even_below, 0x88));
+    store(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(odd_above, odd_below, 0x88));
+    store(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(even_above, even_below, 0xdd));
+    store(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(odd_above, odd_below, 0xdd));
+  }
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -241,6 +282,22 @@ template <class T>
 inline void load_pair(const T* from, Lanes* first, Lanes* second) {
   *first = load(from);
   *second = load(from + kLanes);
+}
+
+#if !defined(__AVX512F__)
+// to[c * to_stride + r] = from[r * from_stride + c] for kLanes rows and columns.
+inline void transpose_square(const float* from, size_t from_stride, float* to, size_t to_stride) {
+  for (int c = 0; c < kLanes; ++c) {
+    for (int r = 0; r < kLanes; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+#endif
+
+// Each of two elements that follow each other in memory, in all lanes of a vector.
+template <class T>
+inline void splat_two(const T* from, Lanes* first, Lanes* second) {
+  *first = splat(widen(from[0]));
+  *second = splat(widen(from[1]));
 }
 
 #if defined(__AVX512F__) || defined(__AVX2__)
