@@ -10,6 +10,7 @@ import pytest
 
 from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels import native_build
 from telechat_mindie.model.kernels.native_build import NativeUnavailable
@@ -21,6 +22,7 @@ SHAPES = {
     "gqa-bfloat16": (2, {}),
     "gqa-float16-ntk": (4, {"training_seqlen": 8, "base_seqlen": 4}),
     "moe-bfloat16": (4, {"num_experts": 4, "experts_per_token": 2}),
+    "normed-float32": (2, {"embed_layernorm": True}),
 }
 
 
@@ -55,12 +57,16 @@ class Model:
         rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen)
         self.kernels = kernels(config, 1, cache, rotary)
         self._decoder = TelechatForCausalLM(config, take, self.kernels, TensorParallel(), cache)
+        self.whole = self.kernels.whole(self._decoder)
 
     def logits(self, batch: RaggedBatch) -> np.ndarray:
+        """From the graph; the same without one, where there is that."""
         out = np.full((len(batch.logits_rows), VOCAB), np.nan, np.float32)
         for call in self.kernels.calls(batch):
             found = self._decoder(call.token_ids, call.logits_rows, call.inputs).asnumpy()
             out[call.rows] = found[: len(call.rows)]
+        if self.whole is not None:
+            np.testing.assert_allclose(self.whole.logits(batch), out, rtol=0, atol=TOLERANCE)
         return out
 
 
@@ -180,6 +186,17 @@ def test_long_batches_go_in_runs(models: tuple[Model, Model], monkeypatch: pytes
     agree(models, traffic.step([1, 1, 7], [2]))
 
 
+@pytest.mark.slow
+def test_only_some_rows(models: tuple[Model, Model]) -> None:
+    """The last layer goes on with the rows that are wanted, in whatever order and from whatever run."""
+    traffic = Traffic(np.random.default_rng(6))
+    batch = traffic.step([], [4, 15, 2])
+    every = agree(models, batch)
+    for rows in ([3, 18, 20], [20, 0], [7]):
+        some = agree(models, replace(batch, logits_rows=np.int32(rows)))
+        np.testing.assert_allclose(some, every[rows], rtol=0, atol=TOLERANCE)
+
+
 def test_buckets_cover_and_are_few() -> None:
     from telechat_mindie.model.kernels.native import bucket
 
@@ -198,6 +215,14 @@ def test_unusable_arguments_end_in_an_error_not_in_a_crash(
     with pytest.raises(RuntimeError, match="telechat_attention"):
         models[0].logits(wrong)
     assert "lies outside the cache" in capfd.readouterr().err
+    assert models[0].whole is not None
+    for unusable, reason in (
+        (wrong, "outside the cache"),
+        (replace(batch, token_ids=batch.token_ids + 96), "token id"),
+    ):
+        with pytest.raises(TelechatMindieError, match="standard error"):
+            models[0].whole.logits(unusable)
+        assert reason in capfd.readouterr().err
     agree(models, Traffic(np.random.default_rng(5)).step([], [3]))
 
 

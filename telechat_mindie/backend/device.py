@@ -99,6 +99,11 @@ class CpuModel(DeviceModel):
         self._host = HostCache(cache, rank.host_blocks)
         self.kernels = kernels(config, rank.world_size, cache, self.rotary)
         self.network = self.decoder = self.load(self.kernels, cache, kernels.weight_dtype(stored))
+        # The ranks of several exchange sums between operators, which only a graph can.
+        self._whole = self.kernels.whole(self.decoder) if rank.world_size == 1 else None
+
+    def run(self, batch: RaggedBatch, caches: Any) -> np.ndarray:
+        return super().run(batch, caches) if self._whole is None else self._whole.logits(batch, caches)
 
     def external(self, key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor]) -> tuple[Any, int]:
         shape = (self.rank.directory.config.num_layers, self.rank.block_size, self._width)

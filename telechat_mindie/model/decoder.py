@@ -158,6 +158,7 @@ class TelechatForCausalLM(nn.Cell):
         self, config: TelechatConfig, take: Take, kernels: nn.Cell, parallel: TensorParallel, cache: KVCache
     ) -> None:
         super().__init__()
+        self.config = config
         self.kernels = kernels
         self.parallel = parallel
         self.cache = cache

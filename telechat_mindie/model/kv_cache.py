@@ -40,6 +40,7 @@ class KVCache(nn.Cell):
         for layer, found in zip(zip(self.keys, self.values, strict=True), contents, strict=True):
             for side, values in zip(layer, found, strict=True):
                 self._scatter(side, rows, Tensor(np.ascontiguousarray(values)))
+                side.data_ptr()  # waits for the scatter: NativeDecoder reads this memory itself
 
     def _rows(self, blocks: np.ndarray) -> Tensor:
         return Tensor((blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel().astype(np.int32))

@@ -58,15 +58,24 @@ class RotaryTable:
             positions: [T] position of each token.
             sequence_lens: [T] length L, in tokens, of the sequence that the token belongs to, the new tokens included.
         """
+        shortest, longest = int(sequence_lens.min()), int(sequence_lens.max())
+        if self.extension(shortest) == self.extension(longest):  # both grow with the length
+            return self._tables(positions, longest)
         cos = np.empty((len(positions), self._head_dim // 2), np.float32)
         sin = np.empty_like(cos)
         for length in np.unique(sequence_lens):
             chosen = sequence_lens == length
-            alpha, scale = self.extension(int(length))
-            scaled = positions[chosen, None].astype(np.float32) / self._interpolation
-            angles = scaled * _inverse_frequencies(self._head_dim, self._theta, alpha)
-            cos[chosen] = np.cos(angles) * np.float32(scale)
-            sin[chosen] = np.sin(angles) * np.float32(scale)
+            cos[chosen], sin[chosen] = self._tables(positions[chosen], int(length))
+        return cos, sin
+
+    def _tables(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`tables` of tokens whose sequences all have the extension of `length` tokens."""
+        alpha, scale = self.extension(length)
+        scaled = positions[:, None].astype(np.float32) / self._interpolation
+        angles = scaled * _inverse_frequencies(self._head_dim, self._theta, alpha)
+        cos, sin = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+        if self._round is np.float32:
+            return cos, sin
         return cos.astype(self._round).astype(np.float32), sin.astype(self._round).astype(np.float32)
 
     def extension(self, length: int) -> tuple[float, float]:

@@ -18,4 +18,5 @@ and of plain Python, outside the graph:
     calls(batch) -> list[Call]       a RaggedBatch as the static inputs of one or more runs of the decoder
     weight_dtype(stored) -> dtype    the dtype that weights are held in
     cache_dtype(stored) -> dtype     the dtype of the key/value cache
+    whole(decoder)                   on the CPU, what computes a decoder of one rank without a graph, or None
 """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mutable, nn, ops
@@ -12,6 +15,10 @@ from telechat_mindie.model.kernels import native_build
 from telechat_mindie.model.kernels.cpu import Call
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.rope import RotaryTable
+
+if TYPE_CHECKING:
+    from telechat_mindie.model.decoder import TelechatForCausalLM
+    from telechat_mindie.model.kernels.native_decoder import NativeDecoder
 
 MAX_TOKENS = 512
 """New tokens in one run of the decoder, over all sequences; more of them go in several runs."""
@@ -24,9 +31,10 @@ _LEAST_BLOCKS = 64
 class NativeKernels(nn.Cell):
     """See the package's docstring for the interface.
 
-    A graph is compiled for each shape, so tokens come in buckets. Which tokens belong to which sequence is data:
-    prefill, decode, chunks, prefix hits and drafts run together. The library checks shapes, dtypes, ids and slots
-    itself, as the last guard: MindSpore does not run a graph again after a kernel has refused its inputs.
+    A graph is compiled for each shape, so its tokens come in buckets; a single rank needs no graph, see `whole`. Which
+    tokens belong to which sequence is data: prefill, decode, chunks, prefix hits and drafts run together. The library
+    checks shapes, dtypes, ids and slots itself, as the last guard: MindSpore does not run a graph again after a kernel
+    has refused its inputs.
 
     Raises:
         NativeUnavailable: the library cannot be had on this machine.
@@ -73,6 +81,12 @@ class NativeKernels(nn.Cell):
         name = native_build.library().instruction_set.name
         return f"native {name} ({stored} weights), {threads} thread{'s' if threads > 1 else ''}"
 
+    def whole(self, decoder: TelechatForCausalLM) -> NativeDecoder:
+        """What runs the decoder of a single rank in one call."""
+        from telechat_mindie.model.kernels.native_decoder import NativeDecoder
+
+        return NativeDecoder(decoder, self)
+
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return self.embed_op(weight, token_ids)
 
@@ -103,44 +117,63 @@ class NativeKernels(nn.Cell):
         return self.attention_op(qkv, key_cache, value_cache, inputs[0], inputs[1], inputs[2], self.block_size)
 
     def calls(self, batch: RaggedBatch) -> list[Call]:
-        """The runs that a batch takes on this device: its tokens in order, at most MAX_TOKENS at a time."""
-        total = len(batch.token_ids)
-        return [self._call(batch, begin, min(begin + MAX_TOKENS, total)) for begin in range(0, total, MAX_TOKENS)]
+        """The runs of a batch, their inputs padded to the sizes that graphs are compiled for."""
+        return [self._call(*run) for run in self.runs(batch)]
 
-    def _call(self, batch: RaggedBatch, begin: int, end: int) -> Call:
+    def runs(self, batch: RaggedBatch) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """What the decoder takes for a batch's tokens in order, at most MAX_TOKENS at a time; see `inputs`."""
+        total = len(batch.token_ids)
+        for begin in range(0, total, MAX_TOKENS):
+            yield self.inputs(batch, begin, min(begin + MAX_TOKENS, total))
+
+    def _call(self, inputs: list[np.ndarray], wanted: np.ndarray) -> Call:
+        ids, rows, rotary, slots, table, *mask = inputs
+        size = bucket(len(ids))
+        sequences, width = table.shape
+        padded = [
+            _padded(rotary, (size, self._head_dim)),
+            _padded(slots, (size,), -1),
+            _padded(table, (bucket(sequences, _LEAST_SEQUENCES), 3 + bucket(width - 3, _LEAST_BLOCKS))),
+        ]
+        padded += [_padded(visible, (size, bucket(visible.shape[1], _LEAST_BLOCKS))) for visible in mask]
+        return Call(
+            Tensor(_padded(ids, (size,))),
+            Tensor(_padded(rows, (bucket(len(rows)),))),
+            mutable(tuple(Tensor(array) for array in padded)),  # else their values would be compiled in
+            wanted,
+        )
+
+    def inputs(self, batch: RaggedBatch, begin: int, end: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """What the decoder takes for the tokens [begin, end) of a batch, and which of its logits that gives.
+
+        Returns:
+            [ids [T], rows [R] of T, rotary [T, head_dim] (cosines, sines), slots [T], sequences [B, 3 + W] (first
+            token, new tokens, context, blocks of what came before), and where there is one the mask [T, C]]; and the
+            places [R'] in the batch's logits, R' = R but where no logits are wanted of the run: then R = 1.
+        """
         starts = batch.query_starts
         first, last = np.maximum(starts, begin), np.minimum(starts + batch.query_lens, end)
-        present = np.nonzero(first < last)[0]
-        tokens = slice(begin, end)
-        size = bucket(end - begin)
         # What comes in a later run is not yet in the context.
         context = batch.context_lens - (starts + batch.query_lens - last)
         history = context - (last - first)
+        present = np.nonzero(first < last)[0]
         blocks = -(-int(history[present].max()) // self._block_size)
-        table = np.zeros((bucket(len(present), _LEAST_SEQUENCES), 3 + bucket(blocks, _LEAST_BLOCKS)), np.int32)
-        table[: len(present), 0] = first[present] - begin
-        table[: len(present), 1] = (last - first)[present]
-        table[: len(present), 2] = context[present]
-        table[: len(present), 3 : 3 + blocks] = self._blocks(batch, history, present, blocks)
-        rotary = np.zeros((size, self._head_dim), np.float32)
+        table = np.empty((len(present), 3 + blocks), np.int32)
+        table[:, 0] = first[present] - begin
+        table[:, 1] = (last - first)[present]
+        table[:, 2] = context[present]
+        table[:, 3:] = self._blocks(batch, history, present, blocks)
+        tokens = slice(begin, end)
         lengths = np.repeat(batch.context_lens, batch.query_lens)[tokens]
-        np.concatenate(self._rotary.tables(batch.positions[tokens], lengths), axis=1, out=rotary[: end - begin])
-        inputs = [rotary, _padded(batch.slots[tokens], size, -1), table]
+        rotary = np.concatenate(self._rotary.tables(batch.positions[tokens], lengths), axis=1)
+        wanted = np.nonzero((batch.logits_rows >= begin) & (batch.logits_rows < end))[0]
+        rows = batch.logits_rows[wanted] - np.int32(begin) if len(wanted) else np.zeros(1, np.int32)
+        found = [batch.token_ids[tokens], rows, rotary, batch.slots[tokens], table]
         if batch.mask is not None:
             owner = np.repeat(np.arange(len(starts)), batch.query_lens)[tokens]
-            inputs.append(
-                _visible(
-                    batch.mask[tokens], history[owner] + np.arange(begin, end) - first[owner], context[owner], size
-                )
-            )
-        wanted = np.nonzero((batch.logits_rows >= begin) & (batch.logits_rows < end))[0]
-        rows = batch.logits_rows[wanted] - begin if len(wanted) else np.zeros(1, np.int32)
-        return Call(
-            Tensor(_padded(batch.token_ids[tokens], size, 0)),
-            Tensor(_padded(rows, bucket(len(rows)), 0)),
-            mutable(tuple(Tensor(array) for array in inputs)),  # else their values would be compiled in
-            wanted,
-        )
+            own = history[owner] + np.arange(begin, end) - first[owner]
+            found.append(_visible(batch.mask[tokens], own, context[owner]))
+        return found, wanted
 
     def _blocks(self, batch: RaggedBatch, history: np.ndarray, present: np.ndarray, width: int) -> np.ndarray:
         """[sequences, width] blocks of each one's history; 0 behind it.
@@ -162,21 +195,20 @@ def bucket(size: int, least: int = 1) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def _padded(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    out = np.full(size, fill, np.int32)
-    out[: len(values)] = values
+def _padded(values: np.ndarray, shape: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    out = np.full(shape, fill, values.dtype)
+    out[tuple(slice(size) for size in values.shape)] = values
     return out
 
 
-def _visible(mask: np.ndarray, own: np.ndarray, context: np.ndarray, size: int) -> np.ndarray:
-    """[size, C] bool: what each token of a run may see. Where its row of `mask` ends, that is what came before it.
+def _visible(mask: np.ndarray, own: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """[T, C] bool: what each token of a run may see. Where its row of `mask` ends, that is what came before it.
 
     `own` is each token's place in its sequence, `context` the sequence's tokens once the run has written.
     """
-    width = bucket(int(context.max()), _LEAST_BLOCKS)
-    position = np.arange(width)
+    position = np.arange(int(context.max()))
     seen = position <= own[:, None]
-    given = mask[:, :width]
+    given = mask[:, : len(position)]
     seen[:, : given.shape[1]] = given
     seen &= position < context[:, None]
-    return np.pad(seen, ((0, size - len(seen)), (0, 0)))
+    return seen

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention_tiles.h"
+#include "layers.h"
 #include "pool.h"
 
 namespace telechat {
@@ -254,55 +255,57 @@ std::vector<Sequence> read_sequences(const Argument& table, const Problem& probl
 
 }  // namespace
 
-// qkv [T, (heads + 2 kv heads) * D], key and value cache [rows, kv heads * D] (written in place), rotary [T, D] (cosines,
-// sines), slots [T] (-1: do not write), sequences [B, 3 + W], block size [1], mask [T, C] bool where it is not causal
-// -> [T, heads * D]; zero for tokens of no sequence
+void attention(const Argument& qkv, const Argument& keys, const Argument& values, const Context& context,
+               const Argument& out) {
+  Problem problem{};
+  problem.tokens = qkv.size(0);
+  problem.head_dim = context.rotary.size(1);
+  expect(problem.head_dim > 0 && problem.head_dim % 2 == 0, "head dimension is odd");
+  expect(keys.size(1) > 0 && keys.size(1) % problem.head_dim == 0, "cache width is not whole heads");
+  problem.kv_heads = keys.size(1) / problem.head_dim;
+  expect(out.size(1) > 0 && out.size(1) % keys.size(1) == 0, "heads are not a multiple of the kv heads");
+  problem.heads = out.size(1) / problem.head_dim;
+  expect(qkv.size(1) == problem.packed(), "qkv has the wrong width");
+  expect(values.size(0) == keys.size(0) && values.size(1) == keys.size(1), "the caches differ in shape");
+  expect(context.rotary.size(0) == problem.tokens && context.slots.size(0) == problem.tokens &&
+             out.size(0) == problem.tokens,
+         "inputs differ in tokens");
+  expect(context.block_size.size(0) == 1 && *context.block_size.as<const int32_t>() > 0, "block size is not positive");
+  problem.block_size = size_t(*context.block_size.as<const int32_t>());
+  problem.cache_rows = keys.size(0);
+  problem.slots = context.slots.as<const int32_t>();
+  for (size_t t = 0; t < problem.tokens; ++t) {
+    if (problem.slots[t] < -1 || problem.slots[t] >= int64_t(problem.cache_rows)) {
+      throw Fault{"slot " + std::to_string(problem.slots[t]) + " lies outside the cache"};
+    }
+  }
+  if (context.mask) {
+    expect(context.mask->size(0) == problem.tokens, "inputs differ in tokens");
+    problem.mask = context.mask->as<const bool>();
+    problem.mask_width = context.mask->size(1);
+  }
+  problem.sequences = read_sequences(context.sequences, problem);
+  problem.rotary = context.rotary.as<const float>();
+  problem.qkv = qkv.as<const float>();
+  problem.out = out.as<float>();
+  with_stored(keys, "cache", [&](auto* stored) {
+    using C = std::decay_t<decltype(*stored)>;
+    Attention<C>(problem, keys.as<C>(), values.as<C>()).run();
+  });
+}
+
+// qkv [T, (heads + 2 kv heads) * D], key and value cache, then a Context's members -> [T, heads * D]
 TELECHAT_KERNEL(telechat_attention) {
   return guarded("attention", [&] {
     const Arguments arguments(count, data, ranks, shapes, dtypes);
     arguments.expect_count(8, 9);
-    const Argument qkv = arguments.get(0, 2, Dtype::kFloat, "qkv");
+    const bool masked = count == 9;
+    const Argument mask = masked ? arguments.get(7, 2, Dtype::kBool, "mask") : Argument{};
     const Argument keys = arguments.get(1, 2, "key cache"), values = arguments.get(2, 2, keys.dtype, "value cache");
-    const Argument rotary = arguments.get(3, 2, Dtype::kFloat, "rotary");
-    const Argument slots = arguments.get(4, 1, Dtype::kInt, "slots");
-    const Argument table = arguments.get(5, 2, Dtype::kInt, "sequences");
-    const Argument block_size = arguments.get(6, 1, Dtype::kInt, "block size");
-    const Argument out = arguments.get(count - 1, 2, Dtype::kFloat, "output");
-    Problem problem{};
-    problem.tokens = qkv.size(0);
-    problem.head_dim = rotary.size(1);
-    expect(problem.head_dim > 0 && problem.head_dim % 2 == 0, "head dimension is odd");
-    expect(keys.size(1) > 0 && keys.size(1) % problem.head_dim == 0, "cache width is not whole heads");
-    problem.kv_heads = keys.size(1) / problem.head_dim;
-    expect(out.size(1) > 0 && out.size(1) % keys.size(1) == 0, "heads are not a multiple of the kv heads");
-    problem.heads = out.size(1) / problem.head_dim;
-    expect(qkv.size(1) == problem.packed(), "qkv has the wrong width");
-    expect(values.size(0) == keys.size(0) && values.size(1) == keys.size(1), "the caches differ in shape");
-    expect(rotary.size(0) == problem.tokens && slots.size(0) == problem.tokens && out.size(0) == problem.tokens,
-           "inputs differ in tokens");
-    expect(block_size.size(0) == 1 && *block_size.as<const int32_t>() > 0, "block size is not positive");
-    problem.block_size = size_t(*block_size.as<const int32_t>());
-    problem.cache_rows = keys.size(0);
-    problem.slots = slots.as<const int32_t>();
-    for (size_t t = 0; t < problem.tokens; ++t) {
-      if (problem.slots[t] < -1 || problem.slots[t] >= int64_t(problem.cache_rows)) {
-        throw Fault{"slot " + std::to_string(problem.slots[t]) + " lies outside the cache"};
-      }
-    }
-    if (count == 9) {
-      const Argument mask = arguments.get(7, 2, Dtype::kBool, "mask");
-      expect(mask.size(0) == problem.tokens, "inputs differ in tokens");
-      problem.mask = mask.as<const bool>();
-      problem.mask_width = mask.size(1);
-    }
-    problem.sequences = read_sequences(table, problem);
-    problem.rotary = rotary.as<const float>();
-    problem.qkv = qkv.as<const float>();
-    problem.out = out.as<float>();
-    with_stored(keys, "cache", [&](auto* stored) {
-      using C = std::decay_t<decltype(*stored)>;
-      Attention<C>(problem, keys.as<C>(), values.as<C>()).run();
-    });
+    const Context context{arguments.floats(3, 2, "rotary"), arguments.get(4, 1, Dtype::kInt, "slots"),
+                          arguments.get(5, 2, Dtype::kInt, "sequences"),
+                          arguments.get(6, 1, Dtype::kInt, "block size"), masked ? &mask : nullptr};
+    attention(arguments.floats(0, 2, "qkv"), keys, values, context, arguments.floats(count - 1, 2, "output"));
   });
 }
 

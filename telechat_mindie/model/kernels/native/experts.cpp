@@ -1,6 +1,8 @@
 // The feed-forward of a mixture of experts: each token goes through the experts that its gates choose, and no other.
+#include <algorithm>
 #include <vector>
 
+#include "layers.h"
 #include "matmul.h"
 
 namespace telechat {
@@ -133,27 +135,66 @@ void mix(const Argument& x, const Argument& gates, const W* gate, const W* up, c
 
 }  // namespace
 
-// x [T, h], gates [T, E] (zero: not chosen), gate and up [E, h, F], down [E, F, h] -> [T, h]
+void experts(const Argument& x, const Argument& gates, const Argument& gate, const Argument& up, const Argument& down,
+             const Argument& out) {
+  const size_t experts = gates.size(1), hidden = x.size(1), inner = gate.size(2);
+  expect(gates.size(0) == x.size(0), "gates and x differ in tokens");
+  for (const Argument& weight : {gate, up}) {
+    expect(weight.size(0) == experts && weight.size(1) == hidden && weight.size(2) == inner,
+           "gate or up has the wrong shape");
+  }
+  expect(down.size(0) == experts && down.size(1) == inner && down.size(2) == hidden, "down has the wrong shape");
+  expect(up.dtype == gate.dtype && down.dtype == gate.dtype, "the experts' weights differ in dtype");
+  expect(out.size(0) == x.size(0) && out.size(1) == hidden, "output has the wrong shape");
+  with_stored(gate, "gate", [&](auto* stored) {
+    using W = std::decay_t<decltype(*stored)>;
+    mix<W>(x, gates, stored, up.as<const W>(), down.as<const W>(), inner, out);
+  });
+}
+
+void choose_experts(const Argument& scores, size_t chosen) {
+  const size_t experts = scores.size(1);
+  expect(chosen <= experts, "more experts are chosen than there are");
+  std::vector<size_t> order(experts);
+  for (size_t t = 0; t < scores.size(0); ++t) {
+    float* row = scores.as<float>() + t * experts;
+    const float peak = *std::max_element(row, row + experts);
+    float total = 0.0f;
+    for (size_t e = 0; e < experts; ++e) total += row[e] = std::exp(row[e] - peak);
+    for (size_t e = 0; e < experts; ++e) row[e] /= total;
+    for (size_t e = 0; e < experts; ++e) order[e] = e;
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return row[a] > row[b]; });
+    float kept = 0.0f;
+    for (size_t i = 0; i < chosen; ++i) kept += row[order[i]];
+    for (size_t i = 0; i < experts; ++i) row[order[i]] = i < chosen ? row[order[i]] / (kept + 1e-9f) : 0.0f;
+  }
+}
+
+void add_expert_biases(const Argument& gates, const Argument& bias, const Argument& residual, const Argument& out) {
+  const size_t experts = gates.size(1), hidden = out.size(1);
+  expect(bias.size(0) == 1 && bias.size(1) == experts && bias.size(2) == 1 && bias.size(3) == hidden,
+         "expert biases have the wrong shape");
+  with_stored(bias, "expert biases", [&](auto* stored) {
+    for (size_t t = 0; t < out.size(0); ++t) {
+      float* to = out.as<float>() + t * hidden;
+      const float* kept = residual.as<const float>() + t * hidden;
+      for (size_t n = 0; n < hidden; ++n) to[n] += kept[n];
+      for (size_t e = 0; e < experts; ++e) {
+        const float gate = gates.as<const float>()[t * experts + e];
+        if (gate == 0.0f) continue;
+        for (size_t n = 0; n < hidden; ++n) to[n] += gate * widen(stored[e * hidden + n]);
+      }
+    }
+  });
+}
+
+// x [T, h], gates [T, E], gate and up [E, h, F], down [E, F, h] -> [T, h]
 TELECHAT_KERNEL(telechat_experts) {
   return guarded("experts", [&] {
     const Arguments arguments(count, data, ranks, shapes, dtypes);
     arguments.expect_count(6, 6);
-    const Argument x = arguments.get(0, 2, Dtype::kFloat, "x"), gates = arguments.get(1, 2, Dtype::kFloat, "gates");
-    const Argument gate = arguments.get(2, 3, "gate"), up = arguments.get(3, 3, gate.dtype, "up");
-    const Argument down = arguments.get(4, 3, gate.dtype, "down");
-    const Argument out = arguments.get(5, 2, Dtype::kFloat, "output");
-    const size_t experts = gates.size(1), hidden = x.size(1), inner = gate.size(2);
-    expect(gates.size(0) == x.size(0), "gates and x differ in tokens");
-    for (const Argument& weight : {gate, up}) {
-      expect(weight.size(0) == experts && weight.size(1) == hidden && weight.size(2) == inner,
-             "gate or up has the wrong shape");
-    }
-    expect(down.size(0) == experts && down.size(1) == inner && down.size(2) == hidden, "down has the wrong shape");
-    expect(out.size(0) == x.size(0) && out.size(1) == hidden, "output has the wrong shape");
-    with_stored(gate, "gate", [&](auto* stored) {
-      using W = std::decay_t<decltype(*stored)>;
-      mix<W>(x, gates, stored, up.as<const W>(), down.as<const W>(), inner, out);
-    });
+    experts(arguments.floats(0, 2, "x"), arguments.floats(1, 2, "gates"), arguments.get(2, 3, "gate"),
+            arguments.get(3, 3, "up"), arguments.get(4, 3, "down"), arguments.floats(5, 2, "output"));
   });
 }
 
