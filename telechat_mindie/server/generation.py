@@ -62,7 +62,9 @@ class Generation:
         self._token_seconds = token_seconds
         self._timed_by_client = timed_by_client
         self._loop = loop
-        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._outputs: asyncio.Queue[tuple[int, Output] | None] = asyncio.Queue()  # None: the wait took too long
+        self._waits_since: float | None = None
+        self._timer: asyncio.TimerHandle
 
     def submit(self) -> None:
         """Queue all sequences, or none. Takes long for a long prompt: call it from another thread than the loop's.
@@ -90,15 +92,29 @@ class Generation:
             ClientGoneError: `cancel` was told so.
         """
         left = len(self.answers)
-        while left:
-            try:
-                index, output = await asyncio.wait_for(self._outputs.get(), self._token_seconds)
-            except (asyncio.TimeoutError, TimeoutError):
-                raise ApiError(500, "Engine callback timeout: server tokenTimeout") from None
-            self._check(output)
-            self.answers[index].add(output)
-            left -= output.finish_reason is not None
-            yield index, output
+        self._watch()
+        try:
+            while left:
+                self._waits_since = self._loop.time()
+                arrived = await self._outputs.get()
+                self._waits_since = None
+                if arrived is None:
+                    raise ApiError(500, "Engine callback timeout: server tokenTimeout")
+                index, output = arrived
+                self._check(output)
+                self.answers[index].add(output)
+                left -= output.finish_reason is not None
+                yield index, output
+        finally:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        """End a wait that takes too long. One timer a request, since one a token costs 5 % of the tokens."""
+        waited = 0.0 if self._waits_since is None else self._loop.time() - self._waits_since
+        if waited >= self._token_seconds:
+            self._outputs.put_nowait(None)
+        else:
+            self._timer = self._loop.call_later(self._token_seconds - waited, self._watch)
 
     def cancel(self, by: Ended) -> None:
         """End what is unfinished; its blocks are free when the forward under way has ended. Harmless at any time."""
