@@ -21,7 +21,8 @@ Indices: TypeAlias = NDArray[np.int64]
 NO_TOKEN = -1
 """Stands for the token of a row whose logits have no finite maximum: NaN, infinite, or all -inf."""
 
-_SLAB = 1 << 18  # logits worked on at once
+_SLAB = 1 << 18  # logits worked on at once: their copies stay in a core's cache, and malloc keeps their memory
+_SHORT_SLAB = 1 << 22  # logits of which only the top_k are worked on
 _CHUNK = 64  # tokens summed before a running sum is taken, which is several times slower a term
 _FIRST_NUCLEUS = 64  # most likely tokens looked at first where only top_p restricts a draw
 
@@ -58,6 +59,31 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token, logprob) of the most likely tokens, best first
 
 
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What R requests ask of one draw, an array [R] each; `points` in [0, 1) say where in the mass it falls."""
+
+    temperature: Floats
+    top_k: Indices
+    top_p: Doubles
+    typical_p: Doubles
+    points: Doubles
+
+    @classmethod
+    def of(cls, states: Sequence[SamplingState]) -> _Wishes:
+        params = [state.params for state in states]
+        return cls(
+            temperature=np.array([wish.temperature for wish in params], np.float32),
+            top_k=np.array([wish.top_k for wish in params]),
+            top_p=np.array([wish.top_p for wish in params]),
+            typical_p=np.array([wish.typical_p for wish in params]),
+            points=uniforms(
+                np.array([state.seed for state in states], np.uint64),
+                np.array([state.num_draws for state in states], np.uint64),
+            ),
+        )
+
+
 def sample(logits: Floats, states: Sequence[SamplingState]) -> tuple[list[int], list[TokenLogprobs | None]]:
     """One token for each row, and its log probabilities where the request wants them.
 
@@ -76,17 +102,23 @@ def sample(logits: Floats, states: Sequence[SamplingState]) -> tuple[list[int], 
         tokens = scores.argmax(axis=1)
         peaks = scores[np.arange(len(scores)), tokens]
         usable = np.isfinite(peaks)
-        drawn = np.flatnonzero([not state.params.greedy for state in states] & usable)
-        for rows in _slabs(drawn, logits.shape[1]):
-            tokens[rows] = _draw(scores[rows], peaks[rows], [states[row] for row in rows])
+        vocab_size = logits.shape[1]
+        is_drawn = usable & [not state.params.greedy for state in states]
+        is_short = is_drawn & [0 < state.params.top_k < vocab_size for state in states]
+        for rows in _slabs(np.flatnonzero(is_short), vocab_size, _SHORT_SLAB):
+            first, last = rows[[0, -1]]
+            listed = scores[first : last + 1] if last - first < len(rows) else scores[rows]  # a view, if it can be one
+            tokens[rows] = _draw_from_top_k(listed, peaks[rows], _Wishes.of([states[row] for row in rows]))
+        for rows in _slabs(np.flatnonzero(is_drawn & ~is_short), vocab_size):
+            tokens[rows] = _draw(scores[rows], peaks[rows], _Wishes.of([states[row] for row in rows]))
         tokens[~usable] = NO_TOKEN
         token_ids: list[int] = tokens.tolist()
         return token_ids, _logprobs(logits, token_ids, states)
 
 
-def _slabs(rows: Indices, vocab_size: int) -> list[Indices]:
-    """Rows in groups whose copies stay in a core's cache, and small enough for malloc to keep their memory."""
-    size = max(1, _SLAB // vocab_size)
+def _slabs(rows: Indices, vocab_size: int, logits: int = _SLAB) -> list[Indices]:
+    """Rows in groups of at most so many logits."""
+    size = max(1, logits // vocab_size)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
@@ -98,28 +130,30 @@ def _penalised(logits: Floats, states: Sequence[SamplingState]) -> Floats:
     return penalise(logits, rows, params, seen)
 
 
-def _draw(scores: Floats, peaks: Floats, states: Sequence[SamplingState]) -> Indices:
-    """[R] tokens drawn from scores [R, V], which are overwritten; `peaks` [R] are their maxima."""
-    params = [state.params for state in states]
-    vocab_size = scores.shape[1]
+def _draw_from_top_k(scores: Floats, peaks: Floats, wishes: _Wishes) -> Indices:
+    """[R] tokens drawn from the top_k of each row of scores [R, V]; `peaks` [R] are their maxima."""
+    values, indices = top_n(scores, wishes.top_k)  # before the temperature, which changes no order
+    weights = np.exp((values - peaks[:, None]) / wishes.temperature[:, None], dtype=np.float64)
+    reached = weights.cumsum(axis=1)
+    weights = _restricted(weights, reached, wishes.top_p * reached[:, -1], wishes.typical_p)
+    drawn: Indices = indices[np.arange(len(scores)), _invert(weights, wishes.points)]
+    return drawn
+
+
+def _draw(scores: Floats, peaks: Floats, wishes: _Wishes) -> Indices:
+    """[R] tokens drawn from scores [R, V], which are overwritten, without top_k; `peaks` [R] are their maxima."""
     scores -= peaks[:, None]
-    scores /= np.array([wish.temperature for wish in params], np.float32)[:, None]
-    top_k = np.array([wish.top_k or vocab_size for wish in params]).clip(max=vocab_size)
-    top_p = np.array([wish.top_p for wish in params])
-    typical_p = np.array([wish.typical_p for wish in params])
-    points = uniforms(
-        np.array([state.seed for state in states], np.uint64),
-        np.array([state.num_draws for state in states], np.uint64),
-    )
-    is_free = (top_k == vocab_size) & (top_p == 1) & (typical_p == 1)
+    scores /= wishes.temperature[:, None]
+    top_p, typical_p, points = wishes.top_p, wishes.typical_p, wishes.points
+    is_free = (top_p == 1) & (typical_p == 1)
     if is_free.all():
         return _draw_from_all(scores, points)
     if not is_free.any():
-        return _draw_from_best(scores, points, top_k, top_p, typical_p)
+        return _draw_from_best(scores, points, top_p, typical_p)
     tokens = np.empty(len(scores), np.int64)
     tokens[is_free] = _draw_from_all(scores[is_free], points[is_free])
     bound = ~is_free
-    tokens[bound] = _draw_from_best(scores[bound], points[bound], top_k[bound], top_p[bound], typical_p[bound])
+    tokens[bound] = _draw_from_best(scores[bound], points[bound], top_p[bound], typical_p[bound])
     return tokens
 
 
@@ -140,32 +174,38 @@ def _draw_from_all(scores: Floats, points: Doubles) -> Indices:
     return drawn
 
 
-def _draw_from_best(scores: Floats, points: Doubles, top_k: Indices, top_p: Doubles, typical_p: Doubles) -> Indices:
+def _draw_from_best(scores: Floats, points: Doubles, top_p: Doubles, typical_p: Doubles) -> Indices:
     """[R] tokens drawn from the most likely ones that each row's restrictions leave."""
     vocab_size = scores.shape[1]
     tokens = np.empty(len(scores), np.int64)
     # The nucleus of top_p is nearly always a few tokens wide, so a narrow look comes before a sort of everything.
-    width = np.where((top_k < vocab_size) | (typical_p < 1), top_k, min(_FIRST_NUCLEUS, vocab_size))
-    is_narrow = width < top_k
-    mass = np.zeros(len(scores))  # of the whole vocabulary, for rows that do not look at all they may draw from
+    width = np.where(typical_p < 1, vocab_size, min(_FIRST_NUCLEUS, vocab_size))
+    is_narrow = width < vocab_size
+    mass = np.zeros(len(scores))  # of the whole vocabulary, for rows that do not look at all of it
     mass[is_narrow] = np.exp(scores[is_narrow]).sum(axis=1, dtype=np.float64)
     pending = np.arange(len(scores))
     while pending.size:
         values, indices = top_n(scores if len(pending) == len(scores) else scores[pending], width[pending])
         weights = np.exp(values, dtype=np.float64)
         reached = weights.cumsum(axis=1)
-        is_all = width[pending] == top_k[pending]
+        is_all = width[pending] == vocab_size
         wanted = top_p[pending] * np.where(is_all, reached[:, -1], mass[pending])
-        weights[reached - weights >= wanted[:, None]] = 0
-        limited = np.flatnonzero(typical_p[pending] < 1)
-        if limited.size:
-            weights[limited] = _typical(weights[limited], typical_p[pending[limited]])
+        weights = _restricted(weights, reached, wanted, typical_p[pending])
         picked = _invert(weights, points[pending])
         is_settled = is_all | (reached[:, -1] >= wanted)
         tokens[pending[is_settled]] = indices[is_settled, picked[is_settled]]
         pending = pending[~is_settled]
         width[pending] = np.minimum(width[pending] * 16, vocab_size)
     return tokens
+
+
+def _restricted(weights: Doubles, reached: Doubles, wanted: Doubles, typical_p: Doubles) -> Doubles:
+    """Weights [R, W], largest first, without those behind the mass that is wanted and without untypical ones."""
+    weights[reached - weights >= wanted[:, None]] = 0
+    limited = np.flatnonzero(typical_p < 1)
+    if limited.size:
+        weights[limited] = _typical(weights[limited], typical_p[limited])
+    return weights
 
 
 def _typical(weights: Doubles, typical_p: Doubles) -> Doubles:
