@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "arguments.h"
 #include "pool.h"
@@ -30,6 +31,8 @@ constexpr size_t prefetch_bytes(int tokens) { return tokens > 4 ? 4096 : tokens 
 constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 // Weights of a row that are used at a time, so that the tokens' panels of this depth stay in the second-level cache.
 constexpr size_t kDepth = 256;
+// From one copied row to the next: not a power of two, which would put them all into a few sets of the cache.
+constexpr size_t kCopyStride = kDepth + 16;
 
 // Activations as the product wants them, made by `arrange` from rows that may have been normalised first.
 struct Activations {
@@ -176,11 +179,41 @@ void multiply_few(const Activations& x, const W* weight, size_t rows, float* to,
   }
 }
 
+// What a tile reads weights of type W as. With AVX-512 there is time and room to widen bfloat16 between the sums; otherwise
+// what is not float is widened before, once for all tokens.
+template <class W>
+using Tiled = std::conditional_t<std::is_same_v<W, Brain> && kLanes == 16, Brain, float>;
+
+// `count` weights of kTileRows rows for a tile: where they lie, or else in `copy`, widened, zero where there are no `rows`.
+// Changes `stride` to what it is in the copy.
+template <class W>
+const Tiled<W>* tile_weights(const W* weight, size_t rows, size_t count, Tiled<W>* copy, size_t* stride) {
+  if constexpr (std::is_same_v<W, Tiled<W>>) {
+    if (rows >= kTileRows) return weight;
+  }
+  for (size_t row = 0; row < kTileRows; ++row) {
+    const W* from = weight + row * *stride;
+    Tiled<W>* to = copy + row * kCopyStride;
+    if (row >= rows) {
+      std::fill_n(to, count, Tiled<W>{});
+    } else if constexpr (std::is_same_v<W, Tiled<W>>) {
+      std::copy_n(from, count, to);
+    } else {
+      size_t k = 0;
+      for (; k + kLanes <= count; k += kLanes) store(to + k, load(from + k));
+      for (; k < count; ++k) to[k] = widen(from[k]);
+    }
+  }
+  *stride = kCopyStride;
+  return copy;
+}
+
 // columns[n * column_stride + lane] = or, unless `first`, += the products of kTileRows weight rows with one panel, `count`
-// deep. The weights are widened between the sums, for which a Zen 4 core has time: a widened copy makes it no faster.
+// deep.
 template <class W, int Vectors>
 void broadcast_tile(const W* weights, size_t weight_stride, const float* panel, size_t count, float* columns,
                     size_t column_stride, bool first) {
+  constexpr size_t kSteps = kRegisters == 32 ? 2 : 1;
   Lanes sums[kTileRows * Vectors];
 #pragma GCC unroll 12
   for (int n = 0; n < kTileRows; ++n) {
@@ -190,27 +223,32 @@ void broadcast_tile(const W* weights, size_t weight_stride, const float* panel, 
     }
   }
   size_t k = 0;
-  for (; k + 2 <= count; k += 2) {
-    Lanes tokens[2 * Vectors];
+  if constexpr (kSteps == 2) {
+    for (; k + 2 <= count; k += 2) {
+      Lanes tokens[2 * Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < 2 * Vectors; ++v) tokens[v] = load(panel + (k * Vectors + v) * kLanes);
+      for (int v = 0; v < 2 * Vectors; ++v) tokens[v] = load(panel + (k * Vectors + v) * kLanes);
 #pragma GCC unroll 12
-    for (int n = 0; n < kTileRows; ++n) {
-      Lanes one, two;
-      splat_two(weights + n * weight_stride + k, &one, &two);
+      for (int n = 0; n < kTileRows; ++n) {
+        Lanes one, two;
+        splat_two(weights + n * weight_stride + k, &one, &two);
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) {
-        Lanes& sum = sums[n * Vectors + v];
-        sum = fma(two, tokens[Vectors + v], fma(one, tokens[v], sum));
+        for (int v = 0; v < Vectors; ++v) {
+          Lanes& sum = sums[n * Vectors + v];
+          sum = fma(two, tokens[Vectors + v], fma(one, tokens[v], sum));
+        }
       }
     }
   }
-  if (k < count) {
+  for (; k < count; ++k) {
+    Lanes tokens[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) tokens[v] = load(panel + (k * Vectors + v) * kLanes);
+#pragma GCC unroll 12
     for (int n = 0; n < kTileRows; ++n) {
       const Lanes weight = splat(widen(weights[n * weight_stride + k]));
-      for (int v = 0; v < Vectors; ++v) {
-        sums[n * Vectors + v] = fma(weight, load(panel + (k * Vectors + v) * kLanes), sums[n * Vectors + v]);
-      }
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[n * Vectors + v] = fma(weight, tokens[v], sums[n * Vectors + v]);
     }
   }
 #pragma GCC unroll 12
@@ -225,20 +263,12 @@ void multiply_many(const Activations& x, const W* weight, size_t rows, float* to
   const size_t tile_rows = round_up(rows, kTileRows), columns_stride = round_up(x.tokens, kPair);
   const size_t panels = columns_stride / kPair;
   float* columns = scratch<kColumns>(tile_rows * columns_stride);
+  alignas(64) Tiled<W> copy[kTileRows * kCopyStride];
   for (size_t begin = 0; begin < x.depth; begin += kDepth) {
     const size_t count = std::min(kDepth, x.depth - begin);
     for (size_t n = 0; n < rows; n += kTileRows) {
-      const W* weights = weight + n * x.depth + begin;
       size_t weight_stride = x.depth;
-      W last[kTileRows * kDepth];
-      if (rows - n < kTileRows) {  // so that nothing behind the matrix is read
-        std::fill_n(last, kTileRows * kDepth, W{});
-        for (size_t row = 0; row < rows - n; ++row) {
-          std::copy_n(weights + row * x.depth, count, last + row * kDepth);
-        }
-        weights = last;
-        weight_stride = kDepth;
-      }
+      const Tiled<W>* weights = tile_weights(weight + n * x.depth + begin, rows - n, count, copy, &weight_stride);
       for (size_t first = 0; first < x.tokens; first += kPair) {
         // A share of the next tile's weights: the CPU does not foresee such short pieces of rows.
         for (size_t row = first / kPair; row < kTileRows && n + kTileRows + row < rows; row += panels) {
@@ -249,9 +279,9 @@ void multiply_many(const Activations& x, const W* weight, size_t rows, float* to
         const float* panel = x.panel(first) + begin * width;
         float* column = columns + n * columns_stride + first;
         if (width == kPair) {
-          broadcast_tile<W, 2>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
+          broadcast_tile<Tiled<W>, 2>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
         } else {
-          broadcast_tile<W, 1>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
+          broadcast_tile<Tiled<W>, 1>(weights, weight_stride, panel, count, column, columns_stride, begin == 0);
         }
       }
     }

@@ -135,10 +135,6 @@ inline void splat_two(const Brain* from, Lanes* first, Lanes* second) {
   *first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   *second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
 }
-inline void splat_two(const Half* from, Lanes* first, Lanes* second) {
-  *first = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(from[0].bits)));
-  *second = _mm512_cvtph_ps(_mm256_set1_epi16(int16_t(from[1].bits)));
-}
 
 // The sums of four vectors.
 inline void sum_four(Lanes a, Lanes b, Lanes c, Lanes d, float* to) {
