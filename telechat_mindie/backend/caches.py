@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
@@ -146,3 +148,18 @@ def external_caches(
                     found=f"{cache.dtype} {list(cache.shape)}",
                 )
     return list(key_cache), list(value_cache), blocks
+
+
+@contextmanager
+def as_rows(key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor], width: int) -> Iterator[Any]:
+    """MindIE's caches as mutable matrices [slots, width] of the same memory.
+
+    Where MindSpore's reshape copies, as in 2.7, what the body writes is copied back at its end.
+    """
+    caches = [*key_cache, *value_cache]
+    rows = [cache.reshape(-1, width) for cache in caches]
+    layers = len(key_cache)
+    yield ms.mutable((ms.mutable(rows[:layers]), ms.mutable(rows[layers:])))
+    for cache, matrix in zip(caches, rows, strict=True):
+        if cache.data_ptr() != matrix.data_ptr():
+            ctypes.memmove(cache.data_ptr(), matrix.data_ptr(), cache.nbytes)

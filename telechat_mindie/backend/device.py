@@ -11,7 +11,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from telechat_mindie.backend.caches import HostCache, external_caches
+from telechat_mindie.backend.caches import HostCache, as_rows, external_caches
 from telechat_mindie.backend.ranks import join_ranks, use_device
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.batch import RaggedBatch
@@ -103,14 +103,19 @@ class CpuModel(DeviceModel):
         self._whole = self.kernels.whole(self.decoder) if rank.world_size == 1 else None
 
     def run(self, batch: RaggedBatch, caches: Any) -> np.ndarray:
-        return super().run(batch, caches) if self._whole is None else self._whole.logits(batch, caches)
+        if self._whole is not None:
+            logits: np.ndarray = self._whole.logits(batch, caches)
+            return logits
+        if caches is None:
+            return super().run(batch, None)
+        keys, values = caches
+        with as_rows(keys, values, self._width) as rows:  # the CPU's scatter writes rows of a matrix
+            return super().run(batch, rows)
 
     def external(self, key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor]) -> tuple[Any, int]:
         shape = (self.rank.directory.config.num_layers, self.rank.block_size, self._width)
         keys, values, blocks = external_caches(key_cache, value_cache, shape, self.cache_dtype)
-        # Views that share the memory: the CPU's scatter writes rows of a matrix.
-        views = [[cache.reshape(-1, self._width) for cache in caches] for caches in (keys, values)]
-        return ms.mutable((ms.mutable(views[0]), ms.mutable(views[1]))), blocks
+        return (keys, values), blocks
 
     def swap(self, pairs: np.ndarray, to_host: bool) -> None:
         self._host.swap(pairs, to_host)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +40,7 @@ class NativeDecoder:
         if config.embed_layernorm:
             arguments.append(model.embedding_norm.weight)
         self._cache_places = []
+        self._cache_width = config.kv_size
         self._own = self._used = decoder.cache.keys, decoder.cache.values
         for layer, *caches in zip(model.layers, *self._own, strict=True):
             arguments += _weights(layer)
@@ -49,15 +50,16 @@ class NativeDecoder:
         self._arguments = _Arguments(arguments)
 
     def logits(self, batch: RaggedBatch, caches: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> np.ndarray:
-        """Logits [R, vocabulary] float32 of a batch; `caches` None for the decoder's own.
+        """Logits [R, vocabulary] float32 of a batch; `caches` (keys, values), a tensor a layer, in place of its own.
 
         Raises:
             TelechatMindieError: the library, which checks whatever it is given once more, refused it.
         """
         caches = self._own if caches is None else caches
         if caches is not self._used:
+            address = _own_address if caches is self._own else _device_address
             for place, *layer in zip(self._cache_places, *caches, strict=True):
-                self._arguments.set(place, layer)
+                self._arguments.set(place, layer, address, self._cache_width)
             self._used = caches
         out = np.empty((len(batch.logits_rows), self._vocab_size), np.float32)
         for inputs, wanted in self._kernels.runs(batch):
@@ -80,6 +82,20 @@ def _weights(layer: Layer) -> list[Tensor]:
     return [*common, layer.ffn_norm.weight, feed.w_gate_hidden.weight, feed.w2.weight, feed.w2.bias]
 
 
+def _own_address(array: Tensor | np.ndarray) -> int:
+    """Of what was made from a numpy array: asnumpy gives its memory, which stays MindSpore's when operators use it.
+
+    Before they do, MindSpore 2.7 has no data_ptr of it.
+    """
+    host: np.ndarray = array if isinstance(array, np.ndarray) else array.asnumpy()
+    return host.ctypes.data
+
+
+def _device_address(tensor: Tensor) -> int:
+    """Of what operators have made. MindSpore 2.7's asnumpy copies it."""
+    return int(tensor.data_ptr()) or _own_address(tensor)
+
+
 @lru_cache(maxsize=64)
 def _dtype_name(dtype: object) -> bytes:
     return str(dtype).lower().encode()
@@ -100,11 +116,18 @@ class _Arguments:
         self._keep: list[object] = [None] * size  # the shapes' memory
         self.set(0, arrays)
 
-    def set(self, place: int, arrays: Iterable[Tensor | np.ndarray]) -> None:
+    def set(
+        self,
+        place: int,
+        arrays: Iterable[Tensor | np.ndarray],
+        address: Callable[[Tensor | np.ndarray], int] = _own_address,
+        width: int = 0,
+    ) -> None:
+        """Describe arrays as the arguments from `place` on, as matrices of `width` columns unless that is 0."""
         for index, array in enumerate(arrays, place):
-            shape = array.shape
+            shape = (array.size // width, width) if width else array.shape
             dimensions = (ctypes.c_int64 * len(shape))(*shape)
-            self._addresses[index] = array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+            self._addresses[index] = address(array)
             self._ranks[index] = len(shape)
             self._shapes[index] = ctypes.addressof(dimensions)
             self._dtypes[index] = _dtype_name(array.dtype)
