@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from telechat_mindie.backend.get_model import get_model as get_model
     from telechat_mindie.backend.model_runner import ModelRunner as ModelRunner
-    from telechat_mindie.tokenizer import get_model as get_model
 
 __version__ = "0.1.0"
 __all__ = ["ModelRunner", "__version__", "get_model"]
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return ModelRunner
     if name == "get_model":
-        from telechat_mindie.tokenizer import get_model
+        from telechat_mindie.backend.get_model import get_model
 
         return get_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The tokenizer that MindIE, mindformers and the embedded engine call, and what MindIE's `get_model` returns."""
+"""The tokenizer that MindIE, mindformers and the embedded engine call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from telechat_mindie import chat, control_tokens, tokenizer_config
 from telechat_mindie.control_tokens import CONTROL_IDS, PUBLISHED_IDS, Run
 from telechat_mindie.detokenizer import Detokenizer, StreamDecoder, to_ids
-from telechat_mindie.errors import InputError, ModelDirError, TokenizerError
-from telechat_mindie.input_builder import InputBuilder
+from telechat_mindie.errors import InputError, TokenizerError
 from telechat_mindie.vocabulary import UNKNOWN_ID, Vocabulary
 
 
@@ -335,27 +334,3 @@ def _as_array(rows: list[list[int]], return_tensors: str) -> NDArray[np.int64]:
             advice="Encode them one by one, or without return_tensors.",
         )
     return np.array(rows, np.int64).reshape(len(rows), max(lengths, default=0))
-
-
-def get_model(
-    model_name_or_path: str | PathLike[str], *_: object, **__: object
-) -> tuple[TelechatTokenizer, InputBuilder]:
-    """What MindIE's ms backend imports from `mindformers` to tokenize with.
-
-    Args:
-        model_name_or_path: a built model directory. Everything else that mindformers' function takes is ignored.
-
-    Raises:
-        ModelDirError: not a directory.
-        TokenizerError: no usable tokenizer in it.
-    """
-    directory = Path(model_name_or_path)
-    if not directory.is_dir():
-        raise ModelDirError(
-            "is not a model directory",
-            where=directory,
-            found="a file" if directory.exists() else "nothing",
-            advice="Set modelWeightPath to a directory that `telechat-mindie build` made.",
-        )
-    tokenizer = TelechatTokenizer.from_pretrained(directory)
-    return tokenizer, InputBuilder(tokenizer)

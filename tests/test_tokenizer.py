@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 import telechat_mindie
+from telechat_mindie.backend.get_model import get_model
 from telechat_mindie.errors import ConfigError, InputError, ModelDirError, TelechatMindieError, TokenizerError
-from telechat_mindie.tokenizer import InputBuilder, TelechatTokenizer, get_model
+from telechat_mindie.input_builder import InputBuilder
+from telechat_mindie.tokenizer import TelechatTokenizer
 
 PUBLISHED = "telechat2-115b"
 CONTROL = ["<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>"]

@@ -1,1 +1,1 @@
-"""What MindIE imports: the model runner."""
+"""What MindIE imports: the model runner, and the tokenizer with its prompt builder."""

@@ -66,7 +66,7 @@ class EmptyModel:
         return logits
 
     def swap(self, block_tables: NDArray[np.int64], swap_type: bool) -> None:
-        raise NotImplementedError("no host blocks")
+        raise SystemExit("error: the engine swaps, though there are no host blocks")
 
 
 class NoText:

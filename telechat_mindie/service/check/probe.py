@@ -52,7 +52,7 @@ def _run_tokenizer(model_path: str) -> dict[str, Any]:
     mindie_llm/modeling/model_wrapper/ms/mf_tokenizer_wrapper.py, in their form."""
     import numpy as np
 
-    from telechat_mindie.tokenizer import get_model
+    from telechat_mindie.backend.get_model import get_model
 
     tokenizer, builder = get_model(model_path)
     messages = [{"role": "user", "content": QUESTION}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from telechat_mindie.tokenizer import get_model
+from telechat_mindie.backend.get_model import get_model
 
 __all__ = ["ModelRunner", "get_model"]
 
