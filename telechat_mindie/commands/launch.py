@@ -80,26 +80,35 @@ def launch(
         return
     with _signals_as_interrupts():
         daemon = Launch(prepared.run, detached=detach, on_line=_log_printer())
+        is_up = False
         try:
-            _bring_up(daemon, prepared, timeout, prompt, max_tokens, as_json)
+            answer = _bring_up(daemon, timeout, prompt, max_tokens)
+            is_up = True  # before anybody is told so: from here on an interrupt means the service
+            _announce(prepared, prompt, answer, as_json)
+            if not detach:
+                daemon.follow()
+                print(f"{prepared.plan.name}: was stopped", file=sys.stderr)
         except KeyboardInterrupt:
-            daemon.stop()
-            print(f"{prepared.plan.name}: stopped before it was up", file=sys.stderr)
-            raise typer.Exit(130) from None
-        if not detach:
-            _keep(daemon)
+            if not is_up:
+                daemon.stop()
+                print(f"{prepared.plan.name}: stopped before it was up", file=sys.stderr)
+                raise typer.Exit(130) from None
+            _stop(daemon)
 
 
-def _bring_up(daemon: Launch, prepared: Prepared, timeout: float, prompt: str, max_tokens: int, as_json: bool) -> None:
-    """Until the daemon has answered a request; prints the answer."""
+def _bring_up(daemon: Launch, timeout: float, prompt: str, max_tokens: int) -> Answer | None:
+    """Until the daemon has answered a request; None where none can be sent."""
     from telechat_mindie.service.launch.client import NoClientCertificateError
 
     daemon.wait_until_up(timeout)
-    answer: Answer | None = None
     try:
-        answer = daemon.first_request(prompt, max_tokens, timeout)
+        return daemon.first_request(prompt, max_tokens, timeout)
     except NoClientCertificateError as failure:
         print(f"note: no first request: {failure}", file=sys.stderr)
+        return None
+
+
+def _announce(prepared: Prepared, prompt: str, answer: Answer | None, as_json: bool) -> None:
     plan = prepared.plan
     if as_json:
         from telechat_mindie.commands.output import print_json
@@ -123,20 +132,16 @@ def _bring_up(daemon: Launch, prepared: Prepared, timeout: float, prompt: str, m
     sys.stdout.flush()
 
 
-def _keep(daemon: Launch) -> None:
-    """Until the user stops the daemon; that it ends by itself is an error."""
+def _stop(daemon: Launch) -> None:
+    """At the user's first interrupt; another one kills it."""
     from telechat_mindie.service.launch.errors import LaunchError
 
-    try:
-        daemon.follow()
-        print(f"{daemon.plan.name}: was stopped", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"{daemon.plan.name}: stopping; once more to kill it", file=sys.stderr)
-        state = daemon.stop()
-        if state is not None and state.survivors:
-            raise LaunchError(
-                "left processes that do not die", where=daemon.plan.name, found=list(state.survivors)
-            ) from None
+    print(f"{daemon.plan.name}: stopping; once more to kill it", file=sys.stderr)
+    state = daemon.stop()
+    if state is not None and state.survivors:
+        raise LaunchError(
+            "left processes that do not die", where=daemon.plan.name, found=list(state.survivors)
+        ) from None
 
 
 def _tell(findings: list[Finding], model_path: Path) -> None:
