@@ -49,8 +49,8 @@ def test_it_exports_exactly_two_names():
 
 def test_both_names_are_this_packages_own():
     code = (
-        "import sys; from mindformers import get_model; import telechat_mindie.tokenizer as tokenizer\n"
-        "print(get_model is tokenizer.get_model, 'mindspore' in sys.modules)\n"
+        "import sys; from mindformers import get_model; import telechat_mindie.backend.get_model as entry\n"
+        "print(get_model is entry.get_model, 'mindspore' in sys.modules)\n"
         "from mindformers import ModelRunner; import telechat_mindie.backend.model_runner as runner\n"
         "print(ModelRunner is runner.ModelRunner)\n"
     )
