@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+
+import mindspore as ms
 import numpy as np
 import pytest
 from helpers.checkpoints import MOE
@@ -91,6 +94,22 @@ def test_each_mode_over_the_caches_of_mindie(scenario, mode):
 def test_the_caches_of_mindie_are_not_the_runners_to_swap(external):
     with pytest.raises(InputError, match="device block"):
         external.runner.swap(np.array([[0, 0]]), True)
+
+
+def test_reshaped_caches_that_are_copies_are_copied_back(monkeypatch):
+    """MindSpore 2.7's reshape copies."""
+    from telechat_mindie.backend.caches import as_rows
+
+    keys, values = (ms.ops.zeros((3, 4, 2, 8), ms.float32) for _ in range(2))
+    reshape = ms.Tensor.reshape
+    monkeypatch.setattr(ms.Tensor, "reshape", lambda self, *shape: reshape(self, *shape) + 0)
+    with as_rows([keys], [values], 16) as ((key_rows,), (value_rows,)):
+        assert key_rows.shape == value_rows.shape == (12, 16)
+        assert key_rows.data_ptr() != keys.data_ptr()
+        ctypes.memset(value_rows.data_ptr(), 0xFF, 64)  # a row
+    monkeypatch.undo()
+    found = values.asnumpy().reshape(12, 16)
+    assert np.isnan(found[0]).all() and not found[1:].any() and not keys.asnumpy().any()
 
 
 def forward(model, **changes):

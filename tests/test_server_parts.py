@@ -12,11 +12,14 @@ from helpers.null_model import NullRunner
 from helpers.server import nano_directory
 
 from telechat_mindie.engine.engine import Engine
+from telechat_mindie.engine.output import FinishReason, Output, Timings
+from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model_dir import ModelDir
 from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.body import BodyReader, parse
 from telechat_mindie.server.errors import ApiError
+from telechat_mindie.server.generation import Generation
 from telechat_mindie.server.host import EngineHost, num_blocks
 from telechat_mindie.server.limits import MAX_JSON_DEPTH, Limits
 from telechat_mindie.server.metrics import Histogram
@@ -234,3 +237,42 @@ class TestBrokenEngine:
 
         ((status, body),) = self.ask(directory, prepare, ("GET", "/metrics", None))
         assert status == 500 and body == {"error": "Internal error.", "error_type": "Incomplete Generation"}
+
+
+class TestWaiting:
+    """The time-out between tokens is of waiting for the engine, however slow the reader is."""
+
+    @staticmethod
+    def output(finish_reason: FinishReason | None) -> Output:
+        timings = Timings(0.0, 0.0, 0.0)
+        return Output("id", (5,), "a", (), finish_reason, None, 1, 0, 1, 7, timings)
+
+    async def outputs(self, read_seconds: float, engine_seconds: float) -> int:
+        delivered = []
+
+        class ManualEngine:
+            def submit(self, prompt_ids, params, deliver, request_id):
+                delivered.append(deliver)
+
+            def cancel(self, request_id):
+                pass
+
+        loop = asyncio.get_running_loop()
+        generation = Generation(
+            ManualEngine(), [1], GenerationParams(), 1, token_seconds=0.2, timed_by_client=False, loop=loop
+        )
+        generation.submit()
+        delivered[0](self.output(None))
+        loop.call_later(engine_seconds, delivered[0], self.output(FinishReason.LENGTH))
+        count = 0
+        async for _ in generation.outputs():
+            count += 1
+            await asyncio.sleep(read_seconds)
+        return count
+
+    def test_a_slow_reader_is_no_slow_engine(self):
+        assert asyncio.run(self.outputs(read_seconds=0.5, engine_seconds=0.3)) == 2
+
+    def test_a_slow_engine_is(self):
+        with pytest.raises(ApiError, match="tokenTimeout"):
+            asyncio.run(self.outputs(read_seconds=0.0, engine_seconds=0.5))

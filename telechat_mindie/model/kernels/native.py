@@ -13,12 +13,12 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels import native_build
 from telechat_mindie.model.kernels.cpu import Call
+from telechat_mindie.model.kernels.native_decoder import NativeDecoder
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.rope import RotaryTable
 
 if TYPE_CHECKING:
     from telechat_mindie.model.decoder import TelechatForCausalLM
-    from telechat_mindie.model.kernels.native_decoder import NativeDecoder
 
 MAX_TOKENS = 512
 """New tokens in one run of the decoder, over all sequences; more of them go in several runs."""
@@ -50,7 +50,7 @@ class NativeKernels(nn.Cell):
         self._rotary = rotary
         self._block_size = cache.block_size
         library = native_build.library()
-        native_build.load(library, native_build.thread_count(tp))
+        self.library = native_build.load(library, native_build.thread_count(tp))
 
         def custom(name: str, shape: object) -> ops.Custom:
             return ops.Custom(f"{library.path}:telechat_{name}", shape, lambda *_: ms.float32, "aot")
@@ -83,8 +83,6 @@ class NativeKernels(nn.Cell):
 
     def whole(self, decoder: TelechatForCausalLM) -> NativeDecoder:
         """What runs the decoder of a single rank in one call."""
-        from telechat_mindie.model.kernels.native_decoder import NativeDecoder
-
         return NativeDecoder(decoder, self)
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor
 
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.model.batch import RaggedBatch
-from telechat_mindie.model.decoder import Layer, TelechatForCausalLM
-from telechat_mindie.model.kernels import native_build
-from telechat_mindie.model.kernels.native import NativeKernels
+
+if TYPE_CHECKING:
+    from telechat_mindie.model.decoder import Layer, TelechatForCausalLM
+    from telechat_mindie.model.kernels.native import NativeKernels
 
 
 class NativeDecoder:
@@ -31,7 +33,7 @@ class NativeDecoder:
         config = decoder.config
         self._kernels = kernels
         self._vocab_size = config.vocab_size
-        self._function = native_build.load(native_build.library(), native_build.thread_count()).telechat_decoder
+        self._function = kernels.library.telechat_decoder
         experts = config.experts_per_token if config.is_moe else 0
         form = np.array([config.num_layers, experts, config.embed_layernorm], np.int32)
         self._keep = decoder, form  # the arguments point to their memory

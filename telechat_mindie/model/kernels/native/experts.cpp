@@ -174,6 +174,8 @@ void add_expert_biases(const Argument& gates, const Argument& bias, const Argume
   const size_t experts = gates.size(1), hidden = out.size(1);
   expect(bias.size(0) == 1 && bias.size(1) == experts && bias.size(2) == 1 && bias.size(3) == hidden,
          "expert biases have the wrong shape");
+  expect(gates.size(0) == out.size(0), "gates and output differ in tokens");
+  expect(residual.size(0) == out.size(0) && residual.size(1) == hidden, "residual has the wrong shape");
   with_stored(bias, "expert biases", [&](auto* stored) {
     for (size_t t = 0; t < out.size(0); ++t) {
       float* to = out.as<float>() + t * hidden;
