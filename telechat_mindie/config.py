@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 from telechat_mindie.errors import ConfigError
-from telechat_mindie.files import read_json
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from telechat_mindie.reading import read_json
 
 MAX_RANKS = 1024
 
@@ -152,11 +151,11 @@ class TelechatConfig:
         return embeddings + self.num_layers * layer + hidden * (2 if self.embed_layernorm else 1)
 
     def weight_bytes(self, dtype: str) -> int:
-        return self.parameter_count * ITEM_BYTES[dtype]
+        return self.parameter_count * DTYPES[dtype].itemsize
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
         """Key and value bytes of one token on one of `tp` ranks, all layers."""
-        return self.num_layers * 2 * self.kv_size // tp * ITEM_BYTES[dtype]
+        return self.num_layers * 2 * self.kv_size // tp * DTYPES[dtype].itemsize
 
     def allowed_tp(self) -> tuple[int, ...]:
         """The tensor parallel sizes that divide heads, kv heads, feed-forward and vocabulary alike."""
@@ -279,8 +278,8 @@ def _check_type(key: str, value: Any) -> None:
     if key in SPELLINGS["tie_word_embeddings"] + SPELLINGS["embed_layernorm"]:
         kind = bool
     elif key in SPELLINGS["torch_dtype"]:
-        if not isinstance(value, str) or value not in ITEM_BYTES:
-            raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(ITEM_BYTES)}", found=value)
+        if not isinstance(value, str) or value not in WEIGHT_DTYPES:
+            raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(WEIGHT_DTYPES)}", found=value)
         return
     if type(value) is not kind:
         raise ConfigError("has the wrong type", where=key, expected=kind.__name__, found=repr(value))

@@ -1,6 +1,12 @@
-"""Sizes as people read them."""
+"""Sizes: units, the limits of integers, and bytes as people read them."""
 
 from __future__ import annotations
+
+GB = 1 << 30
+"""Bytes of what MindIE and npu-smi call a GB (npuMemSize; MindIE-LLM v3.0.0.beta.2 kvcache_settings.py)."""
+
+INT32_MAX = 2**31 - 1
+UINT32_MAX = 2**32 - 1
 
 
 def format_bytes(count: float) -> str:

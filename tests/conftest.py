@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
+SHARED = ROOT.parent / "shared" / "fixtures"
 
 
 @pytest.fixture(scope="session")

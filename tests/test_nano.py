@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-from telechat_mindie.build import build
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.errors import OutputError
+from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
 
-CORPUS = Path(__file__).resolve().parent.parent / "tools" / "nano_corpus.jsonl"
+CORPUS = ROOT / "tools" / "nano_corpus.jsonl"
 
 
 @pytest.fixture(scope="module")

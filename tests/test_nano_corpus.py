@@ -7,12 +7,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
 
-CORPUS = Path(__file__).resolve().parent.parent / "tools" / "nano_corpus.jsonl"
+CORPUS = ROOT / "tools" / "nano_corpus.jsonl"
 
 MAX_BYTES = 150_000
 MIN_ENTRIES = 250

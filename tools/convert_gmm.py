@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from telechat_mindie.checkpoint.convert import MindSporeForm, to_mindspore
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.commands.output import byte_progress
-from telechat_mindie.convert import MindSporeForm, to_mindspore
 from telechat_mindie.errors import InputError
 from telechat_mindie.scripts import run
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from telechat_mindie.checkpoint.convert import ConvertOptions
+from telechat_mindie.checkpoint.convert import to_hugging_face
 from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.checkpoint.stream import ConvertOptions
 from telechat_mindie.commands.output import byte_progress
-from telechat_mindie.convert import to_hugging_face
 from telechat_mindie.scripts import run
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import aiohttp
 
-from telechat_mindie.build import build
+from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
 
 REQUEST_SECONDS = 60  # after which a request counts as stuck

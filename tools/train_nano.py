@@ -24,15 +24,15 @@ from mindspore import Parameter, Tensor, mutable, nn, ops
 from safetensors.numpy import save_file
 
 from telechat_mindie.checkpoint.mapping import mindformers_targets
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.files import StagedDirectory, dump_json
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.cpu import BLOCKED, CpuKernels
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.staging import StagedDirectory, dump_json
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 CORPUS = Path(__file__).with_name("nano_corpus.jsonl")
 DTYPE = "bfloat16"
@@ -290,7 +290,7 @@ def to_hugging_face(trained: dict[str, np.ndarray], config: TelechatConfig) -> d
             pairs.reshape(-1, 2, config.head_dim, part.shape[1])[:, side] = rows.reshape(
                 -1, config.head_dim, part.shape[1]
             )
-    return {name: array.astype(DTYPES[DTYPE]) for name, array in found.items()}
+    return {name: array.astype(DTYPES[DTYPE].numpy) for name, array in found.items()}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Zero
 
-from telechat_mindie.checkpoint.tensors import DTYPES
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.kv_cache import KVCache
 
@@ -44,7 +44,7 @@ class HostCache:
         self._device = device
         layers, (_, width) = len(device.keys), device.keys[0].shape
         shape = (num_blocks, layers, 2, device.block_size, width)
-        self._blocks = np.zeros(shape, DTYPES[device.dtype])
+        self._blocks = np.zeros(shape, DTYPES[device.dtype].numpy)
 
     def swap(self, pairs: np.ndarray, to_host: bool) -> None:
         """Copy block pairs[i, 0] to pairs[i, 1], from the device where `to_host`, else to it.

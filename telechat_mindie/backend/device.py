@@ -20,7 +20,7 @@ from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.loader import RankWeights
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
-from telechat_mindie.model_dir import ModelDir
+from telechat_mindie.model_dir.layout import ModelDir
 
 DEVICES = ("ascend", "cpu")
 

@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from telechat_mindie.errors import ModelDirError
-from telechat_mindie.input_builder import InputBuilder
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.text.input_builder import InputBuilder
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 
 def get_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from telechat_mindie.model_dir import ModelDir
+from telechat_mindie.model_dir.layout import ModelDir
 
 
 class ModelConfig:

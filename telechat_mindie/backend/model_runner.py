@@ -16,8 +16,8 @@ from telechat_mindie.backend.inputs import Limits, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
-from telechat_mindie.model_dir import ModelDir
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 
 class ModelRunner:

@@ -20,8 +20,8 @@ from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.ranks import die_with_parent
 from telechat_mindie.backend.wire import receive, send
 from telechat_mindie.errors import TelechatMindieError
-from telechat_mindie.model_dir import ModelDir
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 START_TIMEOUT = 300.0
 """Seconds for all ranks to load and find each other."""

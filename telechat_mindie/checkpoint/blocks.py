@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.mapping import Target
 from telechat_mindie.checkpoint.plan import Plan, Step, steps
 from telechat_mindie.checkpoint.source import Checkpoint
-from telechat_mindie.checkpoint.tensors import DTYPES, TensorReader
 from telechat_mindie.checkpoint.views import read_block
+from telechat_mindie.dtypes import DTYPES
 
 BLOCK_BYTES = 4 << 20
 """Small enough that a block is still in the processor's cache when it is checked, cast, hashed and written."""
@@ -69,7 +70,7 @@ class BlockReader:
 
     def read(self, block: Block, buffer: np.ndarray) -> np.ndarray:
         """The block's array, of the source's dtype, in `buffer` (bytes)."""
-        array = view(buffer, DTYPES[block.dtype], block.shape)
+        array = view(buffer, DTYPES[block.dtype].numpy, block.shape)
         if block.step.transposed:
             array[:] = self._matrix(block).T
         else:
@@ -84,7 +85,7 @@ class BlockReader:
 
         A matrix over TURN_BYTES is read a block at a time instead, row by row, which is slower but bounded.
         """
-        dtype = DTYPES[block.dtype]
+        dtype = DTYPES[block.dtype].numpy
         shape = (block.rows[1] - block.rows[0], block.step.columns)
         if shape[0] * shape[1] * dtype.itemsize > TURN_BYTES:
             part = np.empty((shape[0], block.columns[1] - block.columns[0]), dtype)

@@ -1,204 +1,148 @@
-"""Runs a plan: every shard of every rank, journalled, in buffers of constant size."""
+"""`convert`: a checkpoint in another form that is not a model directory."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import telechat_mindie
-from telechat_mindie.checkpoint.casting import Findings
-from telechat_mindie.checkpoint.pipeline import Pipeline, Progress
-from telechat_mindie.checkpoint.plan import Plan, Shard
+from telechat_mindie.checkpoint.formats.containers import MINDSPORE_CKPT, SAFETENSORS, Container
+from telechat_mindie.checkpoint.mapping import hugging_face_targets, mindformers_targets
+from telechat_mindie.checkpoint.pipeline import Progress
+from telechat_mindie.checkpoint.plan import Plan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint
-from telechat_mindie.checkpoint.writer import FileRecord, HashedFile, Journal
-from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import CheckpointError, InputError, OutputError, name_some
-from telechat_mindie.files import StagedDirectory
+from telechat_mindie.checkpoint.stream import ConvertOptions, choose_dtype, convert_staged
+from telechat_mindie.checkpoint.writer import Journal
+from telechat_mindie.errors import InputError
+from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 
-DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
+HUGGING_FACE_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own tools cut at
+UNLIMITED = 1 << 62
 
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """What a person may choose of any conversion."""
-
-    resume: bool = False
-    allow_nonfinite: bool = False
-    allow_overflow: bool = False
+SIDE_FILES = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
+CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a conversion wrote, and the odd numbers of the source by weight."""
+class MindSporeForm(ConvertOptions):
+    """A mindformers checkpoint: one file, or with `ranks` a folder of rank_N folders with a file each.
 
-    records: list[FileRecord]
-    findings: dict[str, dict[str, int]]
-
-
-def choose_dtype(wanted: str, stored: str, config: TelechatConfig) -> str:
-    """`auto`: a 16-bit checkpoint keeps its dtype; float32 becomes float16 for a dense model, bfloat16 for a MoE.
-
-    The latter is what the published mindformers yamls serve; the published 115B checkpoint is float32.
+    Attributes:
+        container: "safetensors" or "ckpt".
+        tp: number of ranks.
+        ranks: write rank folders even for one rank.
+        qkv_concat: pack q/k/v and gate/up, as convert_weight.py --qkv_concat does.
+        transposed_experts: store experts for the grouped matmul, as convert_gmm.py does.
+        file: name of a rank's file without suffix, by `{rank}`.
     """
-    if wanted not in DTYPE_CHOICES:
-        raise InputError("unknown dtype", where="--dtype", expected=" or ".join(DTYPE_CHOICES), found=wanted)
-    if wanted != "auto":
-        return wanted
-    if stored != "float32":
-        return stored
-    return "bfloat16" if config.is_moe else "float16"
+
+    container: str = "safetensors"
+    dtype: str = "auto"
+    tp: int = 1
+    ranks: bool = False
+    qkv_concat: bool = False
+    transposed_experts: bool = False
+    file: str = "checkpoint_{rank}"
+    force: bool = False
 
 
-def convert_staged(
-    plan: Plan,
+def to_mindspore(
+    source: Checkpoint, output: Path, form: MindSporeForm, on_start: Callable[[Plan], Progress] | None = None
+) -> Plan:
+    """Write `source` as mindformers names and shapes it.
+
+    Raises:
+        InputError, ConfigError: an option that is unknown or does not fit the model.
+        CheckpointError, OutputError: see `telechat_mindie.checkpoint.stream.convert`.
+    """
+    transposed = form.transposed_experts and source.config.is_moe
+    plan = make_plan(
+        source.config,
+        mindformers_targets(source.config, qkv_concat=form.qkv_concat, transposed_experts=transposed),
+        choose_dtype(form.dtype, source.dtype, source.config),
+        form.tp,
+        container=_container(form.container),
+        shard_bytes=UNLIMITED,
+        file=form.file.replace("{rank}", "{{rank}}"),
+    )
+    single = form.tp == 1 and not form.ranks
+    progress = on_start(plan) if on_start else None
+    with StagedDirectory(
+        output, replace=form.force, marker="rank_0", resume=form.resume, single_file=single, scratch=Journal.NAME
+    ) as staged:
+        convert_staged(plan, source, staged, form, progress)
+        if single:
+            staged.commit_file(plan.path(0, plan.shards[0]))
+        else:
+            staged.commit()
+    return plan
+
+
+def to_hugging_face(
     source: Checkpoint,
-    staged: StagedDirectory,
+    output: Path,
     options: ConvertOptions,
-    progress: Progress | None = None,
-    *choices: object,
-) -> Written:
-    """Run the plan into a staged directory, with a journal that a killed run leaves behind for `resume`.
-
-    An error, unlike a kill or an interrupt, removes what was written, unless it was a resumed run.
-
-    Args:
-        choices: whatever else decides the output; another value makes an old journal invalid.
+    dtype: str = "auto",
+    force: bool = False,
+    on_start: Callable[[Plan], Progress] | None = None,
+) -> Plan:
+    """Write `source` in the published Hugging Face format: shards, their index, config.json, the tokenizer's files.
 
     Raises:
-        CheckpointError, OutputError: see `convert`.
+        InputError, CheckpointError, OutputError: as `to_mindspore`.
     """
-    staged.keep = True
-    try:
-        journal = Journal(staged.path, fingerprint(plan, source, *choices), resume=options.resume)
-        try:
-            _remove_strays(staged.path, journal)
-            records = convert(
-                plan,
-                source,
-                staged.path,
-                journal,
-                allow_nonfinite=options.allow_nonfinite,
-                allow_overflow=options.allow_overflow,
-                progress=progress,
-            )
-        finally:
-            journal.close()
-    except Exception:
-        staged.keep = options.resume
-        raise
-    staged.keep = False
-    return Written(records, journal.findings)
+    plan = make_plan(
+        source.config,
+        hugging_face_targets(source.config),
+        choose_dtype(dtype, source.dtype, source.config),
+        shard_bytes=HUGGING_FACE_SHARD_BYTES,
+        folder="",
+    )
+    progress = on_start(plan) if on_start else None
+    with StagedDirectory(
+        output, replace=force, marker="model.safetensors.index.json", resume=options.resume, scratch=Journal.NAME
+    ) as staged:
+        convert_staged(plan, source, staged, options, progress)
+        weight_map = {target.name: shard.file for shard in plan.shards for target in shard.targets}
+        total = sum(frame.nbytes for shard in plan.shards for frame in shard.frames)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_file(staged.path / "model.safetensors.index.json", dump_json(index))
+        write_file(staged.path / "config.json", dump_json(_config(source, plan.dtype)))
+        folder = source.path if source.path.is_dir() else source.path.parent
+        for name in SIDE_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staged.path / name)
+        staged.commit()
+    return plan
 
 
-def _remove_strays(root: Path, journal: Journal) -> None:
-    """Delete what a killed run left unfinished, so that it cannot end up in the result."""
-    kept = {root / path for path in journal.records} | {root / Journal.NAME}
-    for path in root.rglob("*"):
-        if not path.is_dir() and path not in kept:
-            path.unlink()
+def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
+    """The source's own config.json, or the same facts in the published spelling where it came without one."""
+    config = source.config
+    if config.raw:
+        return {**config.raw, "torch_dtype": dtype}
+    facts: dict[str, object] = {
+        "architectures": ["TelechatForCausalLM"],
+        "model_type": "telechat",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "ffn_hidden_size": config.ffn_size,
+        "layer_norm_epsilon": config.norm_eps,
+        "seq_length": config.seq_length,
+        "training_seqlen": config.training_seqlen,
+        "base_seqlen": config.base_seqlen,
+        "torch_dtype": dtype,
+    }
+    if config.is_moe:
+        facts |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
+    return facts
 
 
-def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
-    """A hash of everything that decides the bytes of a conversion: plan, options, version, and the source's files."""
-    files = {}
-    for weight in source.weights.values():
-        for tile in weight.tiles:
-            for extent in tile.stored.extents:
-                if str(extent.file) not in files:
-                    status = extent.file.stat()
-                    files[str(extent.file)] = (status.st_size, status.st_mtime_ns)
-    shards = [
-        [shard.file, shard.nbytes, hashlib.sha256(b"".join(frame.prefix for frame in shard.frames)).hexdigest()]
-        for shard in plan.shards
-    ]
-    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files.items())]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
-def convert(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    root: Path,
-    journal: Journal,
-    *,
-    allow_nonfinite: bool = False,
-    allow_overflow: bool = False,
-    progress: Progress | None = None,
-) -> list[FileRecord]:
-    """Write every shard of every rank below `root`, skipping those that the journal has.
-
-    Args:
-        progress: called with the number of output bytes just written (or found finished).
-
-    Returns:
-        A record of every file, in rank and shard order.
-
-    Raises:
-        CheckpointError: the source is damaged, or holds NaN, infinity or values beyond float16 that are not allowed.
-        OutputError: not enough space, or a file cannot be written.
-    """
-    report = progress or (lambda _: None)
-    pending = [shard for shard in plan.shards if not _is_finished(plan, shard, journal)]
-    report(plan.output_bytes - plan.tp * sum(shard.nbytes for shard in pending))
-    _check_space(root, plan.tp * sum(shard.nbytes for shard in pending))
-    syncing: Future[None] | None = None
-    with Pipeline(plan, checkpoint) as pipeline, ThreadPoolExecutor(1, "sync") as sync_pool:
-        for shard in pending:
-            files = [HashedFile(root, plan.path(rank, shard), shard.frames) for rank in range(plan.tp)]
-            try:
-                findings = pipeline.write(shard, files, report)
-                _judge(findings, allow_nonfinite, allow_overflow)
-            except BaseException:
-                pipeline.stop()
-                for file in files:
-                    file.close()
-                raise
-            if syncing is not None:
-                syncing.result()
-            syncing = sync_pool.submit(_finish, files, findings, journal)  # while the next shard is written
-        if syncing is not None:
-            syncing.result()
-    return [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
-
-
-def _is_finished(plan: Plan, shard: Shard, journal: Journal) -> bool:
-    return all(plan.path(rank, shard) in journal.records for rank in range(plan.tp))
-
-
-def _finish(files: list[HashedFile], findings: dict[str, Findings], journal: Journal) -> None:
-    """Sync a shard's files, then remember them."""
-    records = [file.finish() for file in files]
-    journal.add(records, {name: asdict(found) for name, found in findings.items()})
-
-
-def _judge(findings: dict[str, Findings], allow_nonfinite: bool, allow_overflow: bool) -> None:
-    odd = [name for name, found in findings.items() if found.nan or found.infinite]
-    if odd and not allow_nonfinite:
-        total = sum(findings[name].nan + findings[name].infinite for name in odd)
-        raise CheckpointError(
-            f"{total} NaN or infinite values in {name_some(odd)}",
-            advice="The checkpoint is damaged; convert it all the same with --allow-nonfinite.",
-        )
-    wide = [name for name, found in findings.items() if found.overflow]
-    if wide and not allow_overflow:
-        total = sum(findings[name].overflow for name in wide)
-        raise CheckpointError(
-            f"{total} values do not fit float16 in {name_some(wide)}",
-            advice="Choose --dtype bfloat16, or accept infinities with --allow-overflow.",
-        )
-
-
-def _check_space(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise OutputError(
-            "not enough free space",
-            where=root,
-            expected=f"{needed} bytes",
-            found=f"{free} bytes",
-            advice="Free some space or choose another disk.",
-        )
+def _container(name: str) -> Container:
+    if name not in CONTAINERS:
+        raise InputError("unknown format", where="--format", expected=" or ".join(CONTAINERS), found=name)
+    return CONTAINERS[name]

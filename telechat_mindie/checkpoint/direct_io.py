@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from telechat_mindie.files import FILE_MODE
+from telechat_mindie.staging import FILE_MODE
 
 STAGING_BYTES = 1 << 20
 ALIGNMENT = 4096

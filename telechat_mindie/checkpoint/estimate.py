@@ -14,9 +14,11 @@ from telechat_mindie.checkpoint.mapping import check_names
 from telechat_mindie.checkpoint.pipeline import DEPTH
 from telechat_mindie.checkpoint.plan import Plan
 from telechat_mindie.checkpoint.source import open_checkpoint
-from telechat_mindie.config import ITEM_BYTES, TelechatConfig
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
-from telechat_mindie.files import read_json, reporting_os_errors
+from telechat_mindie.reading import read_json
+from telechat_mindie.staging import reporting_os_errors
 
 INTERPRETER_BYTES = 80 << 20
 """Python with numpy and the tokenizer, measured."""
@@ -50,7 +52,7 @@ def source_facts(checkpoint: Path) -> Source:
     total = read_json(index).get("metadata", {}).get("total_size")
     for dtype in ("float32", "float16"):  # a 16-bit index does not say which of the two it is
         if total == config.weight_bytes(dtype):
-            dtype = config.torch_dtype or dtype if ITEM_BYTES[dtype] == 2 else dtype
+            dtype = config.torch_dtype or dtype if DTYPES[dtype].itemsize == 2 else dtype
             return Source(config, dtype, total, len(names))
     raise CheckpointError(
         "total_size does not fit the model that config.json describes",

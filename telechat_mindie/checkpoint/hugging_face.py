@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor
+from telechat_mindie.checkpoint.formats.torch import read_torch_bin
 from telechat_mindie.checkpoint.mapping import check_names, weights
-from telechat_mindie.checkpoint.safetensors_format import read_safetensors
-from telechat_mindie.checkpoint.tensors import StoredTensor
-from telechat_mindie.checkpoint.torch_format import read_torch_bin
 from telechat_mindie.checkpoint.views import SourceWeight, whole
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
-from telechat_mindie.files import read_json
+from telechat_mindie.reading import read_json
 
 FORMATS = (
     ("Hugging Face safetensors", "model.safetensors.index.json", "*.safetensors", read_safetensors),

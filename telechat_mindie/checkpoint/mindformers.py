@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
+from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, mindformers_targets, weights
-from telechat_mindie.checkpoint.mindspore_format import read_mindspore_ckpt
 from telechat_mindie.checkpoint.plan import steps
-from telechat_mindie.checkpoint.safetensors_format import read_safetensors
 from telechat_mindie.checkpoint.sharding import Role
-from telechat_mindie.checkpoint.tensors import StoredTensor
 from telechat_mindie.checkpoint.views import SourceWeight, Tile, float_dtype
 from telechat_mindie.config import MAX_RANKS, TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some

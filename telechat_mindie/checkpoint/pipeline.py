@@ -12,8 +12,8 @@ from telechat_mindie.checkpoint.blocks import BLOCK_BYTES, Block, BlockReader, b
 from telechat_mindie.checkpoint.casting import Findings, cast_into, inspect
 from telechat_mindie.checkpoint.plan import Plan, Shard
 from telechat_mindie.checkpoint.source import Checkpoint
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.checkpoint.writer import HashedFile
+from telechat_mindie.dtypes import DTYPES
 
 DEPTH = 3
 """Blocks read ahead, and blocks waiting to be hashed and written."""
@@ -81,7 +81,7 @@ class Pipeline:
         if found:
             findings.setdefault(block.step.source, Findings())
             findings[block.step.source] += found
-        dtype = DTYPES[self._plan.dtype]
+        dtype = DTYPES[self._plan.dtype].numpy
         parts = list(block.takers(array))
         if array.dtype != dtype or not all(part.flags.c_contiguous for _, part in parts):
             buffer, parts = self._cast(parts, dtype, buffer)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from telechat_mindie.checkpoint.containers import SAFETENSORS, Container, Frame
+from telechat_mindie.checkpoint.formats.containers import SAFETENSORS, Container, Frame
 from telechat_mindie.checkpoint.mapping import Part, Target
 from telechat_mindie.checkpoint.sharding import Role, rank_range
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 
 SHARD_BYTES = 2 << 30
 """Size a shard is closed at: also the most that a killed conversion has to do again for a rank."""

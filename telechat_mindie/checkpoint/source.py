@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint import hugging_face, mindformers
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.checkpoint.views import SourceWeight
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
 
 

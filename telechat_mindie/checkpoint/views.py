@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telechat_mindie.checkpoint.tensors import FLOAT_DTYPES, StoredTensor, TensorReader
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
+from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import CheckpointError
 
 
@@ -48,9 +49,9 @@ def whole(name: str, stored: StoredTensor) -> SourceWeight:
 
 def float_dtype(name: str, stored: StoredTensor) -> str:
     """The stored dtype. Raises CheckpointError where it is none that weights have."""
-    if stored.dtype not in FLOAT_DTYPES:
+    if stored.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
-            "has a dtype that weights do not have", where=name, expected=" or ".join(FLOAT_DTYPES), found=stored.dtype
+            "has a dtype that weights do not have", where=name, expected=" or ".join(WEIGHT_DTYPES), found=stored.dtype
         )
     return stored.dtype
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from telechat_mindie.checkpoint.containers import Frame
 from telechat_mindie.checkpoint.direct_io import SequentialFile
+from telechat_mindie.checkpoint.formats.containers import Frame
 from telechat_mindie.errors import OutputError
-from telechat_mindie.files import DIR_MODE, reporting_os_errors
+from telechat_mindie.staging import DIR_MODE, reporting_os_errors
 
 
 @dataclass(frozen=True, slots=True)

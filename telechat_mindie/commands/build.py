@@ -25,9 +25,9 @@ def build(
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Turn a checkpoint into a model directory that MindIE serves."""
-    from telechat_mindie.build import BuildOptions
-    from telechat_mindie.build import build as run
     from telechat_mindie.commands.output import byte_progress, print_json
+    from telechat_mindie.model_dir.build import BuildOptions
+    from telechat_mindie.model_dir.build import build as run
     from telechat_mindie.units import format_bytes
 
     options = BuildOptions(

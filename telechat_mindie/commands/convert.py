@@ -22,10 +22,10 @@ def convert(
     allow_overflow: bool = typer.Option(False, "--allow-overflow", help="Accept values that float16 cannot hold."),
 ) -> None:
     """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers."""
-    from telechat_mindie.checkpoint.convert import ConvertOptions
+    from telechat_mindie.checkpoint.convert import MindSporeForm, to_hugging_face, to_mindspore
     from telechat_mindie.checkpoint.source import open_checkpoint
+    from telechat_mindie.checkpoint.stream import ConvertOptions
     from telechat_mindie.commands.output import byte_progress
-    from telechat_mindie.convert import MindSporeForm, to_hugging_face, to_mindspore
     from telechat_mindie.errors import InputError
     from telechat_mindie.units import format_bytes
 

@@ -22,7 +22,7 @@ def export(
     """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.variants import VARIANTS, label_for
 
     if (model_path is None) == (variant is None):

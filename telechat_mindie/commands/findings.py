@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from telechat_mindie.service.findings import Finding, Report
+    from telechat_mindie.findings import Finding, Report
 
 STYLES = {"error": "bold red", "warning": "yellow", "ok": "green"}
 

@@ -15,7 +15,7 @@ def info(
     """Say what a model directory holds, and how many tokens fit into a given cache."""
     from telechat_mindie.commands.output import print_json, print_table
     from telechat_mindie.model.kernels.selection import describe_cpu_kernels
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.units import format_bytes
 
     directory = ModelDir.open(model_path)

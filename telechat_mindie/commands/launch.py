@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from telechat_mindie.service.findings import Finding
+    from telechat_mindie.findings import Finding
     from telechat_mindie.service.launch.client import Answer
     from telechat_mindie.service.launch.prepare import Prepared
     from telechat_mindie.service.launch.running import Launch

@@ -36,7 +36,7 @@ def manifests(
 ) -> None:
     """Write what runs a model directory in containers: a docker compose file, or Kubernetes manifests."""
     from telechat_mindie.commands.output import print_json
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service.facts import model_facts
     from telechat_mindie.service.manifests import DEFAULT_IMAGE, ManifestOptions, write_manifests
     from telechat_mindie.service.options import ServiceOptions

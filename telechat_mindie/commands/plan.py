@@ -23,10 +23,10 @@ def plan(
     """Say what a build would write, need and leave room for, without building."""
     import shutil
 
-    from telechat_mindie.checkpoint.convert import choose_dtype
     from telechat_mindie.checkpoint.estimate import Source, fit, peak_memory, probe_disk, source_facts
     from telechat_mindie.checkpoint.mapping import mindformers_targets, weights
     from telechat_mindie.checkpoint.plan import make_plan
+    from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json, print_table
     from telechat_mindie.errors import InputError
     from telechat_mindie.service.derive import RESERVE_SHARE

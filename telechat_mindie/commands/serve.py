@@ -34,7 +34,7 @@ def serve(
 
     from telechat_mindie.client.errors import MissingExtraError
     from telechat_mindie.errors import InputError
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
 
     try:
         from telechat_mindie.server.app import Plane

@@ -39,7 +39,7 @@ def service_config(
     as_json: bool = typer.Option(False, "--json", help="Print the explanation, or the result, as JSON."),
 ) -> None:
     """Render MindIE's conf/config.json for a model directory."""
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service.facts import model_facts
     from telechat_mindie.service.options import ServiceOptions
     from telechat_mindie.service.render import render_service_config
@@ -76,7 +76,7 @@ def service_config(
 
 def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
     from telechat_mindie.errors import OutputError
-    from telechat_mindie.files import write_file
+    from telechat_mindie.staging import write_file
 
     if output.is_symlink():
         raise OutputError("is a symbolic link", where=output, advice="MindIE refuses links; name the real file.")

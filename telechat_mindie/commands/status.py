@@ -56,7 +56,7 @@ def _state(run: RunDirectory) -> str:
     """In words: starting, ready, running, stopped, ended, not started, killed, left over."""
     from pathlib import Path
 
-    from telechat_mindie.files import read_json
+    from telechat_mindie.reading import read_json
     from telechat_mindie.service.launch.client import NoClientCertificateError, is_healthy, tls_context
 
     state = run.state()

@@ -17,8 +17,8 @@ def verify(
     Exit codes: 0 nothing is wrong, 2 something is.
     """
     from telechat_mindie.commands.output import byte_progress, print_json
-    from telechat_mindie.model_dir import ModelDir
-    from telechat_mindie.verify import check_against, check_files
+    from telechat_mindie.model_dir.layout import ModelDir
+    from telechat_mindie.model_dir.verify import check_against, check_files
 
     directory = ModelDir.open(model_path)
     files = directory.manifest["files"]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """Decodes tokens one by one; `telechat_mindie.detokenizer.StreamDecoder` is one."""
+    """Decodes tokens one by one; `telechat_mindie.text.detokenizer.StreamDecoder` is one."""
 
     def put(self, ids: Iterable[int]) -> str:
         """The characters that are complete with these tokens."""

@@ -35,7 +35,7 @@ class EngineStoppedError(TelechatMindieError):
 
 
 class Tokenizer(Protocol):
-    """`telechat_mindie.tokenizer.TelechatTokenizer`, as far as the engine uses it."""
+    """`telechat_mindie.text.tokenizer.TelechatTokenizer`, as far as the engine uses it."""
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> Decoder:
         """A decoder for one answer."""

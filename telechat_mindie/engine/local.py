@@ -7,8 +7,8 @@ from pathlib import Path
 
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine
-from telechat_mindie.model_dir import ModelDir
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from mindspore.nn.utils import no_init_parameters
 from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import OutputError
-from telechat_mindie.files import reporting_os_errors, write_file
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
 from telechat_mindie.model.kernels.ascend_graphs import (
@@ -28,6 +27,7 @@ from telechat_mindie.model.kernels.ascend_graphs import (
 from telechat_mindie.model.mindir import GraphFile, Value, parse_mindir, read_mindir
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
+from telechat_mindie.staging import reporting_os_errors, write_file
 
 WRITTEN_LAYERS = 2
 """Layers of a graph file: all of a model's are alike, and the second is there to show what one adds."""

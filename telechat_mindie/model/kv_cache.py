@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from telechat_mindie.checkpoint.tensors import DTYPES
+from telechat_mindie.dtypes import DTYPES
 
 
 class KVCache(nn.Cell):
@@ -50,7 +50,9 @@ def _parameters(name: str, count: int, shape: tuple[int, int], dtype: str) -> Pa
     # from_numpy shares numpy's zero pages: memory that no token has used is not touched.
     return ParameterTuple(
         [
-            Parameter(Tensor.from_numpy(np.zeros(shape, DTYPES[dtype])), name=f"{name}.{layer}", requires_grad=False)
+            Parameter(
+                Tensor.from_numpy(np.zeros(shape, DTYPES[dtype].numpy)), name=f"{name}.{layer}", requires_grad=False
+            )
             for layer in range(count)
         ]
     )

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
 from telechat_mindie.checkpoint.mapping import Target, mindformers_targets
-from telechat_mindie.checkpoint.safetensors_format import read_safetensors
-from telechat_mindie.checkpoint.tensors import DTYPES, StoredTensor, TensorReader
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import ModelDirError, name_some
 
 _REBUILD = "Build the directory again with `telechat-mindie build --force`."
@@ -53,7 +54,7 @@ class RankWeights:
         array = self._load(name)
         if array.shape != shape:
             raise ModelDirError("has the wrong shape", where=name, expected=list(shape), found=list(array.shape))
-        return Parameter(Tensor.from_numpy(np.ascontiguousarray(array, DTYPES[self._dtype])), requires_grad=False)
+        return Parameter(Tensor.from_numpy(np.ascontiguousarray(array, DTYPES[self._dtype].numpy)), requires_grad=False)
 
     def check_all_taken(self) -> None:
         """Raises ModelDirError where the directory holds weights that the model did not ask for."""

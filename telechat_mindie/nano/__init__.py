@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from telechat_mindie.files import StagedDirectory
+from telechat_mindie.staging import StagedDirectory
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
 

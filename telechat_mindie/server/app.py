@@ -9,17 +9,17 @@ from importlib import resources
 from fastapi import APIRouter, FastAPI, Response
 
 from telechat_mindie import __version__
-from telechat_mindie.server.chat import chat_routes
-from telechat_mindie.server.completions import completion_routes
-from telechat_mindie.server.errors import ApiError
+from telechat_mindie.server.formats.chat import chat_routes
+from telechat_mindie.server.formats.completions import completion_routes
+from telechat_mindie.server.formats.mindie import native_routes
+from telechat_mindie.server.formats.tgi import tgi_routes
+from telechat_mindie.server.formats.triton import triton_routes
+from telechat_mindie.server.http.errors import ApiError
+from telechat_mindie.server.http.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
+from telechat_mindie.server.http.openapi import document
 from telechat_mindie.server.management import management_routes, metrics_routes
-from telechat_mindie.server.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
 from telechat_mindie.server.models import model_routes
-from telechat_mindie.server.native import native_routes
-from telechat_mindie.server.openapi import document
 from telechat_mindie.server.service import Service
-from telechat_mindie.server.tgi import tgi_routes
-from telechat_mindie.server.triton import triton_routes
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "

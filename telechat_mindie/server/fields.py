@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from telechat_mindie.server.errors import ApiError, invalid
+from telechat_mindie.server.http.errors import ApiError, invalid
 from telechat_mindie.server.limits import (
     MAX_SEQUENCES,
     MAX_STOP_LENGTH,

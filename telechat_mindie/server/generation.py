@@ -14,7 +14,7 @@ from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.server.answers import Answer
-from telechat_mindie.server.errors import STOPPED, ApiError, from_engine
+from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine
 
 
 class Ended(enum.Enum):

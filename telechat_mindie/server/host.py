@@ -9,9 +9,9 @@ from pathlib import Path
 
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.params import GenerationParams
-from telechat_mindie.model_dir import ModelDir
+from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.settings import ServerSettings
-from telechat_mindie.tokenizer import TelechatTokenizer
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 _GB = 1 << 30
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from telechat_mindie.engine.output import FinishReason
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import TelechatMindieError
-from telechat_mindie.server.errors import STOPPED, ApiError, dump
+from telechat_mindie.server.http.errors import STOPPED, ApiError, dump
 from telechat_mindie.server.metrics import CONTENT_TYPE
 from telechat_mindie.server.models import check_model, info
 from telechat_mindie.server.service import Service

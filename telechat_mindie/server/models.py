@@ -10,11 +10,11 @@ from pydantic import Field
 
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
-from telechat_mindie.server.body import parse
-from telechat_mindie.server.errors import ApiError, dump, invalid
 from telechat_mindie.server.fields import RequestBody, validate
-from telechat_mindie.server.logprobs import TokenTexts
-from telechat_mindie.server.openapi import accepts
+from telechat_mindie.server.formats.logprobs import TokenTexts
+from telechat_mindie.server.http.body import parse
+from telechat_mindie.server.http.errors import ApiError, dump, invalid
+from telechat_mindie.server.http.openapi import accepts
 from telechat_mindie.server.service import Service
 
 OWNER = "MindIE Server"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer
-from telechat_mindie.server.errors import dump
+from telechat_mindie.server.http.errors import dump
 
 
 class Renderer(ABC):

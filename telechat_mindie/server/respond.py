@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from telechat_mindie.server.errors import ApiError, dump
 from telechat_mindie.server.generation import ClientGoneError, Ended, Generation
+from telechat_mindie.server.http.errors import ApiError, dump
 from telechat_mindie.server.service import Job, Service
 
 _JSON = "application/json"

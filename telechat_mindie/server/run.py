@@ -15,8 +15,8 @@ from telechat_mindie.errors import InputError
 from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.generation import Ended
 from telechat_mindie.server.host import EngineHost
-from telechat_mindie.server.middleware import is_loopback
-from telechat_mindie.server.protocol import bounded_protocol
+from telechat_mindie.server.http.middleware import is_loopback
+from telechat_mindie.server.http.protocol import bounded_protocol
 from telechat_mindie.server.service import Service
 from telechat_mindie.server.settings import Address, ServerSettings
 from telechat_mindie.service.port_holder import port_holder

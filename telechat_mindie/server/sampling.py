@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from telechat_mindie.engine.params import GenerationParams
-from telechat_mindie.model_dir import ServingConfig
+from telechat_mindie.model_dir.layout import ServingConfig
 from telechat_mindie.server.fields import RequestBody
 
 _LEAST_PENALTY, _MOST_PENALTY = 1e-30, 1e30

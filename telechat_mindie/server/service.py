@@ -12,16 +12,16 @@ from typing import Any
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError
-from telechat_mindie.input_builder import InputBuilder
-from telechat_mindie.server.body import BodyReader, parse
-from telechat_mindie.server.errors import STOPPED, ApiError, from_engine, invalid
 from telechat_mindie.server.fields import RequestBody, utf16_length
 from telechat_mindie.server.generation import Ended, Generation
 from telechat_mindie.server.host import EngineHost
+from telechat_mindie.server.http.body import BodyReader, parse
+from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine, invalid
 from telechat_mindie.server.metrics import Metrics
 from telechat_mindie.server.render import Renderer
 from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.settings import ServerSettings
+from telechat_mindie.text.input_builder import InputBuilder
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Any
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.errors import ConfigError, InputError
-from telechat_mindie.model_dir import ModelDir
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.server.http.tls import TlsFiles
 from telechat_mindie.server.limits import Limits
-from telechat_mindie.server.tls import TlsFiles
 from telechat_mindie.service import schema
 from telechat_mindie.service.schema.settings import Settings
 

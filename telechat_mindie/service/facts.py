@@ -6,7 +6,7 @@ import os
 import re
 
 from telechat_mindie.errors import ModelDirError
-from telechat_mindie.model_dir import MANIFEST, ModelDir
+from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.service.options import ModelFacts
 
 FALLBACK_NAME = "telechat2"

@@ -13,9 +13,9 @@ import yaml
 
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
-from telechat_mindie.files import StagedDirectory, write_file
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.render import RenderedConfig, render_service_config
+from telechat_mindie.staging import StagedDirectory, write_file
 from telechat_mindie.templates import render
 
 KINDS = ("docker", "k8s")

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from telechat_mindie.checkpoint.mapping import weights
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 
 CONFIG: dict[str, Any] = {
     "architectures": ["TelechatForCausalLM"],
@@ -36,7 +36,7 @@ def make_weights(config: TelechatConfig, dtype: str, seed: int = 0) -> dict[str,
     found = {}
     for weight in weights(config).values():
         values = rng.standard_normal(weight.shape, dtype=np.float32) * 0.1
-        found[weight.name] = (values + (len(weight.shape) == 1)).astype(DTYPES[dtype])
+        found[weight.name] = (values + (len(weight.shape) == 1)).astype(DTYPES[dtype].numpy)
     return found
 
 

@@ -13,11 +13,11 @@ from helpers import reference
 from helpers.checkpoints import CONFIG, make_checkpoint
 from helpers.driver import Driver
 from helpers.mindie_calls import Draft, MindIECalls, Sequence_
-from telechat_mindie.build import BuildOptions, build
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.model_dir.build import BuildOptions, build
 
 BLOCK, NUM_BLOCKS, LONGEST, TOLERANCE = 16, 40, 60, 5e-4
-DTYPES = (ms.float16, ms.bfloat16, ms.float32)
+MASK_DTYPES = (ms.float16, ms.bfloat16, ms.float32)
 
 
 class Model:
@@ -139,7 +139,7 @@ class Scenario:
         chosen = self.some(self.running)
         kept = [int(self.rng.integers(1, min(4, s.done + 1))) for s in chosen]
         drafts = [self.draft(sequence, count) for sequence, count in zip(chosen, kept, strict=True)]
-        rows = self.calls.lookahead(chosen, drafts, DTYPES[self.rng.integers(3)])
+        rows = self.calls.lookahead(chosen, drafts, MASK_DTYPES[self.rng.integers(3)])
         wanted = []
         for sequence, draft, count in zip(chosen, drafts, kept, strict=True):
             for row in range(len(draft.tokens)):

@@ -21,14 +21,15 @@ from typing import Any
 
 import httpx
 
+from helpers import ROOT
+
 START_SECONDS = 60
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @functools.lru_cache(maxsize=1)
 def nano_directory() -> Path:
     """telechat2-nano, built once for all tests."""
-    from telechat_mindie.build import build
+    from telechat_mindie.model_dir.build import build
     from telechat_mindie.nano import write_checkpoint
 
     folder = tempfile.TemporaryDirectory(prefix="telechat-server-")
@@ -149,12 +150,12 @@ def special_server(*, delay: float = 0.0, blocks: int = 400, **changes: dict[str
 def _serve_null_model() -> None:
     from helpers.null_model import NullRunner
     from telechat_mindie.engine.engine import Engine
-    from telechat_mindie.model_dir import ModelDir
+    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.server.app import Plane
     from telechat_mindie.server.host import EngineHost
     from telechat_mindie.server.run import serve
     from telechat_mindie.server.settings import Address, plain_settings
-    from telechat_mindie.tokenizer import TelechatTokenizer
+    from telechat_mindie.text.tokenizer import TelechatTokenizer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("model_path", type=Path)

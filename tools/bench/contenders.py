@@ -43,8 +43,8 @@ class Ours:
 
         from telechat_mindie.backend.inputs import Limits
         from telechat_mindie.checkpoint.mapping import mindformers_targets
-        from telechat_mindie.checkpoint.tensors import DTYPES
         from telechat_mindie.config import TelechatConfig
+        from telechat_mindie.dtypes import DTYPES
         from telechat_mindie.model.decoder import TelechatForCausalLM
         from telechat_mindie.model.kernels.selection import select_cpu_kernels
         from telechat_mindie.model.kv_cache import KVCache
@@ -58,7 +58,7 @@ class Ours:
         stored = config.torch_dtype or "float32"
         # MindSpore registers a bfloat16 of its own with numpy; which of the two the file is read as is left to chance.
         weights = {
-            name: array.view(DTYPES[stored]) for name, array in load_file(folder / "weights.safetensors").items()
+            name: array.view(DTYPES[stored].numpy) for name, array in load_file(folder / "weights.safetensors").items()
         }
         chosen = select_cpu_kernels()
         targets = {
@@ -73,7 +73,9 @@ class Ours:
                     pairs = array.reshape(-1, 2, config.head_dim, array.shape[1])
                     array = pairs[:, 0 if part.pick == "keys" else 1].reshape(-1, array.shape[1])
                 parts.append(array)
-            whole = np.ascontiguousarray(np.concatenate(parts), DTYPES[chosen.weight_dtype(stored)]).reshape(shape)
+            whole = np.ascontiguousarray(np.concatenate(parts), DTYPES[chosen.weight_dtype(stored)].numpy).reshape(
+                shape
+            )
             return ms.Parameter(ms.Tensor.from_numpy(whole), requires_grad=False)
 
         self._limits = Limits(config.vocab_size, 8 * MAX_SEQ_LEN // BLOCK_SIZE, BLOCK_SIZE, MAX_SEQ_LEN)

@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from telechat_mindie.checkpoint.containers import SAFETENSORS
+from telechat_mindie.checkpoint.formats.containers import SAFETENSORS
 from telechat_mindie.checkpoint.mapping import hugging_face_targets
 from telechat_mindie.checkpoint.plan import make_plan
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.nano import write_checkpoint
 
 SHAPE = {"vocab_size": 32768, "hidden_size": 4096, "n_head": 32, "num_key_value_heads": 8, "ffn_hidden_size": 12288}
@@ -77,7 +77,9 @@ def make_checkpoint(directory: Path, gigabytes: float, dtype: str) -> int:
                 left = int(np.prod(target.shape))
                 while left:
                     count = min(left, 1 << 22)
-                    file.write((rng.standard_normal(count, dtype=np.float32) * 0.02).astype(DTYPES[dtype]).tobytes())
+                    file.write(
+                        (rng.standard_normal(count, dtype=np.float32) * 0.02).astype(DTYPES[dtype].numpy).tobytes()
+                    )
                     left -= count
     os.sync()
     return config.weight_bytes(dtype)
@@ -161,7 +163,7 @@ def load_all(checkpoint: Path, output: Path, dtype: str) -> None:
     tensors = {}
     for shard in shards:
         for name, value in shard.items():
-            tensors[name] = value.astype(DTYPES[dtype])
+            tensors[name] = value.astype(DTYPES[dtype].numpy)
     output.mkdir()
     save_file(tensors, output / "model.safetensors")
 

@@ -27,8 +27,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from telechat_mindie.checkpoint.mapping import weights
-from telechat_mindie.checkpoint.tensors import DTYPES
-from telechat_mindie.config import ITEM_BYTES, TelechatConfig
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 
 SIZES = {
     "30M": {"hidden_size": 512, "n_layer": 8, "n_head": 4, "ffn_hidden_size": 1280, "vocab_size": 8192},
@@ -91,7 +91,7 @@ def write_model(folder: Path, size: str, dtype: str) -> TelechatConfig:
     arrays = {}
     for weight in weights(config).values():
         values = random.standard_normal(weight.shape, np.float32) * 0.03
-        arrays[weight.name] = (values + (len(weight.shape) == 1 and "norm" in weight.name)).astype(DTYPES[dtype])
+        arrays[weight.name] = (values + (len(weight.shape) == 1 and "norm" in weight.name)).astype(DTYPES[dtype].numpy)
     save_file(arrays, folder / "weights.safetensors")
     (folder / "config.json").write_text(json.dumps(data))
     return config
@@ -141,12 +141,12 @@ def bench(size: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for worker in workers:
                 worker.stop()
     reference = {batch: found[0]["logits"] for (engine, batch), found in runs.items() if engine == workers[0].name}
-    read = (config.parameter_count - config.vocab_size * config.hidden_size) * ITEM_BYTES[arguments.dtype]
+    read = (config.parameter_count - config.vocab_size * config.hidden_size) * DTYPES[arguments.dtype].itemsize
     rows = []
     for (engine, batch), found in runs.items():
         steps = [statistics.median(run["decode"]) for run in found]
         # MindSpore's kernels hold their weights in float32.
-        seen = read * 4 // ITEM_BYTES[arguments.dtype] if engine == "mindspore" else read
+        seen = read * 4 // DTYPES[arguments.dtype].itemsize if engine == "mindspore" else read
         difference = np.abs(np.subtract(found[0]["logits"], reference[batch])).max()
         rows.append(
             {
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 8])
-    parser.add_argument("--dtype", choices=ITEM_BYTES, default="bfloat16")
+    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, default="bfloat16")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--steps", type=int, default=64, help="tokens of each sequence")
     parser.add_argument("--rounds", type=int, default=3)

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.build import build
 from telechat_mindie.client.client import MindieClient
 from telechat_mindie.client.dialects import Sampling, Tgi
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
 
 WORDS = ("生抽与老抽的区别？", "你好", "中国电信是做什么的？", "写一首关于春天的诗", "How are you?")

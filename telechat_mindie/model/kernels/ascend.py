@@ -15,8 +15,8 @@ from mindspore import Tensor, mint, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import auto_generate as fused
 
-from telechat_mindie.checkpoint.tensors import DTYPES
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES, HALF_DTYPES
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels.ascend_graphs import DECODE_INPUTS, TRIANGLE, AscendCache, CallShape
@@ -24,7 +24,6 @@ from telechat_mindie.model.kernels.checks import traced_check
 from telechat_mindie.model.kernels.cpu import Call
 from telechat_mindie.model.rope import RotaryTable
 
-COMPUTE_DTYPES = ("float16", "bfloat16")
 """PagedAttention and FlashAttentionScore know no other."""
 
 HALF_TABLES = 2
@@ -55,7 +54,7 @@ class AscendKernels(nn.Cell):
 
     Raises:
         ConfigError: `tp` does not fit the model, or the operators cannot do its head dimension or block size.
-        InputError: the cache's dtype is not one of COMPUTE_DTYPES.
+        InputError: the cache's dtype is not one of HALF_DTYPES.
     """
 
     routes_experts = True
@@ -82,7 +81,7 @@ class AscendKernels(nn.Cell):
         self._rotary = rotary
         # The kernel multiplies a bfloat16 mask by its own large negative number.
         triangle = np.triu(np.full((TRIANGLE, TRIANGLE), 1.0 if self.dtype == "bfloat16" else BLOCKED), 1)
-        self._triangle = Tensor(triangle.astype(DTYPES[self.dtype]))
+        self._triangle = Tensor(triangle.astype(DTYPES[self.dtype].numpy))
 
         self.rms_norm = ops.RmsNorm(config.norm_eps)
         self.matmul = ops.MatMul(transpose_b=True)
@@ -107,11 +106,11 @@ class AscendKernels(nn.Cell):
 
     @staticmethod
     def weight_dtype(stored: str) -> str:
-        if stored not in COMPUTE_DTYPES:
+        if stored not in HALF_DTYPES:
             raise InputError(
                 "Ascend's attention operators cannot compute in this dtype",
                 where="dtype",
-                expected=" or ".join(COMPUTE_DTYPES),
+                expected=" or ".join(HALF_DTYPES),
                 found=stored,
                 advice="Build the directory with --dtype float16 or bfloat16.",
             )
@@ -237,7 +236,7 @@ class AscendKernels(nn.Cell):
             InputError: a mask hides context from a sequence's only new token, which the kernel cannot do.
         """
         cos, sin = self._rotary.tables(batch.positions, np.repeat(batch.context_lens, batch.query_lens))
-        table = DTYPES[self.table_dtype]
+        table = DTYPES[self.table_dtype].numpy
         inputs = [
             Tensor(np.concatenate([cos, cos], -1).astype(table)),
             Tensor(np.concatenate([sin, sin], -1).astype(table)),
@@ -248,7 +247,7 @@ class AscendKernels(nn.Cell):
         if batch.mask is None and (batch.context_lens == batch.query_lens).all():
             inputs.append(self._triangle)
         else:
-            inputs += [Tensor(_paged_mask(batch).astype(DTYPES[self.dtype])), Tensor(batch.block_tables)]
+            inputs += [Tensor(_paged_mask(batch).astype(DTYPES[self.dtype].numpy)), Tensor(batch.block_tables)]
         rows = np.arange(len(batch.logits_rows))
         return [Call(Tensor(batch.token_ids), Tensor(batch.logits_rows), tuple(inputs), rows)]
 

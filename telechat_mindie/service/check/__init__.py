@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from telechat_mindie.errors import ConfigError
-from telechat_mindie.model_dir import ModelDir
+from telechat_mindie.findings import Finding, Report, error
+from telechat_mindie.model_dir.contents import check_contents
+from telechat_mindie.model_dir.hashes import check_hashes, hashed_bytes
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.model_dir.modes import check_file, check_files, fix_modes, link_findings
+from telechat_mindie.model_dir.parts import READ_FAILURES, Parts
+from telechat_mindie.model_dir.weights import check_weights
 from telechat_mindie.service import schema
-from telechat_mindie.service.check.contents import check_contents
 from telechat_mindie.service.check.environment import check_environment
-from telechat_mindie.service.check.hashes import check_hashes, hashed_bytes
 from telechat_mindie.service.check.isolated import check_modules_and_tokenizer
-from telechat_mindie.service.check.modes import check_file, check_files, fix_modes, link_findings
 from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.check.parts import READ_FAILURES, Parts
 from telechat_mindie.service.check.service_file import check_config, check_service_file
-from telechat_mindie.service.check.weights import check_weights
 from telechat_mindie.service.facts import model_facts
-from telechat_mindie.service.findings import Finding, Report, error
 from telechat_mindie.service.options import ModelFacts
 from telechat_mindie.service.schema.service import model_of
 

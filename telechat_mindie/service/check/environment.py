@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.model_dir.modes import SKIP_VARIABLE
 from telechat_mindie.service import ports
-from telechat_mindie.service.check.modes import SKIP_VARIABLE
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.check.service_file import PORTS, device_rows, is_local, value_at
-from telechat_mindie.service.findings import Finding, error, ok, warning
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.settings import SERVER
 

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from telechat_mindie.control_tokens import CONTROL_IDS
-from telechat_mindie.service.check.modules import check_modules
+from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.model_dir.modules import check_modules
+from telechat_mindie.model_dir.parts import REBUILD, Parts, section
 from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.check.parts import REBUILD, Parts, section
 from telechat_mindie.service.check.probe import QUESTION
-from telechat_mindie.service.findings import Finding, error, ok, warning
+from telechat_mindie.text.control_tokens import CONTROL_IDS
 
 
 def check_modules_and_tokenizer(parts: Parts, options: CheckOptions) -> Iterator[Finding]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import ConfigError
+from telechat_mindie.findings import Finding, Severity, error, ok, warning
+from telechat_mindie.model_dir.modes import check_file
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import https_certificates
-from telechat_mindie.service.check.modes import check_file
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.derive import KEPT_BLOCKS
-from telechat_mindie.service.findings import Finding, Severity, error, ok, warning
 from telechat_mindie.service.options import GB, ModelFacts
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.base import INT32_MAX

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 
+from telechat_mindie.findings import Finding, ok, warning
 from telechat_mindie.service import ports
 from telechat_mindie.service.doctor.machine import Machine
-from telechat_mindie.service.findings import Finding, ok, warning
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.units import format_bytes
 

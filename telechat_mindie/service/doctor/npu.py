@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import same_version, stack_with, stacks
-from telechat_mindie.service.findings import Finding, error, ok, warning
 
 DEVICE_FILES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 """What a container needs beside /dev/davinciN: MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/install/source/

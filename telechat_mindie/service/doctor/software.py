@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import (
     release_of,
@@ -16,7 +17,6 @@ from telechat_mindie.service.doctor.support import (
     stacks,
     working_releases,
 )
-from telechat_mindie.service.findings import Finding, error, ok, warning
 
 OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
 MS_WRAPPER = "modeling/model_wrapper/ms"

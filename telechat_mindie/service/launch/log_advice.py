@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.files import read_yaml
+from telechat_mindie.reading import read_yaml
 
 TABLE = Path(__file__).with_name("log_advice.yaml")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import ConfigError, InputError
-from telechat_mindie.files import DIR_MODE, dump_json, read_json, reporting_os_errors, write_file
+from telechat_mindie.reading import read_json
 from telechat_mindie.service.launch import processes
 from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.staging import DIR_MODE, dump_json, reporting_os_errors, write_file
 
 CONFIG, LOG, PLAN, STATE, SUPERVISOR_LOG = "config.json", "daemon.log", "plan.json", "state.json", "supervisor.log"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import telechat_mindie
 from telechat_mindie.errors import name_some
-from telechat_mindie.files import FILE_MODE, read_json
+from telechat_mindie.reading import read_json
 from telechat_mindie.service import ports
 from telechat_mindie.service.launch import client, processes, shared_memory
 from telechat_mindie.service.launch.client import Answer
@@ -24,6 +24,7 @@ from telechat_mindie.service.launch.log_tail import LogTail
 from telechat_mindie.service.launch.rundir import SUPERVISOR_LOG, RunDirectory, State
 from telechat_mindie.service.launch.supervisor import GRACE_SECONDS, KILL_SECONDS
 from telechat_mindie.service.port_holder import port_holder
+from telechat_mindie.staging import FILE_MODE
 
 POLL_SECONDS = 0.05
 KEPT_LINES = 5000  # of the log, in which the cause of a failure is looked for

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from telechat_mindie.files import FILE_MODE
 from telechat_mindie.service.launch import processes, shared_memory
 from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.service.launch.rundir import RunDirectory, State
+from telechat_mindie.staging import FILE_MODE
 
 GRACE_SECONDS = 30
 """For the daemon to end by itself after SIGTERM: it waits five seconds for its endpoint, then ten for its workers

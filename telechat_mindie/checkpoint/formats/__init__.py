@@ -1,0 +1,1 @@
+"""File formats of weights, read with suspicion and written in a stream."""

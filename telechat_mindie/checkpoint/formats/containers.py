@@ -1,0 +1,52 @@
+"""File formats as a writer sees them: which bytes stand before which stretches of tensor data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from telechat_mindie.checkpoint.formats.mindspore import ckpt_slices, encode_ckpt_entry_prefix
+from telechat_mindie.checkpoint.formats.safetensors import encode_safetensors_header
+from telechat_mindie.dtypes import DTYPES
+
+Entry = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """`prefix`, then `nbytes` bytes of the tensors' data, taken one after the other."""
+
+    prefix: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A file format that can be written front to back."""
+
+    name: str
+    suffix: str
+    frames: Callable[[Sequence[Entry]], tuple[Frame, ...]]
+
+
+def _safetensors_frames(entries: Sequence[Entry]) -> tuple[Frame, ...]:
+    header, _ = encode_safetensors_header(entries, {"format": "np"})
+    return (Frame(header, sum(_nbytes(entry) for entry in entries)),)
+
+
+def _ckpt_frames(entries: Sequence[Entry]) -> tuple[Frame, ...]:
+    return tuple(
+        Frame(encode_ckpt_entry_prefix(*entry, piece), piece)
+        for entry in entries
+        for piece in ckpt_slices(_nbytes(entry))
+    )
+
+
+def _nbytes(entry: Entry) -> int:
+    return math.prod(entry[2]) * DTYPES[entry[1]].itemsize
+
+
+SAFETENSORS = Container("safetensors", ".safetensors", _safetensors_frames)
+MINDSPORE_CKPT = Container("MindSpore ckpt", ".ckpt", _ckpt_frames)

@@ -1,0 +1,278 @@
+"""MindSpore's `.ckpt` files: read as extents, and framed for a writer; the bytes of the tensors are never held.
+
+The layout (mindspore/train/checkpoint.proto and serialization.py, `_exec_save`) is one protobuf message:
+
+    Checkpoint { repeated Value value = 1 }
+    Value { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3 }
+    TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
+
+A tensor over 512 MiB is cut into slices: values one after another with the same tag, each with the dims of the whole.
+With `crc_check` the file ends in `crc_num` and a 10-byte number, outside the message. MindSpore's other format,
+safetensors, is read by safetensors_format.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from telechat_mindie.checkpoint.formats.bounds import (
+    MAX_NAME_LENGTH,
+    MAX_RANK,
+    MAX_TENSORS,
+    BoundedFile,
+    checked_name,
+    checked_shape,
+    open_bounded,
+    quoted,
+)
+from telechat_mindie.checkpoint.formats.tensors import Extent, StoredTensor
+from telechat_mindie.dtypes import DTYPES
+from telechat_mindie.errors import CheckpointError
+
+SLICE_BYTES = 512 << 20
+"""Content of one value at most, as MindSpore writes it; a protobuf parser may refuse a field of 2 GiB."""
+
+_DTYPE_OF = {dtype.mindspore: dtype.name for dtype in DTYPES.values()}
+
+_VARINT, _LENGTH_DELIMITED = 0, 2  # protobuf wire types
+_CHECKSUM_MARK, _CHECKSUM_BYTES = b"crc_num", 17
+_CIPHER_MAGICS = {0x7F3A5ED8: "AES-GCM", 0x7F3A5ED9: "AES-CBC", 0x7F3A5EDA: "SM4-CBC"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    name: str
+    type_name: str
+    dims: tuple[int, ...]
+    extent: Extent
+
+
+def read_mindspore_ckpt(path: Path, root: Path | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a MindSpore `.ckpt` file, in the order of the file.
+
+    Everything is reported as it is, optimizer state and counters such as `epoch_num` too. A string, which
+    `save_checkpoint(append_dict=...)` can store, is reported as the uint8 bytes of its UCS-4 text. The checksum that
+    `crc_check=True` adds is passed over.
+
+    Args:
+        path: the file.
+        root: the checkpoint's folder, when it is not the file's own.
+
+    Raises:
+        CheckpointError: the file is encrypted, not such a message, truncated, or holds a tensor twice, one of an
+            unsupported dtype, a map tensor, or bytes that do not fit a tensor's shape.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    with open_bounded(path, root) as file:
+        _refuse_encrypted(file)
+        slices: list[_Slice] = []
+        values = _Message(file, 0, file.size)
+        count = 0
+        while not values.is_read() and not _is_checksum(file, values.position):
+            count += 1
+            if count > MAX_TENSORS:
+                raise CheckpointError("holds too many tensors", where=path, expected=f"at most {MAX_TENSORS}")
+            values.expect_field(1)
+            piece = _read_value(values.submessage())
+            if slices and piece.name != slices[0].name:
+                _join(slices, tensors)
+                slices = []
+            slices.append(piece)
+        if not slices:
+            raise CheckpointError("holds no tensors", where=path, advice="Download or save the file again.")
+        _join(slices, tensors)
+    return tensors
+
+
+def encode_ckpt_entry_prefix(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
+    """What stands in a `.ckpt` before the `nbytes` bytes of one slice of a tensor; nothing stands after them.
+
+    Args:
+        name: the tensor's name.
+        dtype: a key of `DTYPES`.
+        shape: of the whole tensor, in every one of its slices.
+        nbytes: bytes of this slice, one of `ckpt_slices`.
+
+    Raises:
+        CheckpointError: a name or shape that could not be read again.
+    """
+    checked_shape(shape, dtype, checked_name(name, "MindSpore checkpoint"))
+    type_name = DTYPES[dtype].mindspore.encode()
+    tag = name.encode()
+    tensor = b"".join(_key(1, _VARINT) + _encode_varint(dim) for dim in shape)
+    tensor += _key(2, _LENGTH_DELIMITED) + _encode_varint(len(type_name)) + type_name
+    tensor += _key(3, _LENGTH_DELIMITED) + _encode_varint(nbytes)
+    value = _key(1, _LENGTH_DELIMITED) + _encode_varint(len(tag)) + tag
+    value += _key(2, _LENGTH_DELIMITED) + _encode_varint(len(tensor) + nbytes) + tensor
+    return _key(1, _LENGTH_DELIMITED) + _encode_varint(len(value) + nbytes) + value
+
+
+def ckpt_slices(nbytes: int) -> list[int]:
+    """The bytes of each slice into which MindSpore cuts a tensor of `nbytes` bytes."""
+    full, rest = divmod(nbytes, SLICE_BYTES)
+    return [SLICE_BYTES] * full + ([rest] if rest or not full else [])
+
+
+def _key(field: int, wire_type: int) -> bytes:
+    return bytes([field << 3 | wire_type])
+
+
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+class _Message:
+    """The bytes [position, end) of a file as a protobuf message, read field by field."""
+
+    def __init__(self, file: BoundedFile, position: int, end: int) -> None:
+        self.file = file
+        self.position = position
+        self._end = end
+
+    def is_read(self) -> bool:
+        return self.position == self._end
+
+    def field(self) -> tuple[int, int]:
+        """Number and wire type of the next field."""
+        key = self.varint()
+        return key >> 3, key & 7
+
+    def expect_field(self, number: int) -> None:
+        if self.field() != (number, _LENGTH_DELIMITED):
+            raise self.broken("an unknown field")
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            if self.position >= self._end:
+                raise self.broken("a message that ends too early")
+            byte = self.file.read(self.position, 1)[0]
+            self.position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80 and value < 2**64:
+                return value
+        raise self.broken("a number of more than 64 bits")
+
+    def skip(self) -> tuple[int, int]:
+        """Offset and length of a length-delimited field, passed over unread."""
+        length = self.varint()
+        begin = self.position
+        if begin + length > self._end:
+            raise self.broken(f"a field of {length} bytes that reaches beyond its message")
+        self.position += length
+        return begin, length
+
+    def submessage(self) -> _Message:
+        begin, length = self.skip()
+        return _Message(self.file, begin, begin + length)
+
+    def text(self) -> str:
+        begin, length = self.skip()
+        if length > 4 * MAX_NAME_LENGTH:
+            raise self.broken(f"a name of {length} bytes")
+        try:
+            return self.file.read(begin, length).decode()
+        except UnicodeDecodeError:
+            raise self.broken("a name that is not UTF-8") from None
+
+    def broken(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            "is not a well-formed MindSpore checkpoint",
+            where=self.file.path,
+            found=f"{found} before byte {self.position}",
+            advice="The file is truncated, damaged or of another format; download or save it again.",
+        )
+
+
+def _refuse_encrypted(file: BoundedFile) -> None:
+    cipher = _CIPHER_MAGICS.get(int.from_bytes(file.read(0, min(file.size, 4)), "little"))
+    if cipher:
+        raise CheckpointError(
+            "is encrypted",
+            where=file.path,
+            found=cipher,
+            advice="Load it in MindSpore with its dec_key and save it again without enc_key.",
+        )
+
+
+def _is_checksum(file: BoundedFile, position: int) -> bool:
+    # No value can begin with a "c", which would be field 12.
+    at_end = file.size - position == _CHECKSUM_BYTES
+    return at_end and file.read(position, len(_CHECKSUM_MARK)) == _CHECKSUM_MARK
+
+
+def _read_value(value: _Message) -> _Slice:
+    name: str | None = None
+    tensor: _Message | None = None
+    while not value.is_read():
+        match value.field():
+            case (1, 2) if name is None:
+                name = checked_name(value.text(), value.file.path)
+            case (2, 2) if tensor is None:
+                tensor = value.submessage()
+            case (3, 2):
+                raise CheckpointError(
+                    f"holds the map tensor {quoted(name)}, which is no weight of a language model",
+                    where=value.file.path,
+                )
+            case _:
+                raise value.broken("an unknown or repeated field")
+    if name is None or tensor is None:
+        raise value.broken("a value without a name or a tensor")
+    return _read_tensor(name, tensor)
+
+
+def _read_tensor(name: str, tensor: _Message) -> _Slice:
+    dims: list[int] = []
+    type_name: str | None = None
+    extent: Extent | None = None
+    while not tensor.is_read():
+        match tensor.field():
+            case (1, 0) if len(dims) < MAX_RANK:
+                dims.append(tensor.varint())
+            case (2, 2) if type_name is None:
+                type_name = tensor.text()
+            case (3, 2) if extent is None:
+                extent = Extent(tensor.file.path, *tensor.skip())
+            case _:
+                raise tensor.broken(f"an unknown or repeated field in tensor {name}")
+    if type_name is None or extent is None:
+        raise tensor.broken(f"no type or no content in tensor {name}")
+    return _Slice(name, type_name, tuple(dims), extent)
+
+
+def _join(slices: Sequence[_Slice], tensors: dict[str, StoredTensor]) -> None:
+    """Add the tensor that consecutive slices of one name make up."""
+    first = slices[0]
+    path, name, type_name, dims = first.extent.file, first.name, first.type_name, first.dims
+    where = f"{path}, tensor {name}"
+    if name in tensors or any((piece.type_name, piece.dims) != (type_name, dims) for piece in slices):
+        raise CheckpointError("is stored twice, or in slices that differ", where=where)
+    extents = tuple(piece.extent for piece in slices if piece.extent.nbytes)
+    nbytes = sum(extent.nbytes for extent in extents)
+    if type_name == "str":
+        type_name, dims = "UInt8", (nbytes,)
+    if type_name not in _DTYPE_OF:
+        raise CheckpointError(
+            "has a dtype that is not supported", where=where, expected=" ".join(_DTYPE_OF), found=quoted(type_name)
+        )
+    dtype = _DTYPE_OF[type_name]
+    if dims == (0,) and nbytes == DTYPES[dtype].itemsize:
+        dims = ()  # how MindSpore releases before dims may be empty write a scalar, and every release reads [0]
+    tensor = StoredTensor(name, dtype, checked_shape(dims, dtype, where), extents)
+    if nbytes != tensor.nbytes:
+        raise CheckpointError(
+            "has bytes that do not fit its shape",
+            where=where,
+            expected=f"{tensor.nbytes} for {type_name} {list(dims)}",
+            found=nbytes,
+            advice="The file is truncated or damaged; download or save it again.",
+        )
+    tensors[name] = tensor

@@ -1,0 +1,304 @@
+"""The pickle inside a torch archive, interpreted as data.
+
+A pickle is a program for a small stack machine. This module has its own machine, for the opcodes with which torch.save
+writes a state dict (protocol 2; torch/serialization.py `_save`, torch/_utils.py `_rebuild_tensor_v2`), and for no
+others. It has no way to import or call anything: a global is a pair of strings that is looked up in a table, and
+"calling" it means reading the arguments of one of three functions. Whatever else a pickle asks for is refused unrun.
+
+Work and memory are bounded by the number of opcodes, each of which makes at most one object. Nothing recurses into a
+value, not even to hash or print it (keys are strings and integers), so nesting and sharing cost nothing.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from telechat_mindie.checkpoint.formats.bounds import checked_name, checked_shape, quoted
+from telechat_mindie.dtypes import DTYPES
+from telechat_mindie.errors import CheckpointError, name_some
+
+MAX_OPCODES = 2_000_000
+"""torch.save spends about 40 on a tensor, so this is a file of 50,000."""
+
+STORAGE_DTYPES = {dtype.torch: dtype.name for dtype in DTYPES.values()}
+"""Storage classes of the module torch, and the dtypes they stand for."""
+
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_MAX_GLOBAL_LENGTH = 128
+_ADVICE = (
+    "Nothing in the file was run. Re-save the weights with torch.save(model.state_dict(), path), or as safetensors."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """A storage of the archive: `numel` elements of `dtype` in the member data/`key`."""
+
+    dtype: str
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A view of a storage; offset and stride are in elements."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    module: str
+    name: str
+
+
+_ORDERED_DICT = _Global("collections", "OrderedDict")
+_REBUILD_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
+_ALLOWED = {_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *(_Global("torch", name) for name in STORAGE_DTYPES)}
+
+
+def read_state_dict(pickle: bytes, where: Path) -> dict[str, TensorRef]:
+    """The tensors that a pickled state dict describes, by name.
+
+    Args:
+        pickle: the archive's data.pkl.
+        where: the archive, for messages.
+
+    Raises:
+        CheckpointError: the pickle needs an opcode or a global that a state dict does not need, is malformed, or is
+            not one flat table of names and tensors.
+    """
+    table = _Machine(pickle, where).run()
+    if not isinstance(table, dict):
+        raise CheckpointError("holds no state dict", where=where, found=type(table).__name__, advice=_ADVICE)
+    others = [key for key, value in table.items() if not isinstance(value, TensorRef)]
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(table.get(wrapper), dict):
+            raise CheckpointError(
+                f"keeps its weights one level down, under {wrapper!r}",
+                where=where,
+                advice=f"Save that alone: torch.save(torch.load(path, weights_only=True)[{wrapper!r}], new_path).",
+            )
+    if others:
+        raise CheckpointError(
+            f"holds entries that are no tensors: {name_some(map(quoted, others))}", where=where, advice=_ADVICE
+        )
+    return {checked_name(name, where): tensor for name, tensor in table.items()}
+
+
+class _Machine:
+    """The stack machine. Its values are None, bool, int, float, str, tuple, list, dict, and the classes above."""
+
+    def __init__(self, pickle: bytes, where: Path) -> None:
+        self._pickle = pickle
+        self._where = where
+        self._position = 0
+        self._stack: list[object] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, object] = {}
+
+    def run(self) -> object:
+        for _ in range(MAX_OPCODES):
+            name = _OPCODE_NAMES.get(self._uint(1), "unknown")
+            if name == "STOP":
+                result = self._pop()
+                if self._stack or self._marks or self._position != len(self._pickle):
+                    raise self._refuse("goes on after its end")
+                return result
+            self._step(name)
+        raise self._refuse(f"has more than {MAX_OPCODES} opcodes")
+
+    def _step(self, name: str) -> None:
+        push = self._stack.append
+        match name:
+            case "BINPUT":
+                self._memo[self._uint(1)] = self._top()
+            case "LONG_BINPUT":
+                self._memo[self._uint(4)] = self._top()
+            case "BINGET":
+                push(self._remembered(self._uint(1)))
+            case "LONG_BINGET":
+                push(self._remembered(self._uint(4)))
+            case "BININT1":
+                push(self._uint(1))
+            case "BININT2":
+                push(self._uint(2))
+            case "BININT":
+                push(int.from_bytes(self._take(4), "little", signed=True))
+            case "LONG1":
+                push(self._long())
+            case "BINFLOAT":
+                push(struct.unpack(">d", self._take(8))[0])
+            case "BINUNICODE":
+                push(self._text())
+            case "NONE":
+                push(None)
+            case "NEWTRUE":
+                push(True)
+            case "NEWFALSE":
+                push(False)
+            case "EMPTY_TUPLE":
+                push(())
+            case "EMPTY_LIST":
+                push([])
+            case "EMPTY_DICT":
+                push({})
+            case "MARK":
+                self._marks.append(len(self._stack))
+            case "TUPLE":
+                push(tuple(self._pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple(self._pop_several(int(name[-1]))))
+            case "APPEND":
+                self._extend(self._pop_several(1))
+            case "APPENDS":
+                self._extend(self._pop_to_mark())
+            case "SETITEM":
+                self._set_items(self._pop_several(2))
+            case "SETITEMS":
+                self._set_items(self._pop_to_mark())
+            case "GLOBAL":
+                push(self._global())
+            case "BINPERSID":
+                push(self._storage(self._pop()))
+            case "REDUCE":
+                function, arguments = self._pop_several(2)
+                push(self._reduce(function, arguments))
+            case "BUILD":
+                self._build(self._pop())
+            case "PROTO":
+                if self._uint(1) != 2:
+                    raise self._refuse("is not of protocol 2, which torch.save writes unless told otherwise")
+            case _:
+                raise self._refuse(f"uses the opcode {name}, which no state dict needs")
+
+    # Reading the program.
+
+    def _take(self, count: int) -> bytes:
+        end = self._position + count
+        if end > len(self._pickle):
+            raise self._refuse("ends too early")
+        taken = self._pickle[self._position : end]
+        self._position = end
+        return taken
+
+    def _uint(self, count: int) -> int:
+        return int.from_bytes(self._take(count), "little")
+
+    def _long(self) -> int:
+        size = self._uint(1)
+        if size > 8:
+            raise self._refuse(f"has an integer of {size} bytes")
+        return int.from_bytes(self._take(size), "little", signed=True)
+
+    def _text(self) -> str:
+        try:
+            return self._take(self._uint(4)).decode()
+        except UnicodeDecodeError:
+            raise self._refuse("has a string that is not UTF-8") from None
+
+    def _line(self) -> str:
+        end = self._pickle.find(b"\n", self._position, self._position + _MAX_GLOBAL_LENGTH)
+        if end < 0:
+            raise self._refuse("has an over-long global")
+        line = self._take(end - self._position)
+        self._position += 1
+        return line.decode("ascii", "backslashreplace")
+
+    # The stack.
+
+    def _require(self, count: int) -> None:
+        """Refuse to touch values below the last mark, or the empty stack."""
+        if len(self._stack) - count < (self._marks[-1] if self._marks else 0):
+            raise self._refuse("takes more from its stack than is there")
+
+    def _top(self) -> object:
+        self._require(1)
+        return self._stack[-1]
+
+    def _pop(self) -> object:
+        self._require(1)
+        return self._stack.pop()
+
+    def _pop_several(self, count: int) -> list[object]:
+        self._require(count)
+        begin = len(self._stack) - count
+        popped = self._stack[begin:]
+        del self._stack[begin:]
+        return popped
+
+    def _pop_to_mark(self) -> list[object]:
+        if not self._marks:
+            raise self._refuse("takes more from its stack than is there")
+        return self._pop_several(len(self._stack) - self._marks.pop())
+
+    def _remembered(self, index: int) -> object:
+        if index not in self._memo:
+            raise self._refuse("remembers a value that it never stored")
+        return self._memo[index]
+
+    # Containers, globals, storages and tensors.
+
+    def _extend(self, values: list[object]) -> None:
+        target = self._top()
+        if not isinstance(target, list):
+            raise self._refuse("appends to something that is no list")
+        target.extend(values)
+
+    def _set_items(self, flat: list[object]) -> None:
+        target = self._top()
+        if not isinstance(target, dict) or len(flat) % 2:
+            raise self._refuse("sets items of something that is no dict")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if type(key) not in (str, int):
+                raise self._refuse("has a key that is neither a string nor an integer")
+            if key in target:
+                raise self._refuse(f"has the key {quoted(key)} twice")
+            target[key] = value
+
+    def _global(self) -> _Global:
+        found = _Global(self._line(), self._line())
+        if found not in _ALLOWED:
+            raise self._refuse(f"refers to {quoted(f'{found.module}.{found.name}')}, which no state dict needs")
+        return found
+
+    def _reduce(self, function: object, arguments: object) -> object:
+        # Extras: backward hooks, and flags such as `conj` and `neg` that change what the bytes mean.
+        match arguments if isinstance(arguments, tuple) else None:
+            case () if function == _ORDERED_DICT:
+                return {}
+            case (TensorRef() as tensor, bool(), *extras) if function == _REBUILD_PARAMETER and _all_empty(extras):
+                return tensor
+            case (StorageRef() as storage, int(offset), tuple(shape), tuple(stride), bool(), *extras) if (
+                function == _REBUILD_TENSOR and _all_empty(extras)
+            ):
+                checked_shape(shape, storage.dtype, self._where)
+                if len(stride) == len(shape) and all(type(step) is int and step >= 0 for step in (offset, *stride)):
+                    return TensorRef(storage, offset, shape, stride)
+        raise self._refuse("rebuilds something that is no plain tensor or parameter")
+
+    def _storage(self, identity: object) -> StorageRef:
+        match identity:
+            case ("storage", _Global(module="torch", name=name), str(key), str(), int(numel)) if name in STORAGE_DTYPES:
+                checked_shape([numel], STORAGE_DTYPES[name], self._where)
+                return StorageRef(STORAGE_DTYPES[name], checked_name(key, self._where), numel)
+        raise self._refuse("refers to something outside itself that is no storage")
+
+    def _build(self, state: object) -> None:
+        # Module.state_dict() keeps the modules' versions in an attribute of its OrderedDict; they are of no use here.
+        if not isinstance(self._top(), dict) or not isinstance(state, dict) or not state.keys() <= {"_metadata"}:
+            raise self._refuse("sets the state of an object, which no state dict needs")
+
+    def _refuse(self, why: str) -> CheckpointError:
+        return CheckpointError(f"holds a pickle that {why}", where=self._where, advice=_ADVICE)
+
+
+def _all_empty(extras: list[object]) -> bool:
+    return len(extras) <= 2 and all(isinstance(extra, dict) and not extra for extra in extras)

@@ -1,0 +1,132 @@
+"""Where a tensor lies on disk, and how its bytes are read without loading its file."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from telechat_mindie.dtypes import DTYPES
+from telechat_mindie.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes of `file` from `offset`."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: little endian, C order, its bytes the concatenation of `extents`.
+
+    Safetensors and torch archives give one extent; a MindSpore .ckpt stores a large tensor in several slices.
+    """
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def open_regular(path: Path, root: Path | None = None) -> int:
+    """Open a regular file for reading and return its descriptor; never follow a link out of `root`.
+
+    A FIFO or device is refused without blocking on it. A symbolic link is followed only in the Hugging Face cache
+    layout (`models--*/snapshots/REV/file -> ../../blobs/HASH`), and there only into that cache's own blobs folder.
+
+    Raises:
+        CheckpointError: the file is absent, unreadable, not regular, or a link elsewhere.
+    """
+    root = path.parent if root is None else root
+    target = path
+    if path.is_symlink():
+        target = path.resolve()
+        blobs = root.resolve().parent.parent / "blobs"
+        if root.resolve().parent.name != "snapshots" or target.parent != blobs:
+            raise CheckpointError(
+                "is a symbolic link",
+                where=path,
+                found=f"link to {target}",
+                advice="Links are not followed out of a checkpoint; copy the files with `cp -rL` first.",
+            )
+    try:
+        descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError("file is missing", where=path, advice="Download the checkpoint again.") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror}", where=path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError("is not a regular file", where=path)
+    return descriptor
+
+
+class TensorReader:
+    """Reads byte ranges of stored tensors. Keeps one descriptor a file; use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `tensor` from byte `start` on.
+
+        Raises:
+            CheckpointError: the file ends before the bytes it declared.
+        """
+        filled = 0
+        position = start  # within the extents still to come
+        for extent in tensor.extents:
+            if filled == len(buffer):
+                return
+            if position >= extent.nbytes:
+                position -= extent.nbytes
+                continue
+            count = min(extent.nbytes - position, len(buffer) - filled)
+            self._read(extent, position, buffer[filled : filled + count], tensor.name)
+            filled += count
+            position = 0
+        if filled != len(buffer):
+            raise CheckpointError("range lies outside the tensor", where=tensor.name, found=start + len(buffer))
+
+    def _read(self, extent: Extent, begin: int, buffer: memoryview, name: str) -> None:
+        descriptor = self._descriptors.get(extent.file)
+        if descriptor is None:
+            descriptor = self._descriptors[extent.file] = open_regular(extent.file)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], extent.offset + begin + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"ends inside tensor {name}",
+                    where=extent.file,
+                    expected=f"{extent.nbytes} bytes from offset {extent.offset}",
+                    advice="The file was truncated or changed while it was read; download it again.",
+                )
+            done += count
+
+    def load(self, tensor: StoredTensor) -> np.ndarray:
+        """The whole tensor as a numpy array of its stored dtype (bfloat16 as ml_dtypes.bfloat16)."""
+        array = np.empty(tensor.shape, DTYPES[tensor.dtype].numpy)
+        if tensor.nbytes:
+            self.read_into(tensor, 0, array.reshape(-1).view(np.uint8).data)
+        return array

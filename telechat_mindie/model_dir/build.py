@@ -1,0 +1,195 @@
+"""`build`: a checkpoint becomes a complete model directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import telechat_mindie
+from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.checkpoint.pipeline import Progress
+from telechat_mindie.checkpoint.plan import Plan, make_plan
+from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
+from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dtype, convert_staged
+from telechat_mindie.checkpoint.writer import FileRecord, Journal
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import ConfigError, InputError, TokenizerError
+from telechat_mindie.model_dir.layout import MANIFEST
+from telechat_mindie.reading import read_json
+from telechat_mindie.staging import StagedDirectory, dump_json, write_file
+from telechat_mindie.templates import render
+from telechat_mindie.variants import label_for
+
+BARE_PROMPTS = ("chat", "raw")
+
+_MODULES = ("telechat.py", "telechat_config.py", "telechat_tokenizer.py")
+_TOKENIZER_BYTES = 64 << 20
+
+# MindIE clamps a request's top_k to this by default (maxTopK), and warms up with it.
+_TOP_K_LIMIT = 1000
+
+_GENERATION_DEFAULTS: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 5,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+_HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class BuildOptions(ConvertOptions):
+    """What a person may choose. Lengths are tokens; `max_seq_len` None: as the checkpoint's config.json says."""
+
+    tp: int = 1
+    dtype: str = "auto"
+    qkv_concat: bool = True
+    max_seq_len: int | None = None
+    block_size: int = 128
+    bare_prompt: str = "chat"
+    force: bool = False
+
+
+def build(
+    model_path: Path,
+    checkpoint: Path,
+    options: BuildOptions | None = None,
+    on_start: Callable[[Plan], Progress] | None = None,
+) -> Plan:
+    """Make `model_path` from the checkpoint directory, complete or not at all.
+
+    Args:
+        on_start: called with the plan before the first byte is written; gives the progress callback.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: the checkpoint is refused.
+        OutputError: the target exists, cannot be written, or the disk is too small.
+        InputError: an option is out of range.
+    """
+    options = options or BuildOptions()
+    source = open_checkpoint(checkpoint)
+    dtype = choose_dtype(options.dtype, source.dtype, source.config)
+    max_seq_len = _check_lengths(options, source.config)
+    tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
+    tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
+    generation = _generation(checkpoint)
+    targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
+    plan = make_plan(source.config, targets, dtype, options.tp)
+    texts = tokenizer_files | _render(plan, options, generation, max_seq_len, tokenizer_settings)
+    with StagedDirectory(
+        model_path, replace=options.force, marker=MANIFEST, resume=options.resume, scratch=Journal.NAME
+    ) as staged:
+        progress = on_start(plan) if on_start else None
+        written = convert_staged(plan, source, staged, options, progress, options.qkv_concat)
+        records = written.records
+        for name, data in texts.items():
+            write_file(staged.path / name, data)
+            records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+        write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, written)))
+        staged.commit()
+    return plan
+
+
+def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
+    max_seq_len = config.seq_length if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= max_seq_len <= 1 << 20:
+        raise InputError("is out of range", where="--max-seq-len", expected="1 to 1048576", found=max_seq_len)
+    if not 1 <= options.block_size <= 1024:
+        raise InputError("is out of range", where="--block-size", expected="1 to 1024", found=options.block_size)
+    if options.bare_prompt not in BARE_PROMPTS:
+        raise InputError(
+            "unknown choice", where="--bare-prompt", expected=" or ".join(BARE_PROMPTS), found=options.bare_prompt
+        )
+    return max_seq_len
+
+
+def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
+    """tokenizer.model as it is, and tokenizer_config.json with our switches; refused if it does not fit."""
+    from telechat_mindie.text.tokenizer import TelechatTokenizer
+
+    path = checkpoint / "tokenizer.model"
+    if not path.is_file():
+        raise TokenizerError("file is missing", where=path, advice="Copy it from the published checkpoint.")
+    if path.stat().st_size > _TOKENIZER_BYTES:
+        raise TokenizerError("is too large", where=path, expected=f"at most {_TOKENIZER_BYTES} bytes")
+    TelechatTokenizer(str(path), vocab_size=config.vocab_size)
+    config_path = checkpoint / "tokenizer_config.json"
+    settings = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
+    settings = {key: value for key, value in settings.items() if key != "auto_map"}
+    settings = {"control_tokens": "ids", "turn_tokens": "hide"} | settings | {"bare_prompt": bare_prompt}
+    return path.read_bytes(), settings
+
+
+def _generation(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "generation_config.json"
+    given = read_json(path) if path.exists() else {}
+    for key, default in _GENERATION_DEFAULTS.items():
+        value = given.get(key, default)
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            raise ConfigError("has the wrong type", where=f"{path}: {key}", found=repr(value))
+    return _GENERATION_DEFAULTS | given
+
+
+def _render(
+    plan: Plan,
+    options: BuildOptions,
+    generation: Mapping[str, Any],
+    max_seq_len: int,
+    tokenizer: Mapping[str, Any],
+) -> dict[str, bytes]:
+    config = plan.config
+    label = label_for(config)
+    shared = {
+        "config": config,
+        "dtype": plan.dtype,
+        "tp": plan.tp,
+        "label": label,
+        "model_type": config.raw.get("model_type", "telechat"),
+        "kept": _kept(config),
+        "generation": generation,
+        "tokenizer": tokenizer,
+        "top_k_limit": min(_TOP_K_LIMIT, config.vocab_size),
+        "norm_eps": f"{config.norm_eps:.1e}",
+        "qkv_concat": options.qkv_concat,
+        "max_seq_len": max_seq_len,
+        "max_new_tokens": min(int(generation.get("max_new_tokens", 512)), max_seq_len),
+        "block_size": options.block_size,
+        "num_blocks": -(-max_seq_len // options.block_size),
+    }
+    outputs = {
+        "config.json": "config.json.j2",
+        "generation_config.json": "generation_config.json.j2",
+        f"predict_telechat2_{label}.yaml": "predict.yaml.j2",
+        **{name: f"{name}.j2" for name in _MODULES},
+    }
+    texts = {name: render(template, **shared) for name, template in outputs.items()}
+    for name in ("config.json", "generation_config.json"):
+        texts[name] = dump_json(json.loads(texts[name])).decode()
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def _kept(config: TelechatConfig) -> dict[str, Any]:
+    """The checkpoint's own keys, without those that are rendered and those that only Hugging Face's loader uses."""
+    rendered = {"model_type", "vocab_size", "num_key_value_heads", "training_seqlen", "base_seqlen"}
+    return {key: value for key, value in config.raw.items() if key not in rendered.union(_HUGGING_FACE_ONLY)}
+
+
+def _manifest(plan: Plan, source: Checkpoint, options: BuildOptions, written: Written) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "tool": f"telechat-mindie {telechat_mindie.__version__}",
+        "source": {"kind": source.kind, "dtype": source.dtype, "bytes": source.source_bytes},
+        "dtype": plan.dtype,
+        "tp": plan.tp,
+        "qkv_concat": options.qkv_concat,
+        "parameters": plan.config.parameter_count,
+        "tensors_per_rank": sum(len(shard.targets) for shard in plan.shards),
+        "odd_values": written.findings,
+        "files": {record.path: {"nbytes": record.nbytes, "sha256": record.sha256} for record in written.records},
+    }

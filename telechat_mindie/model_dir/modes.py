@@ -1,0 +1,175 @@
+"""MindIE's rules for files: owner, mode, links, the characters and the length of paths; and the repair of modes.
+
+All of MindIE-LLM v3.0.0.beta.2 src/utils/safe_path.cpp. The daemon applies them to modelWeightPath, its config.json and
+generation_config.json, and conf/config.json; MindIE's documents ask for the same of every file of a model.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from telechat_mindie.errors import name_some
+from telechat_mindie.findings import Finding, Severity, error, ok
+from telechat_mindie.service.check.options import CheckOptions
+from telechat_mindie.service.schema.base import ModelPath
+from telechat_mindie.staging import DIR_MODE, FILE_MODE
+
+SKIP_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
+MAX_ENTRIES = 10_000  # of a model directory; a sane one has tens
+
+
+def tree(root: Path) -> list[Path]:
+    """`root` and everything below it, links not followed, at most MAX_ENTRIES."""
+    entries = [root]
+    for folder, folders, files in os.walk(root):
+        entries.extend(Path(folder, name) for name in sorted(folders + files))
+        if len(entries) > MAX_ENTRIES:
+            break
+    return entries[:MAX_ENTRIES]
+
+
+def check_files(root: Path, options: CheckOptions) -> Iterator[Finding]:
+    """The file rules for a model directory."""
+    entries = tree(root)
+    if len(entries) == MAX_ENTRIES:
+        yield error(
+            "too-many-files", root, f"holds {MAX_ENTRIES} files or more", "Only the first were looked at; clean it up."
+        )
+    found = [*path_findings(entries), *link_findings(entries), *permission_findings(entries, options)]
+    yield from found
+    if not found:
+        yield ok("files", root, f"{len(entries)} files and folders as MindIE wants them: owner, modes, paths, no links")
+
+
+def check_file(path: Path, options: CheckOptions) -> Iterator[Finding]:
+    """The file rules for a single file."""
+    yield from path_findings([path])
+    yield from link_findings([path])
+    yield from permission_findings([path], options)
+
+
+def path_findings(entries: list[Path]) -> Iterator[Finding]:
+    """Characters, length and depth, by the rule of `modelWeightPath`."""
+    adapter = TypeAdapter(ModelPath)
+    refused: dict[str, list[str]] = {}
+    for entry in entries:
+        try:
+            adapter.validate_python(str(entry))
+        except ValidationError as failure:
+            refused.setdefault(failure.errors()[0]["msg"], []).append(repr(str(entry)))
+    for rule, names in refused.items():
+        yield error(
+            "path", entries[0], f"MindIE refuses the path of {name_some(names)}: it takes {rule}", "Rename or move it."
+        )
+
+
+def link_findings(entries: list[Path]) -> Iterator[Finding]:
+    """No symbolic link, no FIFO, socket or device: CheckSoftLink and IsFile."""
+    for entry in entries:
+        if (status := file_status(entry)) is None:
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            yield error(
+                "link",
+                entry,
+                "is a symbolic link, which MindIE refuses",
+                f"Copy what it points to: cp -rL {entry} {entry}.copy && rm {entry} && mv {entry}.copy {entry}",
+            )
+        elif not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            yield error("special-file", entry, "is neither a file nor a folder", f"Remove it: rm {entry}")
+
+
+def permission_findings(entries: list[Path], options: CheckOptions) -> Iterator[Finding]:
+    """Owner, readability, and modes of at most 0640 and 0750: CheckOwner, CheckMode, CheckMaxPermission."""
+    foreign, files, folders, unreadable = [], [], [], []
+    for entry in entries:
+        if (status := file_status(entry)) is None or stat.S_ISLNK(status.st_mode):
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        name = f"{entry.name} ({mode & 0o777:04o})"
+        if status.st_uid != options.uid:
+            foreign.append(f"{entry.name} (uid {status.st_uid})")
+        if stat.S_ISDIR(status.st_mode):
+            if mode & 0o777 & ~DIR_MODE:
+                folders.append(name)
+            if mode & 0o500 != 0o500:
+                unreadable.append(name)
+        elif stat.S_ISREG(status.st_mode):
+            if mode & 0o777 & ~FILE_MODE:
+                files.append(name)
+            if not mode & 0o400:
+                unreadable.append(name)
+    root = entries[0]
+    if foreign and options.uid != 0:
+        yield _exemptible(
+            options,
+            "owner",
+            root,
+            f"belongs to another user than uid {options.uid}, which runs MindIE: {name_some(foreign)}",
+            f"As root: chown -R {options.uid} {root}",
+        )
+    chmod = f"chmod 640 {root}"
+    if len(entries) > 1:
+        chmod = f"find {root} -type d -exec chmod 750 {{}} + ; find {root} -type f -exec chmod 640 {{}} +"
+        chmod += " (chmod -R 640 would close the folders)"
+    advice = f"Run the check with --fix, or: {chmod}"
+    if files:
+        yield _exemptible(options, "file-mode", root, f"modes over 0640: {name_some(files)}", advice)
+    if folders:
+        yield _exemptible(options, "folder-mode", root, f"modes over 0750: {name_some(folders)}", advice)
+    if unreadable and options.uid != 0:
+        yield error("unreadable", root, f"closed to their own owner: {name_some(unreadable)}", advice)
+
+
+def fix_modes(root: Path) -> list[str]:
+    """Take away what MindIE refuses, give the owner back what he needs, and say what was done.
+
+    Links are left alone, and so is all else: owners, names, contents.
+    """
+    repairs = []
+    for entry in tree(root):
+        try:
+            descriptor = os.open(entry, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            status = os.fstat(descriptor)
+            before = stat.S_IMODE(status.st_mode)
+            if stat.S_ISDIR(status.st_mode):
+                after = before & DIR_MODE | 0o500
+            elif stat.S_ISREG(status.st_mode):
+                after = before & FILE_MODE | 0o400
+            else:
+                continue
+            if after != before:
+                # By descriptor: a name could have become a link to something else by now.
+                os.chmod(f"/proc/self/fd/{descriptor}", after)  # noqa: PTH101
+                repairs.append(f"chmod {after:o} {entry} (was {before:o})")
+        except OSError as failure:
+            repairs.append(f"could not chmod {entry}: {failure.strerror}")
+        finally:
+            os.close(descriptor)
+    return repairs
+
+
+def _exemptible(options: CheckOptions, id: str, where: Path, message: str, advice: str) -> Finding:
+    """An error, unless MindIE lets this user pass."""
+    severity: Severity = "error"
+    if options.uid == 0:
+        severity, message = "warning", f"{message}; MindIE lets root pass, and no other user"
+    elif options.environment.get(SKIP_VARIABLE) == "0":
+        severity, message = "warning", f"{message}; MindIE lets it pass, since {SKIP_VARIABLE}=0"
+    return Finding(id, severity, str(where), message, advice)
+
+
+def file_status(path: Path) -> os.stat_result | None:
+    """lstat, or None where there is nothing, or nothing that this user may see."""
+    try:
+        return path.lstat()
+    except OSError:
+        return None

@@ -1,0 +1,1 @@
+"""The request formats that MindIE's HTTP API speaks, one module each."""

@@ -1,0 +1,128 @@
+"""POST /v1/chat/completions: the request, and its rules (single_req_vllm_openai_infer_interface.cpp:41-600)."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from telechat_mindie.server.fields import RequestBody, utf16_length
+from telechat_mindie.server.formats.vllm import VllmSampling
+from telechat_mindie.server.http.errors import invalid
+from telechat_mindie.server.limits import MAX_TOP_LOGPROBS
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\u4e00-\u9fa5-]{1,64}$")]
+Filled = Annotated[str, Field(min_length=1)]
+
+
+class Function(RequestBody):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(RequestBody):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(RequestBody):
+    name: ToolName
+    arguments: str = Field(description="JSON text")
+
+
+class ToolCall(RequestBody):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class NamedFunction(RequestBody):
+    name: ToolName
+
+
+class ToolChoice(RequestBody):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextPart(RequestBody):
+    type: Literal["text"]
+    text: str
+
+
+class Message(RequestBody):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Filled | None = None
+
+
+class ChatRequest(VllmSampling):
+    model: Filled
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        default=None, description="a named function alone is offered; that it is called cannot be enforced"
+    )
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="variables for the chat template")
+
+
+def check_messages(messages: list[Message]) -> None:
+    """The rules between a message's fields."""
+    for index, message in enumerate(messages):
+        where = f"Parameter messages.{index}"
+        content = text_of_message(message)
+        if message.role == "tool" and message.tool_call_id is None:
+            raise invalid(f"{where}.tool_call_id is missing, which the role tool needs.")
+        if message.role == "assistant" and message.tool_calls:
+            continue
+        if content is None or (message.role == "assistant" and not content):
+            raise invalid(f"{where}.content is missing or empty.")
+
+
+def text_of_message(message: Message) -> str | None:
+    if message.content is None or isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content)
+
+
+def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as the chat template takes them."""
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": text_of_message(message) or ""}
+        if message.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        turns.append(turn)
+    return turns
+
+
+def offered_tools(body: ChatRequest, raw_tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools that the prompt shows, as the client wrote them: all, none, or the one that tool_choice names."""
+    if not raw_tools or body.tool_choice == "none":
+        return []
+    if isinstance(body.tool_choice, ToolChoice):
+        name = body.tool_choice.function.name
+        return [tool for tool in raw_tools if tool["function"]["name"] == name]
+    return raw_tools
+
+
+def text_length(turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
+    """Characters that the prompt of these has at least."""
+    return sum(utf16_length(turn["content"]) for turn in turns) + (
+        len(json.dumps(tools, ensure_ascii=False)) if tools else 0
+    )
+
+
+def check_logprobs(body: ChatRequest) -> int | None:
+    """How many most likely tokens are to be reported with each; None for no report."""
+    if body.logprobs is False and body.top_logprobs is not None:
+        raise invalid("Parameter top_logprobs needs logprobs to be true or absent.")
+    return body.top_logprobs if body.top_logprobs is not None else 0 if body.logprobs else None

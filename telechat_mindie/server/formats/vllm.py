@@ -1,0 +1,121 @@
+"""vLLM's format: POST /generate with a `prompt` (single_req_vllm_infer_interface.cpp), and what OpenAI's have of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from telechat_mindie.engine.output import Output
+from telechat_mindie.server.answers import Answer
+from telechat_mindie.server.fields import (
+    INT32_MAX,
+    Penalty,
+    Positive,
+    RequestBody,
+    Seed,
+    Sequences,
+    Share,
+    Stop,
+    StopTokens,
+    Temperature,
+    Tokens,
+    validate,
+)
+from telechat_mindie.server.formats.mindie import text_of
+from telechat_mindie.server.http.errors import dump, invalid
+from telechat_mindie.server.render import Renderer
+from telechat_mindie.server.service import Job, Service
+
+TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}})]
+
+
+class VllmSampling(RequestBody):
+    """The fields that vLLM's and OpenAI's formats share."""
+
+    stream: bool = False
+    max_tokens: Tokens | None = Field(default=None, description="default: maxIterTimes of the service config")
+    temperature: Temperature | None = None
+    top_k: TopK | None = Field(default=None, description="-1: all")
+    top_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop = None
+    stop_token_ids: StopTokens = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = False
+    ignore_eos: bool = False
+    n: Sequences | None = None
+    best_of: Sequences | None = None
+
+
+class VllmRequest(VllmSampling):
+    prompt: str | list[dict[str, Any]] = Field(examples=["生抽与老抽的区别？"])
+    repetition_penalty: Positive | None = None
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="an adapter; none is loaded, so only the model's own name is accepted"
+    )
+
+
+class VllmRenderer(Renderer):
+    """A stream is no SSE: each JSON object ends with a NUL byte (:318)."""
+
+    def __init__(self, prompt: str, full_text: bool) -> None:
+        super().__init__(full_text)
+        self._prompt = prompt
+
+    def whole(self, answers: Sequence[Answer]) -> object:
+        return {"text": [f"{self._prompt} {answer.text}" for answer in answers]}
+
+    def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
+        others = [answer.text if self._full_text else "" for answer in answers]
+        others[index] = self.piece(answers[index], output)
+        yield {"text": others}
+
+    def frame(self, event: object) -> bytes:
+        return dump(event) + b"\0"
+
+
+def count_sequences(body: VllmSampling, *, equal_in_streams: bool) -> int:
+    """How many answers a request gets: best_of, else n. All of them are returned, as in MindIE.
+
+    Args:
+        equal_in_streams: OpenAI's formats want best_of to be n in a stream.
+
+    Raises:
+        ApiError: n and best_of contradict each other, or several answers would all be the same.
+    """
+    n, best_of = body.n, body.best_of
+    if body.stream and equal_in_streams and best_of is not None and best_of != n:
+        raise invalid(f"Parameter best_of must be equal to n in a stream, got {best_of} and {n}.")
+    if n is not None and best_of is not None and best_of < n:
+        raise invalid(f"Parameter best_of must be at least n, got {best_of} and {n}.")
+    count = best_of or n or 1
+    if count > 1 and not body.temperature:
+        raise invalid("Parameters n and best_of must be 1 where temperature is 0 or missing.")
+    return count
+
+
+def check_top_k(body: VllmSampling) -> None:
+    """-1 stands for all, so 0 stands for nothing."""
+    if body.top_k == 0:
+        raise invalid(f"Parameter top_k must be -1, or 1 to {INT32_MAX}, got 0.")
+
+
+def read_vllm(service: Service, data: dict[str, Any]) -> Job:
+    body = validate(VllmRequest, data)
+    check_top_k(body)
+    if body.model not in (None, "None", service.settings.model_name):
+        raise invalid(f"Adapter {body.model} is not loaded.")
+    count = count_sequences(body, equal_in_streams=False)
+    prompt = text_of(body.prompt, "prompt")
+    return Job(
+        service.encode(prompt, "prompt"),
+        service.params(body, body.max_tokens, count),
+        VllmRenderer(prompt, service.settings.full_text),
+        body.stream,
+        count,
+    )

@@ -1,0 +1,80 @@
+"""What stands before all routes: who may ask, and what a failure looks like."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from telechat_mindie.server.http.errors import ApiError
+from telechat_mindie.server.respond import error_response
+
+_log = logging.getLogger(__name__)
+
+
+class BrowserGuard:
+    """Keeps other web pages of a user's browser from using a server on the user's machine.
+
+    A page may send a simple POST, or a GET such as /stopService, to any address without asking. Browsers say where a
+    request comes from; other clients say nothing and are not concerned. Where the server listens on a loopback address
+    only, a browser must also name that address or localhost, lest a foreign name be made to point there.
+
+    Args:
+        app: what it guards.
+        is_local: the server listens on a loopback address only.
+    """
+
+    def __init__(self, app: ASGIApp, is_local: bool) -> None:
+        self._app = app
+        self._is_local = is_local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._is_foreign(Headers(scope=scope)):
+            refusal = ApiError(403, "A page of another site may not use this server.")
+            await error_response(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        if site is None and origin is None:
+            return False
+        if site in ("cross-site", "same-site"):
+            return True
+        host = headers.get("host", "")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return True
+        return self._is_local and not _is_loopback(host)
+
+
+def _is_loopback(host: str) -> bool:
+    name = urlsplit(f"//{host}").hostname or ""
+    return name == "localhost" or is_loopback(name)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address in digits is one of this machine alone."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    return error_response(error if isinstance(error, ApiError) else ApiError(500, "Internal error."))
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    """A mistake of ours: the traceback is for the log, never for the client."""
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(ApiError(500, "Internal error."))
+
+
+async def on_unknown(request: Request, _: Exception) -> Response:
+    """Also for a known path with another method, for which MindIE's HTTP library says the same."""
+    return error_response(ApiError(404, f"There is no {request.method} {request.url.path} here."))

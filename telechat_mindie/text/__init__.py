@@ -1,0 +1,1 @@
+"""Text and token ids: the tokenizer, its settings, chat templates."""

@@ -1,0 +1,108 @@
+"""ModelRunner as it runs on Ascend, with numpy in the operators' place: MindIE's arguments to the Ascend graphs."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from helpers.ascend_operators import emulate
+from helpers.checkpoints import make_checkpoint
+from helpers.driver import Driver
+
+from telechat_mindie.backend import model_runner
+from telechat_mindie.backend.device import AscendModel, device_name
+from telechat_mindie.errors import InputError
+from telechat_mindie.model_dir.build import BuildOptions, build
+
+BLOCK, NUM_BLOCKS = 16, 32
+
+
+class Emulated(AscendModel):
+    on_device = False
+    prepare = staticmethod(emulate)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ascend")
+    make_checkpoint(root / "ckpt", "float16", hidden_size=64, n_head=4, num_key_value_heads=2)
+    build(root / "model", root / "ckpt", BuildOptions(block_size=BLOCK))
+    return root / "model"
+
+
+@pytest.fixture
+def ascend(directory, monkeypatch):
+    """A runner over the emulated device; numpy can stand in for operators only outside of graphs."""
+    monkeypatch.setattr(model_runner, "open_device_model", Emulated)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+    def make(**options):
+        arguments = {"npu_mem_size": 1, "cpu_mem_size": 0, "block_size": BLOCK, "num_blocks": NUM_BLOCKS}
+        return model_runner.ModelRunner(str(directory), **(arguments | options))
+
+    yield make
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def conversation(runner, **caches):
+    rng = np.random.default_rng(0)
+    driver = Driver(runner, BLOCK, NUM_BLOCKS)
+    prompts = [rng.integers(0, 512, length) for length in (5, 20)]
+    tables = [driver.table(len(prompt) + 2) for prompt in prompts]
+    found = [driver.prefill(prompts, tables, **caches)]
+    for step in range(2):
+        found.append(driver.decode([7 + step, 9], [len(prompt) + step for prompt in prompts], tables, **caches))
+    return np.concatenate(found)
+
+
+def test_the_same_logits_as_on_the_cpu(directory, ascend):
+    on_ascend = conversation(ascend())
+    ms.set_context(mode=ms.GRAPH_MODE)
+    on_cpu = conversation(cpu_runner(directory))
+    # float16 throughout against float32 activations.
+    np.testing.assert_allclose(on_ascend, on_cpu, atol=3e-2)
+    assert np.abs(on_cpu).max() > 0.5
+
+
+def cpu_runner(directory):
+    from telechat_mindie.backend.device import CpuModel
+
+    original, model_runner.open_device_model = model_runner.open_device_model, CpuModel
+    try:
+        return model_runner.ModelRunner(str(directory), 1, 0, BLOCK, num_blocks=NUM_BLOCKS)
+    finally:
+        model_runner.open_device_model = original
+
+
+def test_caches_that_mindie_allocates(ascend):
+    own = conversation(ascend())
+    runner = ascend(npu_mem_size=-1, num_blocks=None)
+    shape = (NUM_BLOCKS, BLOCK, 2, 16)
+    keys, values = ([ms.ops.zeros(shape, ms.float16) for _ in range(2)] for _ in range(2))
+    caches = {"key_cache": ms.mutable(keys), "value_cache": ms.mutable(values)}
+    np.testing.assert_array_equal(conversation(runner, **caches), own)
+    with pytest.raises(InputError, match=r"key_cache\[0\]"):
+        conversation(runner, key_cache=[key.astype(ms.float32) for key in keys], value_cache=values)
+
+
+def test_swapping_with_mindspores_own_copy(ascend):
+    runner = ascend(cpu_mem_size=1)
+    driver = Driver(runner, BLOCK, NUM_BLOCKS)
+    table, other = driver.table(BLOCK), driver.table(BLOCK)
+    driver.prefill([np.arange(4, 14)], [table])
+    before = driver.decode([5], [10], [table])
+    runner.swap(np.array([[table[0], 3]]), True)
+    runner.swap(np.array([[3, other[0]]]), False)
+    np.testing.assert_array_equal(driver.decode([5], [10], [other]), before)
+    with pytest.raises(InputError, match="device block"):
+        runner.swap(np.array([[3, NUM_BLOCKS]]), False)
+
+
+def test_which_device(monkeypatch):
+    monkeypatch.setenv("TELECHAT_DEVICE", "ascend")
+    assert device_name() == "ascend"
+    monkeypatch.setenv("TELECHAT_DEVICE", "gpu")
+    with pytest.raises(InputError, match="TELECHAT_DEVICE"):
+        device_name()
+    monkeypatch.delenv("TELECHAT_DEVICE")
+    assert device_name() == "cpu"

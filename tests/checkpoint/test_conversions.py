@@ -1,0 +1,306 @@
+"""Every form into every other: bit-equal round trips, and what mindformers' own scripts do by their description."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.checkpoints import CONFIG, MOE, make_checkpoint
+from helpers.torch_archive import write_torch_archive
+from safetensors.numpy import load_file
+
+from telechat_mindie.checkpoint.convert import MindSporeForm, to_hugging_face, to_mindspore
+from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
+from telechat_mindie.checkpoint.formats.tensors import TensorReader
+from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.checkpoint.stream import ConvertOptions
+from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.model_dir.layout import ModelDir
+
+TOOLS = ROOT / "tools"
+SHAPES = {"mha": {"num_key_value_heads": 8}, "gqa": {}, "moe": MOE, "tied": {"tie_word_embeddings": False}}
+
+
+@pytest.fixture(scope="module", params=["mha", "gqa", "moe"])
+def checkpoint(request, tmp_path_factory):
+    """(directory, weights) of a bfloat16 checkpoint."""
+    root = tmp_path_factory.mktemp(request.param) / "ckpt"
+    return root, make_checkpoint(root, "bfloat16", **SHAPES[request.param])
+
+
+def load_hugging_face(directory):
+    import ml_dtypes  # noqa: F401 - makes numpy know bfloat16
+
+    arrays = {}
+    for file in directory.glob("*.safetensors"):
+        arrays |= load_file(file)
+    return arrays
+
+
+def load_ckpt(path):
+    with TensorReader() as reader:
+        return {name: reader.load(tensor) for name, tensor in read_mindspore_ckpt(path).items()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype.name == array.dtype.name and found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def digests(path):
+    files = ModelDir.open(path).manifest["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("rank_")}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("qkv_concat", [True, False])
+def test_hugging_face_to_ranks_and_back(checkpoint, tmp_path, tp, qkv_concat):
+    root, weights = checkpoint
+    build(tmp_path / "model", root, BuildOptions(tp=tp, qkv_concat=qkv_concat))
+    to_hugging_face(open_checkpoint(tmp_path / "model"), tmp_path / "hf", ConvertOptions())
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), weights)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in weights.values())
+    assert open_checkpoint(tmp_path / "hf").config == open_checkpoint(root).config
+
+
+def test_another_tp_from_a_model_directory(tmp_path):
+    make_checkpoint(tmp_path / "ckpt", "float16", n_head=16, num_key_value_heads=8, hidden_size=128)
+    for tp in (1, 8):
+        build(tmp_path / f"tp{tp}", tmp_path / "ckpt", BuildOptions(tp=tp))
+    build(tmp_path / "8to4", tmp_path / "tp8", BuildOptions(tp=4))
+    build(tmp_path / "4to1", tmp_path / "8to4", BuildOptions(tp=1))
+    assert digests(tmp_path / "4to1") == digests(tmp_path / "tp1")
+    build(tmp_path / "direct", tmp_path / "ckpt", BuildOptions(tp=4))
+    assert digests(tmp_path / "8to4") == digests(tmp_path / "direct")
+
+
+def test_packed_to_unpacked_and_back(checkpoint, tmp_path):
+    build(tmp_path / "on", checkpoint[0], BuildOptions(tp=2))
+    build(tmp_path / "off", tmp_path / "on", BuildOptions(tp=2, qkv_concat=False))
+    build(tmp_path / "again", tmp_path / "off", BuildOptions(tp=2))
+    assert digests(tmp_path / "on") == digests(tmp_path / "again") != digests(tmp_path / "off")
+
+
+def test_torch_archives_give_the_same_hashes(checkpoint, tmp_path):
+    root, weights = checkpoint
+    other = tmp_path / "bin"
+    other.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (other / name).write_bytes((root / name).read_bytes())
+    names = list(weights)
+    for number, half in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        write_torch_archive(other / f"pytorch_model-0000{number}-of-00002.bin", {name: weights[name] for name in half})
+    build(tmp_path / "a", root, BuildOptions(tp=2))
+    build(tmp_path / "b", other, BuildOptions(tp=2))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def by_the_published_description(weights, head_dim, qkv_concat=False, rank=None):
+    """mindformers r1.6.0 research/telechat2/convert_weight.py, in numpy, one replacement after the other."""
+    found, experts = {}, {}
+    for name, array in weights.items():
+        renamed = name.replace("transformer.word_embeddings.weight", "model.tok_embeddings.embedding_weight")
+        for old, new in (
+            (".input_layernorm", ".attention_norm"),
+            (".self_attention.dense.", ".attention.wo."),
+            (".self_attention.query.", ".attention.wq."),
+            (".self_attention.key_value.", ".attention.wk_v."),
+            (".mlp.gate_proj.", ".feed_forward.w1."),
+            (".mlp.down_proj.", ".feed_forward.w2."),
+            (".mlp.up_proj.", ".feed_forward.w3."),
+            (".mlp.router.", ".feed_forward.router.dense."),
+            (".post_attention_layernorm.", ".ffn_norm."),
+            ("transformer.ln_f.", "model.norm_out."),
+            ("transformer.h.", "model.layers."),
+        ):
+            renamed = renamed.replace(old, new)
+        if ".local_experts." in renamed:
+            stem, _, rest = renamed.partition(".mlp.local_experts.")
+            expert, _, kind = rest.partition(".")
+            kind = kind.replace("gate_proj", "w1").replace("up_proj", "w3").replace("down_proj", "w2")
+            experts.setdefault(f"{stem}.feed_forward.ffn.{kind}", {})[int(expert)] = array
+        else:
+            found[renamed] = array
+    for name, parts in experts.items():
+        stack = np.stack([parts[expert] for expert in sorted(parts)])
+        found[name] = stack[None, :, None] if name.endswith("bias") else stack
+    if qkv_concat:
+        for name in [name for name in found if name.endswith("attention.wq.weight")]:
+            stem = name[: -len("attention.wq.weight")]
+            key_value = found.pop(stem + "attention.wk_v.weight")
+            pieces = np.split(key_value, len(key_value) // head_dim)
+            found[stem + "attention.w_qkv.weight"] = np.concatenate([found.pop(name), *pieces[::2], *pieces[1::2]])
+            if stem + "feed_forward.w1.weight" in found:
+                gate, up = (found.pop(f"{stem}feed_forward.{part}.weight") for part in ("w1", "w3"))
+                found[stem + "feed_forward.w_gate_hidden.weight"] = np.concatenate([gate, up])
+    return found
+
+
+def tool(name, *arguments, cwd=None):
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def checked(*arguments, **options):
+    done = tool(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_convert_weight_as_published(checkpoint, tmp_path):
+    root, weights = checkpoint
+    checked("convert_weight.py", "--torch_path", root, "--mindspore_path", tmp_path / "whole.ckpt")
+    assert_same_bits(load_ckpt(tmp_path / "whole.ckpt"), by_the_published_description(weights, 8))
+    checked("convert_weight.py", "--torch_path", root, "--mindspore_path", tmp_path / "f32.ckpt", "--dtype", "float32")
+    wide = {name: array.astype(np.float32) for name, array in weights.items()}
+    assert_same_bits(load_ckpt(tmp_path / "f32.ckpt"), by_the_published_description(wide, 8))
+
+
+def test_mindspore_loads_what_convert_weight_writes(checkpoint, tmp_path):
+    import mindspore
+
+    root, weights = checkpoint
+    for suffix in ("ckpt", "safetensors"):
+        target = tmp_path / f"whole.{suffix}"
+        checked("convert_weight.py", "--torch_path", root, "--mindspore_path", target)
+        loaded = mindspore.load_checkpoint(str(target), format=suffix)
+        expected = by_the_published_description(weights, 8)
+        assert loaded.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(loaded[name].asnumpy().view(np.uint16), array.view(np.uint16), name)
+
+
+def test_qkv_concat_of_a_whole_checkpoint(checkpoint, tmp_path):
+    root, weights = checkpoint
+    whole = tmp_path / "whole.ckpt"
+    checked("convert_weight.py", "--torch_path", root, "--mindspore_path", whole)
+    arguments = ("--model_name", "telechat_7B", "--qkv_concat", "True", "--config", root)
+    checked("convert_weight.py", *arguments, "--pre_ckpt_path", whole, "--mindspore_ckpt_path", tmp_path / "qkv.ckpt")
+    assert_same_bits(load_ckpt(tmp_path / "qkv.ckpt"), by_the_published_description(weights, 8, qkv_concat=True))
+
+
+def test_qkv_concat_of_rank_folders(checkpoint, tmp_path):
+    """The published script packs each rank's own tensors, which is what splitting the packed roles must give too."""
+    root, _ = checkpoint
+    form = MindSporeForm(container="ckpt", tp=2, ranks=True)
+    to_mindspore(open_checkpoint(root), tmp_path / "ranks", form)
+    arguments = ("--qkv_concat", "True", "--config", root, "--pre_ckpt_path", tmp_path / "ranks")
+    checked("convert_weight.py", *arguments, "--mindspore_ckpt_path", tmp_path / "packed")
+    for rank in range(2):
+        before = load_ckpt(tmp_path / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        after = load_ckpt(tmp_path / "packed" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        assert_same_bits(after, by_the_published_description(before, 8, qkv_concat=True))
+
+
+def test_gmm_transpose(tmp_path):
+    make_checkpoint(tmp_path / "ckpt", "bfloat16", **MOE)
+    to_mindspore(
+        open_checkpoint(tmp_path / "ckpt"), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=2, ranks=True)
+    )
+    arguments = ("--ckpt_path", tmp_path / "ranks", "--save_path", tmp_path / "gmm", "--config", tmp_path / "ckpt")
+    checked("convert_gmm.py", *arguments, "--rank", 2)
+    for rank in range(2):
+        before = load_ckpt(tmp_path / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        after = load_ckpt(tmp_path / "gmm" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        for name in before:
+            if name.endswith(("ffn.w1.weight", "ffn.w2.weight", "ffn.w3.weight")):
+                before[name] = before[name].transpose(0, 2, 1)
+        assert_same_bits({name: np.ascontiguousarray(array) for name, array in after.items()}, before)
+    # And back again, to the published format.
+    arguments = ("--mindspore_path", tmp_path / "gmm", "--torch_path", tmp_path / "hf", "--config", tmp_path / "ckpt")
+    checked("convert_reversed.py", *arguments)
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), load_hugging_face(tmp_path / "ckpt"))
+    done = tool("convert_gmm.py", "--ckpt_path", tmp_path / "ranks", "--save_path", tmp_path / "x", "--rank", 4)
+    assert done.returncode == 2 and "error: " in done.stderr
+
+
+def test_merge_and_split_without_strategy_files(checkpoint, tmp_path):
+    root, weights = checkpoint
+    to_mindspore(open_checkpoint(root), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=4, ranks=True))
+    arguments = ("--src_ckpt_dir", tmp_path / "ranks", "--config", root, "--src_ckpt_strategy", "ignored")
+    checked("transform_ckpt.py", *arguments, "--dst_ckpt_dir", tmp_path / "merged", "--prefix", "telechat_x")
+    merged = tmp_path / "merged" / "rank_0" / "telechat_x0.ckpt"
+    assert_same_bits(load_ckpt(merged), by_the_published_description(weights, 8))
+    arguments = ("--src_ckpt_dir", merged, "--config", root, "--tp", 4)
+    checked("transform_ckpt.py", *arguments, "--dst_ckpt_dir", tmp_path / "split")
+    for rank in range(4):
+        name = f"rank_{rank}/checkpoint_{rank}.ckpt"
+        assert (tmp_path / "split" / name).read_bytes() == (tmp_path / "ranks" / name).read_bytes()
+
+
+def test_a_missing_rank_is_noticed(checkpoint, tmp_path):
+    root, _ = checkpoint
+    to_mindspore(open_checkpoint(root), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=4, ranks=True))
+    for missing, message in ((1, "rank_1"), (3, "")):
+        (tmp_path / "ranks" / f"rank_{missing}").rename(tmp_path / "away")
+        done = tool("convert_reversed.py", "--mindspore_path", tmp_path / "ranks", "--torch_path", tmp_path / "hf")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        (tmp_path / "away").rename(tmp_path / "ranks" / f"rank_{missing}")
+
+
+def test_sizes_are_inferred_without_a_config(tmp_path):
+    """As the published converter is called: a MindSpore file alone, head dimension 128."""
+    make_checkpoint(tmp_path / "ckpt", "float16", hidden_size=512, n_head=4, num_key_value_heads=2)
+    (tmp_path / "alone").mkdir()
+    whole = tmp_path / "alone" / "whole.ckpt"
+    checked("convert_weight.py", "--torch_path", tmp_path / "ckpt", "--mindspore_path", whole)
+    arguments = ("--qkv_concat", "True", "--pre_ckpt_path", whole)
+    checked("convert_weight.py", *arguments, "--mindspore_ckpt_path", tmp_path / "alone" / "qkv.ckpt")
+    weights = load_hugging_face(tmp_path / "ckpt")
+    packed = load_ckpt(tmp_path / "alone" / "qkv.ckpt")
+    assert_same_bits(packed, by_the_published_description(weights, 128, qkv_concat=True))
+    found = open_checkpoint(tmp_path / "alone" / "qkv.ckpt").config
+    assert (found.num_heads, found.num_kv_heads, found.ffn_size, found.num_layers) == (4, 2, 96, 2)
+
+
+def test_get_config(tmp_path):
+    make_checkpoint(tmp_path / "ckpt", "float16")
+    build(tmp_path / "model", tmp_path / "ckpt")
+    (tmp_path / "model" / "config.json").unlink()
+    checked("get_config.py", cwd=tmp_path / "model")
+    found = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (found["torch_dtype"], found["model_type"], found["vocab_size"]) == ("float16", "telechat", 512)
+    assert ModelDir.open(tmp_path / "model").config.num_layers == CONFIG["n_layer"]
+    (tmp_path / "model" / "second.yaml").write_text("a: 1")
+    done = tool("get_config.py", cwd=tmp_path / "model")
+    assert done.returncode == 2 and "exactly one yaml" in done.stderr
+
+
+def test_optimizer_state_is_left_out(tmp_path):
+    import mindspore
+
+    make_checkpoint(tmp_path / "ckpt", "float16")
+    whole = tmp_path / "ckpt" / "whole.ckpt"
+    to_mindspore(open_checkpoint(tmp_path / "ckpt"), tmp_path / "x.ckpt", MindSporeForm(container="ckpt"))
+    saved = [
+        {"name": name, "data": tensor} for name, tensor in mindspore.load_checkpoint(str(tmp_path / "x.ckpt")).items()
+    ]
+    extra = {"adam_m.lm_head.weight": (512, 64), "global_step": (1,), "learning_rate": ()}
+    saved += [{"name": name, "data": mindspore.Tensor(np.ones(shape, np.float32))} for name, shape in extra.items()]
+    mindspore.save_checkpoint(saved, str(whole))
+    assert (
+        open_checkpoint(whole, tmp_path / "ckpt").weights.keys()
+        == open_checkpoint(tmp_path / "x.ckpt", tmp_path / "ckpt").weights.keys()
+    )
+
+
+@pytest.mark.parametrize("turn_bytes", [1, 1 << 20])
+def test_blocks_of_any_size_give_the_same_bytes(checkpoint, tmp_path, monkeypatch, turn_bytes):
+    """Rows that do not fill a block, matrices turned in pieces, and rows wider than a block."""
+    from telechat_mindie.checkpoint import blocks
+
+    root, _ = checkpoint
+    build(tmp_path / "usual", root, BuildOptions(tp=2))
+    monkeypatch.setattr(blocks, "TURN_BYTES", turn_bytes)
+    for size in (100, 1000, 5000):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        build(tmp_path / "small", root, BuildOptions(tp=2, force=True))
+        assert digests(tmp_path / "small") == digests(tmp_path / "usual")

@@ -1,0 +1,333 @@
+"""`build`: a complete directory, or a one-line refusal and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from helpers.checkpoints import MOE, make_checkpoint
+from helpers.tiny_tokenizer import train_tiny_tokenizer
+from safetensors.numpy import load_file, save_file
+
+from telechat_mindie.errors import OutputError
+from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.staging import StagedDirectory
+
+LAST_SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pristine") / "ckpt"
+    make_checkpoint(root, "float32")
+    return root
+
+
+@pytest.fixture
+def checkpoint(pristine, tmp_path):
+    """A fresh copy, free to be damaged."""
+    return Path(shutil.copytree(pristine, tmp_path / "ckpt"))
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "telechat_mindie", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_the_directory_is_complete(checkpoint, tmp_path):
+    target = tmp_path / "model"
+    old = os.umask(0o077)
+    try:
+        build(target, checkpoint)
+    finally:
+        os.umask(old)
+    names = sorted(str(path.relative_to(target)) for path in target.rglob("*"))
+    assert names == [
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "predict_telechat2_1m.yaml",
+        "rank_0",
+        "rank_0/model-00001-of-00001.safetensors",
+        "telechat.py",
+        "telechat_config.py",
+        "telechat_tokenizer.py",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    for path in [target, *target.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+        assert not path.is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ckpt", "model"]
+
+
+def test_files_say_what_was_built(checkpoint, tmp_path):
+    target = tmp_path / "model"
+    (checkpoint / "generation_config.json").write_text(
+        json.dumps({"top_k": 5, "top_p": 0.85, "repetition_penalty": 1.03})
+    )
+    build(target, checkpoint, BuildOptions(max_seq_len=256, block_size=16, bare_prompt="raw"))
+    config = json.loads((target / "config.json").read_text())
+    assert (config["torch_dtype"], config["model_type"], config["vocab_size"]) == ("float16", "telechat", 512)
+    assert config["n_layer"] == 2 and "auto_map" not in config
+    # In MindIE this caps every request's top_k, so the published 5 would be a trap.
+    assert json.loads((target / "generation_config.json").read_text())["top_k"] == 512
+    described = yaml.safe_load(next(target.glob("*.yaml")).read_text())
+    model = described["model"]["model_config"]
+    assert described["model"]["arch"]["type"] == "telechat_mindie.backend.model_runner"
+    assert (model["seq_length"], model["block_size"], model["num_blocks"]) == (256, 16, 16)
+    assert (model["compute_dtype"], model["qkv_concat"]) == ("float16", True)
+    assert (model["top_k"], model["top_p"], model["repetition_penalty"]) == (5, 0.85, 1.03)
+    assert model["auto_map"]["AutoTokenizer"] == ["telechat_tokenizer.TelechatTokenizer", None]
+    assert json.loads((target / "tokenizer_config.json").read_text())["bare_prompt"] == "raw"
+    manifest = json.loads((target / MANIFEST).read_text())
+    assert (manifest["tp"], manifest["dtype"], manifest["qkv_concat"]) == (1, "float16", True)
+    files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} - {MANIFEST}
+    assert set(manifest["files"]) == files
+    for name, entry in manifest["files"].items():
+        data = (target / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["nbytes"], entry["sha256"])
+
+
+def test_modules_import_in_a_clean_process(checkpoint, tmp_path):
+    build(tmp_path / "model", checkpoint)
+    code = "import telechat_config, telechat_tokenizer, telechat; print(telechat.ParallelTelechatForCausalLM.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "model", capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "TelechatForCausalLM", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stored", "moe", "asked", "expected"),
+    [
+        ("float32", False, "auto", "float16"),
+        ("float32", True, "auto", "bfloat16"),
+        ("float16", True, "auto", "float16"),
+        ("bfloat16", False, "auto", "bfloat16"),
+        ("bfloat16", False, "float32", "float32"),
+    ],
+)
+def test_dtype(tmp_path, stored, moe, asked, expected):
+    make_checkpoint(tmp_path / "ckpt", stored, **(MOE if moe else {}))
+    plan = build(tmp_path / "model", tmp_path / "ckpt", BuildOptions(dtype=asked))
+    assert plan.dtype == expected
+    header = next((tmp_path / "model" / "rank_0").iterdir()).read_bytes()[:3000]
+    assert {"float16": b'"F16"', "bfloat16": b'"BF16"', "float32": b'"F32"'}[expected] in header
+
+
+def test_values_are_cast_once_and_nothing_else(checkpoint, tmp_path):
+    build(tmp_path / "model", checkpoint, BuildOptions(qkv_concat=False))
+    built = load_file(next((tmp_path / "model" / "rank_0").iterdir()))
+    source = {}
+    for file in checkpoint.glob("*.safetensors"):
+        source |= load_file(file)
+    stem = "transformer.h.1."
+    for name, target in (
+        (stem + "self_attention.key_value.weight", "model.layers.1.attention.wk_v.weight"),
+        (stem + "mlp.down_proj.bias", "model.layers.1.feed_forward.w2.bias"),
+        ("transformer.word_embeddings.weight", "model.tok_embeddings.embedding_weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ):
+        np.testing.assert_array_equal(built[target], source[name].astype(np.float16))
+    assert len(built) == len(source)
+
+
+def drop_tensor(checkpoint):
+    file = checkpoint / LAST_SHARD
+    arrays = load_file(file)
+    del arrays["lm_head.weight"]
+    save_file(arrays, file)
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["lm_head.weight"]
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def reshape_tensor(checkpoint):
+    file = checkpoint / LAST_SHARD
+    arrays = load_file(file)
+    arrays["lm_head.weight"] = arrays["lm_head.weight"][:-2].copy()
+    save_file(arrays, file)
+
+
+def set_value(value):
+    def change(checkpoint):
+        file = checkpoint / "model-00001-of-00002.safetensors"
+        arrays = load_file(file)
+        arrays["transformer.word_embeddings.weight"][3, 5] = value
+        save_file(arrays, file)
+
+    return change
+
+
+def truncate(checkpoint):
+    file = checkpoint / LAST_SHARD
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def point_outside(checkpoint):
+    path = checkpoint / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00002-of-00002", "../model-00002-of-00002"))
+
+
+def link_outside(checkpoint):
+    file = checkpoint / LAST_SHARD
+    file.rename(checkpoint.parent / "elsewhere.safetensors")
+    file.symlink_to(checkpoint.parent / "elsewhere.safetensors")
+
+
+def make_fifo(checkpoint):
+    file = checkpoint / LAST_SHARD
+    file.unlink()
+    os.mkfifo(file)
+
+
+def larger_tokenizer(checkpoint):
+    train_tiny_tokenizer(checkpoint, vocab_size=530)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), "config.json: file is missing"),
+        (lambda path: (path / "config.json").write_text("{"), "config.json: is not valid JSON"),
+        (truncate, LAST_SHARD),
+        (lambda path: (path / LAST_SHARD).unlink(), f"{LAST_SHARD}: file is missing"),
+        (drop_tensor, "1 of 23 weights are missing: lm_head.weight"),
+        (reshape_tensor, "lm_head.weight: has the wrong shape"),
+        (set_value(np.nan), "1 NaN or infinite values in transformer.word_embeddings.weight"),
+        (set_value(np.inf), "1 NaN or infinite values in transformer.word_embeddings.weight"),
+        (set_value(70000.0), "1 values do not fit float16 in transformer.word_embeddings.weight"),
+        (point_outside, "names a file outside its folder"),
+        (link_outside, "symbolic link"),
+        (make_fifo, "not a regular file"),
+        (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model: file is missing"),
+        (larger_tokenizer, "vocab"),
+        (lambda path: [file.unlink() for file in path.glob("model*")], "holds no weights"),
+        (lambda path: (path / "generation_config.json").write_text('{"top_k": "5"}'), "top_k: has the wrong type"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(checkpoint, tmp_path, damage, message):
+    damage(checkpoint)
+    before = sorted(tmp_path.iterdir())
+    done = run("build", tmp_path / "model", "--checkpoint", checkpoint)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_odd_values_can_be_allowed(checkpoint, tmp_path):
+    set_value(np.nan)(checkpoint)
+    build(tmp_path / "model", checkpoint, BuildOptions(allow_nonfinite=True))
+    odd = json.loads((tmp_path / "model" / MANIFEST).read_text())["odd_values"]
+    assert odd == {"transformer.word_embeddings.weight": {"nan": 1, "infinite": 0, "overflow": 0}}
+    set_value(1e9)(checkpoint)
+    build(tmp_path / "model", checkpoint, BuildOptions(allow_overflow=True, force=True))
+    odd = json.loads((tmp_path / "model" / MANIFEST).read_text())["odd_values"]
+    assert odd == {"transformer.word_embeddings.weight": {"nan": 0, "infinite": 0, "overflow": 1}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tp", 3), "one of 1, 2, 4"),
+        (("--dtype", "int8"), "--dtype: unknown dtype"),
+        (("--bare-prompt", "maybe"), "--bare-prompt"),
+        (("--max-seq-len", 0), "--max-seq-len"),
+        (("--block-size", 4096), "--block-size"),
+    ],
+)
+def test_bad_options(checkpoint, tmp_path, options, message):
+    done = run("build", tmp_path / "model", "--checkpoint", checkpoint, *options)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_existing_target(checkpoint, tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    done = run("build", target, "--checkpoint", checkpoint)
+    assert done.returncode == 2 and "exists and is not empty" in done.stderr
+    done = run("build", target, "--checkpoint", checkpoint, "--force")
+    assert done.returncode == 2 and "was not made by this program" in done.stderr
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    (target / "mine.txt").unlink()
+    build(target, checkpoint)  # an empty directory counts as absent
+    before = ModelDir.open(target).manifest
+    build(target, checkpoint, BuildOptions(dtype="bfloat16", force=True))
+    assert ModelDir.open(target).manifest["dtype"] == "bfloat16" != before["dtype"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ckpt", "model"]
+
+
+def test_unwritable_targets(checkpoint, tmp_path):
+    for target, message in (
+        (tmp_path / "absent" / "model", "parent folder is missing"),
+        (Path("/proc/model"), "cannot be written"),
+        (checkpoint / "config.json", "is not a directory"),
+    ):
+        done = run("build", target, "--checkpoint", checkpoint)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    assert "symbolic link" in run("build", link, "--checkpoint", checkpoint).stderr
+
+
+def test_two_builds_of_one_target(checkpoint, tmp_path):
+    first = StagedDirectory(tmp_path / "model", replace=False, marker=MANIFEST)
+    with first, pytest.raises(OutputError, match="another run"):
+        build(tmp_path / "model", checkpoint)
+    build(tmp_path / "model", checkpoint)
+
+
+def test_relative_paths_and_another_working_directory(checkpoint, tmp_path):
+    done = run("build", "model", "--checkpoint", "ckpt", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["weight_bytes"] > 0, done.stderr
+    assert ModelDir.open(tmp_path / "model").tp == 1
+
+
+def test_checkpoint_and_target_may_not_be_the_same(checkpoint):
+    done = run("build", checkpoint, "--checkpoint", checkpoint, "--force")
+    assert done.returncode == 2 and "was not made by this program" in done.stderr
+    assert (checkpoint / "config.json").exists()
+
+
+def test_other_layouts_of_the_same_weights(checkpoint, tmp_path):
+    """A single file without an index gives the very same shards as two files with one."""
+    build(tmp_path / "a", checkpoint)
+    arrays = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        arrays |= load_file(file)
+        file.unlink()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    save_file(arrays, checkpoint / "model.safetensors")
+    build(tmp_path / "b", checkpoint)
+    digests = [
+        {name: entry["sha256"] for name, entry in ModelDir.open(tmp_path / side).manifest["files"].items()}
+        for side in "ab"
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_the_hugging_face_cache_layout(checkpoint, tmp_path):
+    """snapshots/REV/file -> ../../blobs/HASH is how the hub's cache looks; nothing else may leave the folder."""
+    hub = tmp_path / "models--TeleAI--TeleChat2"
+    snapshot = hub / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copy(file, hub / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    build(tmp_path / "model", snapshot)
+    assert not any(path.is_symlink() for path in (tmp_path / "model").rglob("*"))

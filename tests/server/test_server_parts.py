@@ -1,0 +1,278 @@
+"""The server's parts without a socket: settings, body limits, metrics, and what a broken engine looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import ClassVar
+
+import httpx
+import pytest
+from helpers.null_model import NullRunner
+from helpers.server import nano_directory
+
+from telechat_mindie.engine.engine import Engine
+from telechat_mindie.engine.output import FinishReason, Output, Timings
+from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.server.app import Plane, make_app
+from telechat_mindie.server.formats.vllm import VllmRequest
+from telechat_mindie.server.generation import Generation
+from telechat_mindie.server.host import EngineHost, num_blocks
+from telechat_mindie.server.http.body import BodyReader, parse
+from telechat_mindie.server.http.errors import ApiError
+from telechat_mindie.server.limits import MAX_JSON_DEPTH, Limits
+from telechat_mindie.server.metrics import Histogram
+from telechat_mindie.server.sampling import generation_params
+from telechat_mindie.server.service import Service
+from telechat_mindie.server.settings import Address, plain_settings, read_settings
+from telechat_mindie.service.schema import default_config
+from telechat_mindie.text.tokenizer import TelechatTokenizer
+
+
+@pytest.fixture(scope="module")
+def directory() -> ModelDir:
+    return ModelDir.open(nano_directory())
+
+
+class TestSettings:
+    def test_flags_alone(self, directory):
+        settings = plain_settings(directory)
+        assert settings.business is settings.management is settings.metrics
+        assert (settings.business.host, settings.business.port) == ("127.0.0.1", 1025)
+        assert settings.model_name == "nano" and settings.engine.max_seq_len == directory.serving.max_seq_len
+        changed = settings.with_flags("::1", 0, 0.5)
+        assert changed.metrics == Address("::1", 0) and changed.cache_gb == 0.5
+        assert changed.business.url(7) == "http://[::1]:7"
+        assert settings.with_flags(None, None, None) == settings
+
+    def write(self, tmp_path, change, generation="3.0.0.beta"):
+        config = default_config(generation)
+        config["ServerConfig"]["httpsEnabled"] = False
+        config["BackendConfig"]["npuDeviceIds"] = [[0]]
+        model = config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+        model |= {"backendType": "ms", "worldSize": 1, "npuMemSize": 3}
+        model.pop("models", None)
+        change(config, model)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    @pytest.mark.parametrize("generation", ["1.0", "2.0", "3.0.0.beta"])
+    def test_every_generations_file(self, tmp_path, generation):
+        path = self.write(tmp_path, lambda config, model: None, generation)
+        settings = read_settings(path, generation, None, {})
+        assert settings.cache_gb == settings.npu_mem_size == 3
+        assert settings.limits.requests == 3000 and settings.limits.token_seconds == 600
+        ports = [plane.port for plane in (settings.business, settings.management, settings.metrics)]
+        assert ports == [1025, 1026, 1027]
+        assert settings.engine.max_batch_size == 200 and settings.engine.block_size == 128
+
+    def test_the_environment_wins_and_equal_planes_merge(self, tmp_path):
+        def change(config, model):
+            config["ServerConfig"] |= {"managementPort": 1025, "metricsPort": 1025, "managementIpAddress": "127.0.0.1"}
+
+        path = self.write(tmp_path, change)
+        settings = read_settings(path, "3.0.0.beta", None, {})
+        assert settings.business == settings.management == settings.metrics
+        settings = read_settings(path, "3.0.0.beta", None, {"MIES_CONTAINER_IP": "127.0.0.9"})
+        assert settings.business.host == "127.0.0.9" and settings.management.host == "127.0.0.1"
+        assert settings.management == settings.metrics
+
+    def test_plugins(self, tmp_path):
+        def use(kind, gamma=0, **more):
+            def change(config, model):
+                model["plugin_params"] = json.dumps({"plugin_type": kind, **more})
+                config["BackendConfig"]["ModelDeployConfig"]["speculationGamma"] = gamma
+
+            return self.write(tmp_path, change)
+
+        assert read_settings(use("prefix_cache"), "3.0.0.beta", None, {}).engine.prefix_cache
+        with pytest.raises(InputError, match="memory_decoding"):
+            read_settings(use("memory_decoding", 16, decoding_length=16), "3.0.0.beta", None, {})
+
+    def test_refusals(self, tmp_path):
+        def change(config, model):
+            config["ServerConfig"]["inferMode"] = "dmi"
+            config["ServerConfig"]["interCommTLSEnabled"] = False
+
+        with pytest.raises(ConfigError, match="inferMode"):
+            read_settings(self.write(tmp_path, change), "3.0.0.beta", None, {})
+
+    def test_the_cache_is_no_larger_than_it_can_be_used(self, directory):
+        settings = plain_settings(directory).with_flags(None, None, 1000.0)
+        longest = -(-directory.serving.max_seq_len // directory.serving.block_size)
+        assert num_blocks(directory, settings) == longest * settings.engine.max_batch_size + 1
+        assert num_blocks(directory, settings.with_flags(None, None, 1e-9)) == 2
+
+
+class TestSampling:
+    """MindIE's rules for what a request leaves out (batch_context.py:440-510)."""
+
+    def params(self, directory, count=1, **fields):
+        body = VllmRequest(prompt="x", **fields)
+        return generation_params(body, directory.serving, max_new_tokens=5, timeout=9.0, count=count)
+
+    def test_naming_a_draw_means_to_draw(self, directory):
+        assert not self.params(directory).do_sample
+        for fields in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.9}):
+            assert self.params(directory, **fields).do_sample
+
+    def test_temperature_zero_is_greedy(self, directory):
+        assert self.params(directory, temperature=0.0, top_k=3).greedy
+
+    def test_all_is_zero_and_several_are_ranked(self, directory):
+        assert self.params(directory, top_k=-1).top_k == 0
+        several = self.params(directory, count=2, temperature=1.0)
+        assert several.do_sample and several.logprobs == 0 and self.params(directory).logprobs is None
+
+    def test_a_stop_string_is_included_only_where_there_is_one(self, directory):
+        assert not self.params(directory, include_stop_str_in_output=True).include_stop_str_in_output
+        assert self.params(directory, include_stop_str_in_output=True, stop="x").include_stop_str_in_output
+
+
+class TestBodies:
+    def test_depth(self):
+        def nested(levels):
+            return b'{"a":' * (levels - 1) + b"{}" + b"}" * (levels - 1)
+
+        assert parse(nested(MAX_JSON_DEPTH))
+        with pytest.raises(ApiError, match="deeper"):
+            parse(nested(MAX_JSON_DEPTH + 1))
+
+    def test_a_byte_order_mark_is_no_fault(self):
+        assert parse(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+    def test_all_bodies_together_are_bounded(self):
+        class Slow:
+            """A request that has sent 900 bytes, and more never comes."""
+
+            headers: ClassVar[dict] = {}
+
+            async def stream(self):
+                yield b"x" * 900
+                await asyncio.sleep(60)
+
+        async def run():
+            reader = BodyReader(Limits(body_bytes=1000, body_seconds=5))
+            waiting = [asyncio.create_task(reader.read(Slow())) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            with pytest.raises(ApiError) as caught:
+                await reader.read(Slow())
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            return caught.value.status, reader._received
+
+        assert asyncio.run(run()) == (503, 0)
+
+
+def test_histograms_count_up_to_their_bounds():
+    histogram = Histogram("seconds", "Text.", (1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    samples = {(s.name, s.labels.get("le")): s.value for s in histogram.family(("m",)).samples}
+    assert samples[("seconds_bucket", "1.0")] == 2 and samples[("seconds_bucket", "2.0")] == 3
+    assert samples[("seconds_bucket", "+Inf")] == samples[("seconds_count", None)] == 4
+    assert samples[("seconds_sum", None)] == 12.0
+
+
+class TestBrokenEngine:
+    def ask(self, directory, prepare, *requests):
+        """Statuses and bodies of requests to a server whose engine `prepare` has dealt with."""
+        settings = plain_settings(directory)
+        runner = NullRunner(100, block_size=settings.engine.block_size, vocab_size=directory.config.vocab_size)
+        tokenizer = TelechatTokenizer.from_pretrained(directory.path)
+        host = EngineHost(directory, tokenizer, Engine(runner, tokenizer, settings.engine))
+        host.start()
+
+        async def run():
+            service = Service(settings, host)
+            prepare(service, runner)
+            transport = httpx.ASGITransport(make_app(service, Plane, is_local=True), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                answers = [await client.request(*request[:2], json=request[2]) for request in requests]
+            service.close()
+            return [(answer.status_code, answer.json() if answer.content else None) for answer in answers]
+
+        try:
+            return asyncio.run(run())
+        finally:
+            host.stop()
+
+    GENERATE = ("POST", "/generate", {"prompt": "x", "max_tokens": 3})
+    HEALTH = ("GET", "/health", None)
+
+    def test_a_forward_that_fails_ends_its_requests_only(self, directory):
+        def prepare(_, runner):
+            def fail(arguments):
+                runner.before_forward = lambda arguments: None
+                raise ValueError("no\nmemory")
+
+            runner.before_forward = fail
+
+        (status, body), (again, _), (health, _) = self.ask(
+            directory, prepare, self.GENERATE, self.GENERATE, self.HEALTH
+        )
+        assert (status, again, health) == (500, 200, 200)
+        assert body == {"error": "The engine failed: ValueError: no memory", "error_type": "Incomplete Generation"}
+
+    def test_an_engine_that_has_ended_is_told(self, directory):
+        answers = self.ask(
+            directory,
+            lambda service, _: service.host.stop(),
+            self.GENERATE,
+            self.HEALTH,
+            ("GET", "/v2/health/ready", None),
+            ("GET", "/health/timed", None),
+            ("GET", "/v1/engine-server/running-status", None),
+        )
+        assert [status for status, _ in answers] == [503, 500, 500, 500, 200]
+        assert answers[-1][1] == {"status": 2, "errors": []}
+
+    def test_a_mistake_of_ours_is_no_traceback_for_the_client(self, directory):
+        def prepare(service, _):
+            service.metrics.text = lambda: 1 / 0
+
+        ((status, body),) = self.ask(directory, prepare, ("GET", "/metrics", None))
+        assert status == 500 and body == {"error": "Internal error.", "error_type": "Incomplete Generation"}
+
+
+class TestWaiting:
+    """The time-out between tokens is of waiting for the engine, however slow the reader is."""
+
+    @staticmethod
+    def output(finish_reason: FinishReason | None) -> Output:
+        timings = Timings(0.0, 0.0, 0.0)
+        return Output("id", (5,), "a", (), finish_reason, None, 1, 0, 1, 7, timings)
+
+    async def outputs(self, read_seconds: float, engine_seconds: float) -> int:
+        delivered = []
+
+        class ManualEngine:
+            def submit(self, prompt_ids, params, deliver, request_id):
+                delivered.append(deliver)
+
+            def cancel(self, request_id):
+                pass
+
+        loop = asyncio.get_running_loop()
+        generation = Generation(
+            ManualEngine(), [1], GenerationParams(), 1, token_seconds=0.2, timed_by_client=False, loop=loop
+        )
+        generation.submit()
+        delivered[0](self.output(None))
+        loop.call_later(engine_seconds, delivered[0], self.output(FinishReason.LENGTH))
+        count = 0
+        async for _ in generation.outputs():
+            count += 1
+            await asyncio.sleep(read_seconds)
+        return count
+
+    def test_a_slow_reader_is_no_slow_engine(self):
+        assert asyncio.run(self.outputs(read_seconds=0.5, engine_seconds=0.3)) == 2
+
+    def test_a_slow_engine_is(self):
+        with pytest.raises(ApiError, match="tokenTimeout"):
+            asyncio.run(self.outputs(read_seconds=0.0, engine_seconds=0.5))

@@ -1,0 +1,478 @@
+"""The parts of launch that start nothing: finding MindIE, the environment, the log's meaning, the run directory."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import stand_in_daemon
+
+from telechat_mindie.errors import ConfigError, InputError, OutputError
+from telechat_mindie.model_dir.build import build
+from telechat_mindie.nano import write_checkpoint
+from telechat_mindie.service import ports, schema
+from telechat_mindie.service.launch import client, log_advice, shared_memory
+from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
+from telechat_mindie.service.launch.errors import LaunchError
+from telechat_mindie.service.launch.installation import NotInstalledError, find_installation
+from telechat_mindie.service.launch.log_tail import LogTail, clean
+from telechat_mindie.service.launch.prepare import prepare
+from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.service.launch.rundir import Plan, RunDirectory, State, all_runs, find_run, locked, state_home
+from telechat_mindie.service.launch.running import stop_run
+from telechat_mindie.service.options import ServiceOptions
+
+# ---- installation ----
+
+
+@pytest.fixture
+def mindie(tmp_path):
+    return stand_in_daemon.install(tmp_path / "mindie" / "latest" / "mindie-service")
+
+
+def test_an_installation_by_its_home_or_a_folder_above(mindie):
+    for folder in (mindie, mindie.parent, mindie.parent.parent):
+        found = find_installation(folder, {"PATH": "/usr/bin"})
+        assert found.home == mindie
+        assert found.command == (f"{mindie}/bin/mindieservice_daemon",)
+        assert found.python == Path(sys.executable)  # from the first line of mindie_llm_backend
+        assert (found.version, found.generation, found.has_mindformers) == ("3.0.0.beta.2", "3.0.0.beta", False)
+
+
+def test_the_named_home_wins_over_variables_and_these_over_path(mindie, tmp_path):
+    other = stand_in_daemon.install(tmp_path / "other")
+    environment = {"MIES_INSTALL_PATH": str(other), "PATH": f"{mindie}/bin"}
+    assert find_installation(mindie, environment).home == mindie
+    assert find_installation(None, environment).home == other
+    assert find_installation(None, {"PATH": f"{mindie}/bin"}).home == mindie
+    assert find_installation(None, {"MINDIE_LLM_HOME_PATH": str(other), "PATH": ""}).home == other
+
+
+def test_the_wheels_own_server_is_started_where_it_is_installed(mindie, tmp_path):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    for name in ("mindie_llm_server", "mindie_llm_backend"):
+        (scripts / name).write_text(f"#!{sys.executable}\n")
+        (scripts / name).chmod(0o755)
+    found = find_installation(None, {"PATH": str(scripts), "PYTHONPATH": str(mindie)})
+    assert found.command == (f"{scripts}/mindie_llm_server",)
+    assert found.home == mindie / "mindie_llm"
+
+
+def test_the_version_decides_the_generation(mindie):
+    for text, generation in (("Ascend-mindie : MindIE 1.0.0\n", "1.0"), ("Platform : x\nVersion=2.0.RC1\n", "2.0")):
+        (mindie / "version.info").write_text(text)
+        assert find_installation(mindie, {}).generation == generation
+    (mindie / "version.info").unlink()
+    found = find_installation(mindie, {})
+    assert (found.version, found.generation) == (None, "3.0.0.beta")
+
+
+def test_an_installed_mindformers_is_found(mindie):
+    (mindie / "mindformers").mkdir()
+    (mindie / "mindformers" / "__init__.py").touch()
+    assert find_installation(mindie, {}).has_mindformers
+
+
+def test_a_mindie_without_the_ms_wrapper_is_refused_with_the_supported_range(tmp_path):
+    home = stand_in_daemon.install(tmp_path / "mindie", ms_wrapper=False)
+    with pytest.raises(LaunchError, match=r"no MindSpore backend.*expected MindIE 1\.0.*3\.0\.0\.beta\.2"):
+        find_installation(home, {})
+
+
+def test_a_release_without_ms_is_refused_though_the_folder_is_there(mindie):
+    (mindie / "version.info").write_text("MindIE-LLM Version : 3.0.0\n")
+    with pytest.raises(LaunchError, match=r"no MindSpore backend.*MindIE 3\.0\.0\b"):
+        find_installation(mindie, {})
+
+
+def test_what_is_missing_is_named(mindie, tmp_path):
+    with pytest.raises(NotInstalledError, match="--mindie-home"):
+        find_installation(None, {"PATH": str(tmp_path)})
+    with pytest.raises(LaunchError, match="holds no bin/mindieservice_daemon"):
+        find_installation(tmp_path / "conf", {})
+    (mindie / "mindie_llm" / "__init__.py").unlink()
+    (mindie / "mindie_llm").rename(mindie / "elsewhere")
+    with pytest.raises(LaunchError, match=r"finds no mindie_llm.*set_env\.sh"):
+        find_installation(mindie, {})
+
+
+def test_workers_whose_python_lacks_this_package_are_refused(mindie, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    backend = mindie / "bin" / "mindie_llm_backend"
+    backend.chmod(0o750)
+    backend.write_text(f"#!{python}\n")
+    with pytest.raises(LaunchError, match=r"finds no telechat_mindie.*pip install telechat-mindie"):
+        find_installation(mindie, {})
+    backend.write_text("#!/bin/false\n")
+    with pytest.raises(LaunchError, match="cannot tell what MindIE's workers would import"):
+        find_installation(mindie, {})
+
+
+# ---- environment ----
+
+
+def environment_for(base, generation="3.0.0.beta", home=None, shadow=False):
+    return daemon_environment(
+        base,
+        generation=generation,
+        home=home,
+        config_path=Path("/run/config.json"),
+        scheduler_port=8090,
+        exchange_port=8129,
+        shadow=shadow,
+        marker="/run",
+    )
+
+
+def test_the_environment_of_the_daemon():
+    assert environment_for({}) == {
+        "MIES_CONFIG_JSON_PATH": "/run/config.json",
+        "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
+        "MS_SCHED_HOST": "127.0.0.1",
+        "MS_SCHED_PORT": "8090",
+        "LCAL_IF_PORT": "8129",
+        "MINDIE_LOG_TO_STDOUT": "1",
+        "MINDIE_LOG_LEVEL": "INFO",
+        "PYTHONUNBUFFERED": "1",
+        "TELECHAT_MINDIE_LAUNCH": "/run",
+    }
+
+
+def test_only_what_differs_is_set_and_the_users_log_level_stays():
+    base = {"MINDIE_LLM_FRAMEWORK_BACKEND": "ATB", "MINDIE_LOG_LEVEL": "DEBUG", "MS_SCHED_HOST": "127.0.0.1"}
+    variables = environment_for(base | {"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"})
+    assert variables["MINDIE_LLM_FRAMEWORK_BACKEND"] == "MS"
+    assert variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] == "0"
+    assert not {"MINDIE_LOG_LEVEL", "MS_SCHED_HOST"} & set(variables)
+
+
+def test_the_shadow_comes_first_on_pythonpath(mindie):
+    base = {"PYTHONPATH": f"/a:{SHADOW}:/b"}
+    assert environment_for(base, shadow=True)["PYTHONPATH"] == f"{SHADOW}:/a:/b"
+    assert environment_for({}, shadow=True)["PYTHONPATH"] == str(SHADOW)
+    assert "PYTHONPATH" not in environment_for(base)
+    paths = environment_for(base, shadow=True, home=mindie)["PYTHONPATH"].split(":")
+    assert paths == [str(SHADOW), f"{mindie}/bin", "/a", "/b"]
+
+
+def test_search_paths_of_mindie_are_set_where_its_set_env_was_not_sourced(mindie):
+    (mindie / "lib" / "grpc").mkdir(parents=True)
+    variables = environment_for({"LD_LIBRARY_PATH": "/cann"}, home=mindie)
+    assert variables["LD_LIBRARY_PATH"] == f"{mindie}/lib:{mindie}/lib/grpc:/cann"
+    assert variables["MINDIE_LLM_HOME_PATH"] == str(mindie)
+    sourced = {"LD_LIBRARY_PATH": "/cann", "MINDIE_LLM_HOME_PATH": str(mindie)}
+    assert not {"LD_LIBRARY_PATH", "PYTHONPATH", "MINDIE_LLM_HOME_PATH"} & set(environment_for(sourced, home=mindie))
+
+
+@pytest.mark.parametrize("generation", ["1.0", "2.0"])
+def test_the_older_generations(mindie, generation):
+    (mindie.parent / "mindie-llm").mkdir()
+    variables = environment_for({}, generation, home=mindie)
+    assert variables["MIES_INSTALL_PATH"] == str(mindie)
+    assert variables["MINDIE_LLM_HOME_PATH"] == str(mindie.parent / "mindie-llm")
+    assert ("MINDIE_LLM_PYTHON_LOG_TO_STDOUT" in variables) == (generation == "1.0")
+
+
+# ---- preparation ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("nano")
+    write_checkpoint(root / "ckpt")
+    build(root / "model", root / "ckpt")
+    return root / "model"
+
+
+def prepared(model, tmp_path, environment=None, **options):
+    options = ServiceOptions(**{"insecure_http": True, **options})
+    return prepare(model, options, tmp_path / "runs", environment or {"PATH": ""}, need_mindie=False)
+
+
+def test_ports_of_the_ranks_follow_the_environment_and_never_meet(model, tmp_path):
+    plan = prepared(model, tmp_path, {"MS_SCHED_PORT": "2500", "LCAL_IF_PORT": "2500"}, port_base=2500).plan
+    assert len(set(plan.ports.values())) == 5 and all(2500 <= port < 2600 for port in plan.ports.values())
+    assert prepared(model, tmp_path, {"MS_SCHED_PORT": "a lot"}).plan.ports["MS_SCHED_PORT"] >= 8090
+
+
+def test_a_template_keeps_its_ports_while_they_are_free(model, tmp_path):
+    template = tmp_path / "config.json"
+    config = schema.default_config("3.0.0.beta")
+    base = ports.free_run(3000, 6)
+    config["ServerConfig"] |= {"port": base + 2, "managementPort": base, "metricsPort": base + 1}
+    template.write_text(json.dumps(config))
+    plan = prepared(model, tmp_path, template=template).plan
+    assert [plan.ports[name] for name in ("port", "managementPort", "metricsPort")] == [base + 2, base, base + 1]
+    run = RunDirectory(tmp_path / "runs" / plan.name)
+    run.create(plan, "{}")  # as a launch that is starting, it holds them
+    second = prepared(model, tmp_path, template=template).plan
+    assert not set(second.ports.values()) & set(plan.ports.values())
+    assert json.loads(template.read_text()) == config
+
+
+def test_addresses_a_client_on_this_host_uses(model, tmp_path):
+    everywhere = ("ServerConfig.allowAllZeroIpListening=true", "ServerConfig.ipAddress=0.0.0.0")
+    urls = prepared(model, tmp_path, overrides=everywhere, port_base=2600).plan.urls
+    assert urls["business"].startswith("http://127.0.0.1:26") and urls["management"].startswith("http://127.0.0.2:26")
+    environment = {"MIES_CONTAINER_IP": "::1"}
+    plan = prepared(model, tmp_path, environment, insecure_http=False).plan
+    assert plan.urls["business"] == f"https://[::1]:{plan.ports['port']}"
+
+
+# ---- the log ----
+
+SAMPLES = {
+    "port-taken": "[MIE04E020407] Management or Business or Metrics Http server listen port is occupied",
+    "scheduler-port-taken": "[ERROR] Failed to bind to tcp address 127.0.0.1:8090, errno: 98",
+    "config-permission": "Check path: config.json failed, by:  Check Other group permission failed: /m/config.json",
+    "path-permission": "owner id diff: current process user id is 1000, file owner id is 0",
+    "symlink": "[ERROR] Found symlink path: /models/telechat",
+    "config-json": "Json file is invalid. Please check json format! ",
+    "config-refused": "ConfigManager init exception: Failed to initialize ScheduleConfig from JSON.",
+    "certificate": "[MIE04E02041C] Business Http ssl Initialize failed",
+    "shared-memory": "[ERROR] Available shared memory size is not enough for all executors.",
+    "ms-wrapper": "ModuleNotFoundError: No module named 'mindie_llm.modeling.model_wrapper.ms.mf_model_wrapper'",
+    "worker-missing": "execvp mindie_llm_backend failed: No such file or directory",
+    "module-missing": "ModuleNotFoundError: No module named 'llm_datadist'",
+    "library-missing": "ImportError: libascendcl.so: cannot open shared object file: No such file or directory",
+    "static-tls": "OSError: libgomp.so.1: cannot allocate memory in static TLS block",
+    "top-k": "RuntimeError: topk: k should be in [0, 512]",
+    "npu-memory": "RuntimeError: NPU out of memory. Tried to allocate 9.00 GiB.",
+    "kv-blocks": "The number of blocks must be non-negative. This is due to warm_up",
+    "npu-mem-size": "ValueError: npu_mem_size=-1 only support in parallel mode",
+    "device-open": "[ERROR] Open device 3 failed, with error code 507033",
+    "scheduler-lost": "[WARNING] Failed to connect to the meta server node url: scheduler 127.0.0.1:8090.",
+    "hccl": "RuntimeError: HCCL execute error, Exception: ACL stream synchronize failed",
+    "cann": "RuntimeError: CANN execute error, Exception: EZ9999: Inner Error!",
+    "model-dir": "telechat_mindie.errors.ModelDirError: /m: must hold exactly one yaml (found none)",
+    "runner-input": "telechat_mindie.errors.InputError: world_size: does not fit the directory's weights",
+    "tokenizer-pool": "[MIE04E02011C] Init process tokenizer pool failed.",
+    "worker-killed": "[MIE04E010109] Process 4711 was terminated by signal 9 (Killed)",
+    "worker-died": "[INFO] Process 4711 exited normally with status 1",
+    "process-group": "[MIE04E01011C] Failed to set process group. errno is 1",
+    "init-request": "[ERROR] Failed to send initialization request to worker.",
+}
+
+
+def test_every_entry_of_the_table_is_recognized_by_its_line():
+    assert list(SAMPLES) == [row["id"] for row in log_advice.table()["causes"]]
+    for id, line in SAMPLES.items():
+        cause = log_advice.find_cause(["something else", line])
+        assert cause is not None and cause.id == id and cause.line == line
+        assert cause.advice and "{" not in cause.cause
+
+
+def test_what_stands_first_in_the_table_is_the_cause_wherever_it_stands_in_the_log():
+    consequences = [SAMPLES["init-request"], SAMPLES["worker-died"]]
+    for lines in ([SAMPLES["npu-memory"], *consequences], [*consequences, SAMPLES["npu-memory"]]):
+        assert log_advice.find_cause(lines).id == "npu-memory"
+    cause = log_advice.find_cause([SAMPLES["module-missing"], SAMPLES["worker-died"]])
+    assert cause.cause == "MindIE's workers cannot import llm_datadist"
+
+
+def test_an_error_code_is_spelt_out_where_no_entry_fits():
+    cause = log_advice.find_cause(["[MIE04W01011A] Received exit signal[15]", "[MIE04E010101] nothing known"])
+    assert cause.cause == "MindIE says MIE04E010101, daemon, start: permission denied"
+    assert log_advice.explain_code("MIE05E01000A") == "MIE05E01000A, a card's memory did not suffice"
+    assert log_advice.explain_code("MIE99E999999") == "MIE99E999999"
+    assert log_advice.find_cause(["[MIE04W01011A] a warning", "text"]) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "level"),
+    [
+        ("[2026-01-01] [1] [1] [llm] [INFO] [executor.cpp:1] Execute command", "noise"),
+        ("[2026-01-01] [1] [1] [llm] [ERROR] [executor.cpp:1] no", "error"),
+        ("[2026-01-01 00:00:00.1] [MIE04E02011C] Failed to start http wrapper", "error"),
+        ("ModuleNotFoundError: No module named 'x'", "error"),
+        ("[MIE04W01011A] Received exit signal[15]", "warning"),
+        ("[WARN] a warning", "warning"),
+        ("/x.py:1: UserWarning: pkg_resources is deprecated", "noise"),
+        ("LLM log default format: [yyyy-mm-dd] [ERROR]", "noise"),
+        ("Daemon start success!", "text"),
+    ],
+)
+def test_levels(line, level):
+    assert log_advice.level(line) == level
+
+
+def test_the_log_is_read_by_whole_lines_and_survives_truncation(tmp_path):
+    path = tmp_path / "daemon.log"
+    tail = LogTail(path)
+    assert tail.read() == []
+    path.write_bytes("one\ntwo 你".encode()[:-1])
+    assert tail.read() == ["one"]
+    with path.open("ab") as file:
+        file.write("你".encode()[-1:] + b" more\nthree")
+    assert tail.read() == ["two 你 more"]
+    assert tail.read(final=True) == ["three"]
+    path.write_bytes(b"new\n")
+    assert tail.read() == ["new"]
+
+
+def test_a_line_cannot_drive_the_terminal():
+    assert clean("\x1b[31mred\x1b[0m\a \x1b]0;title\x07\tend\r") == "red 0;title    end"
+    assert len(clean("x" * 100_000)) == 4096
+
+
+# ---- run directories ----
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, launcher=None, state=None):
+        plan = Plan(
+            name, "/m", "3.0.0.beta", ("daemon",), {}, {"port": 2000}, {}, None, "m", launcher or Identity(1, -1)
+        )
+        run = RunDirectory(tmp_path / name)
+        run.create(plan, "{}")
+        if state is not None:
+            run.write_state(state)
+        return run
+
+    return make
+
+
+def test_a_run_is_written_and_read_back(make_run):
+    me = Identity.of(os.getpid())
+    state = State(me, Identity(2, -1), 1.5, ("a", "b"), reason="stopped", returncode=-9, removed=("c",))
+    run = make_run("m-2000", me, state)
+    assert run.state() == state and run.plan().launcher == me and run.is_active()
+    assert run.config.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_run_is_found_by_name_or_as_the_only_one(make_run, tmp_path):
+    with pytest.raises(InputError, match="running: none"):
+        find_run(tmp_path, None)
+    dead = make_run("dead-1", state=State(Identity(1, -1), Identity(1, -1), 0.0, (), reason="ended"))
+    live = make_run("live-1", Identity.of(os.getpid()))
+    assert [run.is_active() for run in (dead, live)] == [False, True]
+    assert find_run(tmp_path, None) == live and find_run(tmp_path, "dead-1") == dead
+    make_run("live-2", Identity.of(os.getpid()))
+    with pytest.raises(InputError, match=r"live-1, live-2.*Name one"):
+        find_run(tmp_path, None)
+    with pytest.raises(InputError, match="not the name of a run"):
+        find_run(tmp_path, "../dead-1")
+
+
+def test_damaged_runs_are_passed_over(make_run, tmp_path):
+    run = make_run("whole")
+    (tmp_path / "stray").mkdir()
+    (make_run("no-json").path / "plan.json").write_text("{")
+    (make_run("old").path / "plan.json").write_text("{}")
+    (make_run("state").path / "state.json").write_text('{"supervisor": 1}')
+    assert all_runs(tmp_path) == [run]
+    with pytest.raises(ConfigError, match="not what `launch` writes"):
+        RunDirectory(tmp_path / "old").plan()
+
+
+def test_a_run_that_is_still_being_checked_cannot_be_stopped(make_run):
+    run = make_run("m-2000", Identity.of(os.getpid()))
+    with pytest.raises(LaunchError, match=rf"not started the daemon yet.*End process {os.getpid()}"):
+        stop_run(run)
+
+
+def test_only_an_earlier_run_is_replaced(make_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(OutputError):
+        make_run("mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    (make_run("again").path / "daemon.log").touch()
+    assert not make_run("again").log.exists()
+
+
+def test_the_folder_of_all_runs():
+    assert state_home({"XDG_STATE_HOME": "/s", "HOME": "/h"}) == Path("/s/telechat-mindie")
+    assert state_home({"XDG_STATE_HOME": "relative", "HOME": "/h"}) == Path("/h/.local/state/telechat-mindie")
+
+
+def test_one_launch_at_a_time_chooses_its_ports(tmp_path):
+    with (
+        locked(tmp_path / "a" / "b"),
+        pytest.raises(InputError, match="another launch"),
+        locked(tmp_path / "a" / "b", timeout=0.1),
+    ):
+        pass
+
+
+# ---- shared memory ----
+
+
+def test_only_new_names_with_the_runs_pids_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    for name in ("77_0_execute_request", "sem.77_0_x", "llm_tokenizer_shared_memory_77_3", "770_0", "other", "old_77"):
+        (tmp_path / name).touch()
+    removed = shared_memory.remove_left({"old_77"}, {77})
+    assert removed == ["77_0_execute_request", "llm_tokenizer_shared_memory_77_3", "sem.77_0_x"]
+    assert shared_memory.names() == {"770_0", "other", "old_77"}
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (tmp_path / "78_0").touch()
+    assert shared_memory.remove_left((), {78}) == []
+
+
+# ---- requests ----
+
+
+@pytest.fixture
+def http_server():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        replies: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012
+
+        def do_GET(self):
+            self.do_POST()
+
+        def do_POST(self):
+            status, body = self.replies[self.path]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Handler.replies
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_completion_comes_without_the_prompt(http_server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which would refuse
+    url, replies = http_server
+    replies["/generate"] = 200, '{"text": ["你 好  a"]}'.encode()
+    assert client.ask(url, "你 好", 5, 5).text == " a"
+    replies["/v2/health/ready"] = 200, b""
+    assert client.is_healthy(url)
+    replies["/v2/health/ready"] = 503, b""
+    assert not client.is_healthy(url)
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[]", b'{"text": []}', b'{"text": [1]}'])
+def test_an_answer_of_another_form(http_server, body):
+    url, replies = http_server
+    replies["/generate"] = 200, body
+    with pytest.raises(LaunchError, match="something else than a text"):
+        client.ask(url, "x", 5, 5)
+
+
+def test_nobody_there():
+    port = ports.free_run(4000, 1)
+    with pytest.raises(LaunchError, match="did not answer"):
+        client.ask(f"http://127.0.0.1:{port}", "x", 5, 5)
+    assert not client.is_healthy(f"https://127.0.0.1:{port}")
+
+
+def test_https_without_a_certificate_that_may_be_used(tmp_path):
+    with pytest.raises(client.NoClientCertificateError, match=r"server\.pem.*client certificate of yours"):
+        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path)

@@ -1,0 +1,153 @@
+"""`service-config` as a command: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.checkpoints import make_checkpoint
+
+from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.service import schema
+from telechat_mindie.service.facts import model_facts, model_name
+
+FREE = ("--port-base", "23025")  # others on this machine may hold MindIE's own
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Two ranks, 512 tokens."""
+    root = tmp_path_factory.mktemp("service")
+    make_checkpoint(root / "ckpt", "float16")
+    build(root / "telechat2", root / "ckpt", BuildOptions(tp=2, block_size=16))
+    return root / "telechat2"
+
+
+@pytest.fixture(scope="module")
+def odd(model):
+    """The same under a name that MindIE refuses."""
+    return Path(shutil.copytree(model, model.parent / "my model!"))
+
+
+def run(model, *arguments, cwd):
+    command = [sys.executable, "-m", "telechat_mindie", "service-config", str(model), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+
+
+def test_facts(model, odd):
+    facts = model_facts(ModelDir.open(model))
+    assert (facts.tp, facts.max_seq_len, facts.block_size, facts.vocab_size) == (2, 512, 16, 512)
+    assert facts.weight_bytes_per_rank == (model / "rank_0" / "model-00001-of-00001.safetensors").stat().st_size
+    assert facts.kv_bytes_per_token_per_rank == 2 * 2 * 2 * 8 * 2  # layers, k and v, heads of a rank, head_dim, bytes
+    assert (facts.model_name, facts.model_path) == ("telechat2", str(model))
+    assert model_facts(ModelDir.open(odd)).model_name == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("TeleChat2-7B", "TeleChat2-7B"), ("星辰 7b", "7b"), ("_a_", "a"), ("星辰", "telechat2"), ("a" * 300, "a" * 256)],
+)
+def test_model_names_are_ones_that_mindie_takes(folder, name):
+    assert model_name(folder) == name
+
+
+def test_a_path_that_mindie_refuses(odd, tmp_path):
+    done = run(odd, "--insecure-http", *FREE, cwd=tmp_path)
+    assert done.returncode == 2 and "modelWeightPath" in done.stderr
+
+
+def test_stdout(model, tmp_path):
+    done = run(model, "--insecure-http", "--devices", "4-5", *FREE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)
+    assert schema.validate(config, "3.0.0.beta") == []
+    backend = config["BackendConfig"]
+    assert backend["npuDeviceIds"] == [[4, 5]]
+    assert backend["ModelDeployConfig"]["ModelConfig"][0]["modelWeightPath"] == str(model)
+    assert done.stderr == ""
+
+
+def test_a_file_is_written_whole_with_mode_0640(model, tmp_path):
+    old = os.umask(0o000)
+    try:
+        done = run(model, "--insecure-http", "-o", "config.json", *FREE, cwd=tmp_path)
+    finally:
+        os.umask(old)
+    assert done.returncode == 0 and done.stdout.startswith("config.json: for MindIE 3.0.0.beta")
+    assert stat.S_IMODE((tmp_path / "config.json").stat().st_mode) == 0o640
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+    again = run(model, "--insecure-http", "-o", "config.json", *FREE, cwd=tmp_path)
+    assert again.returncode == 2 and "--force" in again.stderr and "--template" in again.stderr
+    assert run(model, "--insecure-http", "-o", "config.json", "--force", *FREE, cwd=tmp_path).returncode == 0
+
+
+def test_patching_in_place_keeps_the_users_text(model, tmp_path):
+    config = schema.default_config("2.0")
+    config["mine"] = {"kept": True}
+    (tmp_path / "c.json").write_text(json.dumps(config, indent="\t"))
+    done = run(model, "--template", "c.json", "-o", "c.json", "--mindie", "2.0", "--insecure-http", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: $.mine: unknown-key" in done.stderr
+    text = (tmp_path / "c.json").read_text()
+    assert '\t"mine": {\n\t\t"kept": true\n\t}' in text and list(json.loads(text)) == list(config)
+
+
+def test_explain(model, tmp_path):
+    done = run(model, "--insecure-http", "--set", "maxBatchSize=7", "--explain", *FREE, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    batch = next(line for line in lines if "ScheduleConfig.maxBatchSize = 7" in line)
+    assert batch.startswith("* ") and batch.endswith("flag            --set")
+    as_json = json.loads(
+        run(model, "--insecure-http", "--explain", "--json", "--max-seq-len", "256", *FREE, cwd=tmp_path).stdout
+    )
+    by_path = {row["path"]: row for row in as_json}
+    assert by_path["$.BackendConfig.ModelDeployConfig.maxSeqLen"]["value"] == 256
+    assert by_path["$.BackendConfig.ModelDeployConfig.maxInputTokenLen"]["origin"] == "computed"
+    assert len(lines) == 1 + len(as_json)
+
+
+def test_json_names_the_certificates(model, tmp_path):
+    done = run(model, "--json", "--mindie-home", tmp_path, *FREE, cwd=tmp_path)
+    result = json.loads(done.stdout)
+    assert result["config"]["ServerConfig"]["httpsEnabled"] is True
+    assert {item["present"] for item in result["certificates"]} == {False}
+    assert "tlsPk" in done.stderr and "--insecure-http" in done.stderr
+
+
+def test_instances(model, tmp_path):
+    done = run(model, "--insecure-http", "--instances", 2, "--devices", "0,2,4,6", *FREE, cwd=tmp_path)
+    backend = json.loads(done.stdout)["BackendConfig"]
+    assert backend["modelInstanceNumber"] == 2 and backend["npuDeviceIds"] == [[0, 2], [4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--devices", "0"), "--devices 0"),
+        (("--devices", "0-3"), "--instances 2"),
+        (("--max-seq-len", "4096"), "--max-seq-len"),
+        (("--max-input-len", "512"), "--max-input-len"),
+        (("--set", "maxBatchsize=1"), "maxBatchSize"),
+        (("--set", "ServerConfig.port=80"), "1024 to 65535"),
+        (("--port-base", "80"), "--port-base 80"),
+        (("--device-mem", "0"), "--device-mem"),
+        (("--mindie", "9"), "2.0"),
+        (("--template", "nowhere.json"), "nowhere.json"),
+        (("-o", "missing/config.json"), "mkdir -p missing"),
+        (("-o", "link.json"), "symbolic link"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(model, tmp_path, arguments, words):
+    (tmp_path / "link.json").symlink_to("config.json")
+    done = run(model, "--insecure-http", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link.json"]
