@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.options import AsJson, CaCert, Cert, Key, ServedModel
+
 if TYPE_CHECKING:
     from telechat_mindie.loadtest.run import Outcome, Plan
 
@@ -46,12 +48,12 @@ def serve(
     warm_up: int = typer.Option(2, "--warm-up", min=0, help="Requests to send before."),
     temperature: float = typer.Option(None, "--temperature", help="Default: the service's."),
     seed: int = typer.Option(0, "--seed", help="Seed of prompts, lengths and times."),
-    model: str = typer.Option(None, "--model", help="The model's name; default: the first that the service names."),
+    model: ServedModel = None,
     timeout: float = typer.Option(600, "--timeout", min=1, help="Most seconds of a request."),
-    ca_cert: Path = typer.Option(None, "--ca-cert", help="Authority of the service's certificate (PEM)."),
-    cert: Path = typer.Option(None, "--cert", help="Our own certificate (PEM), which MindIE asks for."),
-    key: Path = typer.Option(None, "--key", help="Its private key (PEM)."),
-    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    ca_cert: CaCert = None,
+    cert: Cert = None,
+    key: Key = None,
+    as_json: AsJson = False,
     plot: Path = typer.Option(None, "--plot", help="Draw them into this PNG file."),
 ) -> None:
     """Load a service and report TTFT, TPOT, ITL, end-to-end latency and throughput.

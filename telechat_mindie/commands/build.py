@@ -6,23 +6,35 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import (
+    AllowNonfinite,
+    AllowOverflow,
+    AsJson,
+    BlockSize,
+    Dtype,
+    Force,
+    NoQkvConcat,
+    Resume,
+    Tp,
+)
+
 
 def build(
     model_path: Path = typer.Argument(help="Directory to make."),
     checkpoint: Path = typer.Option(..., "--checkpoint", help="Directory of the TeleChat2 checkpoint."),
-    tp: int = typer.Option(1, "--tp", help="Tensor parallel size: the number of NPUs that share the model."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
-    no_qkv_concat: bool = typer.Option(False, "--no-qkv-concat", help="Keep q, k/v, gate and up apart."),
+    tp: Tp = 1,
+    dtype: Dtype = "auto",
+    no_qkv_concat: NoQkvConcat = False,
     max_seq_len: int = typer.Option(None, "--max-seq-len", help="Longest sequence in tokens; default: as trained."),
-    block_size: int = typer.Option(128, "--block-size", help="Tokens of a KV cache block."),
+    block_size: BlockSize = 128,
     bare_prompt: str = typer.Option(
         "chat", "--bare-prompt", help="chat: a prompt without control tokens is a user's question; raw: plain text."
     ),
-    force: bool = typer.Option(False, "--force", help="Replace a model directory that exists."),
-    resume: bool = typer.Option(False, "--resume", help="Go on where a killed build stopped."),
-    allow_nonfinite: bool = typer.Option(False, "--allow-nonfinite", help="Accept NaN and infinity in the weights."),
-    allow_overflow: bool = typer.Option(False, "--allow-overflow", help="Accept values that float16 cannot hold."),
-    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+    force: Force = False,
+    resume: Resume = False,
+    allow_nonfinite: AllowNonfinite = False,
+    allow_overflow: AllowOverflow = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into a model directory that MindIE serves."""
     from telechat_mindie.commands.output import byte_progress, print_json

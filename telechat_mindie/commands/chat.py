@@ -6,21 +6,35 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import (
+    CaCert,
+    Cert,
+    Key,
+    MaxNewTokens,
+    RepetitionPenalty,
+    Seed,
+    ServedModel,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+
 
 def chat(
     target: str = typer.Argument(metavar="MODEL_PATH|URL", help="A model directory, or a service: http://HOST:PORT."),
-    system: str = typer.Option(None, "--system", help="System text of the chat template."),
-    max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="Most tokens of an answer."),
-    temperature: float = typer.Option(None, "--temperature", help="Sample at this temperature."),
-    top_k: int = typer.Option(None, "--top-k", help="Sample among the k most likely tokens."),
-    top_p: float = typer.Option(None, "--top-p", help="Sample among the most likely tokens of this total probability."),
-    repetition_penalty: float = typer.Option(None, "--repetition-penalty", help="1: none."),
-    seed: int = typer.Option(None, "--seed", help="Seed of the sampling."),
-    model: str = typer.Option(None, "--model", help="URL only: the model's name; default: the first it names."),
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    model: ServedModel = None,
     timeout: float = typer.Option(600, "--timeout", min=1, help="URL only: most seconds to wait for the next token."),
-    ca_cert: Path = typer.Option(None, "--ca-cert", help="URL only: authority of the service's certificate (PEM)."),
-    cert: Path = typer.Option(None, "--cert", help="URL only: our own certificate (PEM), which MindIE asks for."),
-    key: Path = typer.Option(None, "--key", help="URL only: its private key (PEM)."),
+    ca_cert: CaCert = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
     """Chat in the terminal, with a directory on the CPU or with a running service.
 

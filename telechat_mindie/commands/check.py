@@ -6,17 +6,19 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import DEFAULT_GENERATION, AsJson, DeviceMem, Generation, MindieHome, ModelPath
+
 
 def check(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     service_config: Path = typer.Option(None, "--service-config", help="The conf/config.json that will serve it."),
-    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
-    mindie_home: Path = typer.Option(None, "--mindie-home", help="Where certificates are; default: the environment's."),
-    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    mindie: Generation = DEFAULT_GENERATION,
+    mindie_home: MindieHome = None,
+    device_mem: DeviceMem = 64,
     full: bool = typer.Option(False, "--full", help="Hash every file and compare with the manifest."),
     fix: bool = typer.Option(False, "--fix", help="Repair modes first; nothing else is changed."),
     timeout: float = typer.Option(300, "--timeout", min=1, help="Seconds for importing the modules."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Check a model directory, and the service config for it, as far as that goes without an NPU.
 

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import AllowNonfinite, AllowOverflow, Dtype, Force, Resume
+
 
 def convert(
     checkpoint: Path = typer.Argument(help="A checkpoint in any form, or a model directory."),
     output: Path = typer.Argument(help="File or directory to make."),
     to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
+    dtype: Dtype = "auto",
     tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
     qkv_concat: bool = typer.Option(False, "--qkv-concat", help="MindSpore: pack q/k/v and gate/up."),
     gmm: bool = typer.Option(False, "--gmm", help="MindSpore: store experts for the grouped matmul."),
-    force: bool = typer.Option(False, "--force", help="Replace an output that exists."),
-    resume: bool = typer.Option(False, "--resume", help="Go on where a killed conversion stopped."),
-    allow_nonfinite: bool = typer.Option(False, "--allow-nonfinite", help="Accept NaN and infinity in the weights."),
-    allow_overflow: bool = typer.Option(False, "--allow-overflow", help="Accept values that float16 cannot hold."),
+    force: Force = False,
+    resume: Resume = False,
+    allow_nonfinite: AllowNonfinite = False,
+    allow_overflow: AllowOverflow = False,
 ) -> None:
     """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers."""
     from telechat_mindie.checkpoint.convert import MindSporeForm, to_hugging_face, to_mindspore

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from telechat_mindie.commands.options import AsJson
+
 
 def doctor(
     matrix: bool = typer.Option(False, "--matrix", help="Print which versions work together, with the sources."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Say what this machine has of what MindIE needs, and what works without the rest.
 

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import AsJson, BlockSize, Force, Variant
+
 
 def export(
     model_path: Path = typer.Argument(None, help="A model directory; or name a released size with --variant."),
-    variant: str = typer.Option(None, "--variant", help="3b, 7b, 35b, 115b or 39b-a12b."),
+    variant: Variant = None,
     tp: int = typer.Option(None, "--tp", help="Tensor parallel size; default: the directory's, or 1."),
     dtype: str = typer.Option(None, "--dtype", help="float16 or bfloat16; default: the directory's, or as published."),
     output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
-    block_size: int = typer.Option(128, "--block-size", help="Tokens of a KV cache block."),
+    block_size: BlockSize = 128,
     external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
-    force: bool = typer.Option(False, "--force", help="Replace files that exist."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
     from telechat_mindie.commands.output import print_json

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import (
+    AsJson,
+    MaxNewTokens,
+    ModelPath,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+
 
 def generate(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     prompt: str = typer.Argument(help="The question, or with --raw the text to go on with."),
     raw: bool = typer.Option(False, "--raw/--chat", help="The prompt as it is, or as a user's question."),
-    system: str = typer.Option(None, "--system", help="System text of the chat template."),
-    max_new_tokens: int = typer.Option(None, "--max-new-tokens", min=1, help="Default: as the directory's yaml says."),
-    temperature: float = typer.Option(None, "--temperature", help="Sample at this temperature; default: greedy."),
-    top_k: int = typer.Option(None, "--top-k", help="Sample among the k most likely tokens; 0: all."),
-    top_p: float = typer.Option(None, "--top-p", help="Sample among the most likely tokens of this total probability."),
-    seed: int = typer.Option(None, "--seed", help="Seed of the sampling."),
-    repetition_penalty: float = typer.Option(None, "--repetition-penalty", help="1: none."),
-    as_json: bool = typer.Option(False, "--json", help="Print the answer and its figures as JSON, at the end."),
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a prompt on the CPU, through the interface that MindIE calls."""
     from telechat_mindie.engine.generate import generate as run

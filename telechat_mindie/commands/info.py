@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
+
+from telechat_mindie.commands.options import AsJson, ModelPath
 
 
 def info(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     kv_gb: int = typer.Option(8, "--kv-gb", min=1, help="Memory for the KV cache of each card (npuMemSize), in GB."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Say what a model directory holds, and how many tokens fit into a given cache."""
     from telechat_mindie.commands.output import print_json, print_table

@@ -13,6 +13,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from telechat_mindie.commands.options import (
+    AsJson,
+    DeviceMem,
+    Devices,
+    InsecureHttp,
+    MaxSeqLen,
+    MindieHome,
+    ModelPath,
+    PortBase,
+    Set,
+)
+
 if TYPE_CHECKING:
     from telechat_mindie.findings import Finding
     from telechat_mindie.service.launch.client import Answer
@@ -23,17 +35,17 @@ STYLES = {"error": "bold red", "warning": "yellow", "noise": "dim", "text": ""}
 
 
 def launch(
-    model_path: Path = typer.Argument(help="A model directory."),
-    devices: str = typer.Option(None, "--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones."),
-    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
-    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
-    port_base: int = typer.Option(None, "--port-base", help="First of three ports; the next free ones are taken."),
-    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
-    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
+    model_path: ModelPath,
+    devices: Devices = None,
+    device_mem: DeviceMem = 64,
+    max_seq_len: MaxSeqLen = None,
+    port_base: PortBase = None,
+    insecure_http: InsecureHttp = False,
+    set_: Set = None,
     template: Path = typer.Option(
         None, "--service-config", help="A conf/config.json to start from; it is not changed."
     ),
-    mindie_home: Path = typer.Option(None, "--mindie-home", help="MindIE's folder; default: the environment's."),
+    mindie_home: MindieHome = None,
     mindie: str = typer.Option(
         None, "--mindie", help="Generation: 1.0, 2.0 or 3.0.0.beta; default: the installed one's."
     ),
@@ -42,7 +54,7 @@ def launch(
     max_tokens: int = typer.Option(32, "--max-tokens", min=1, help="Tokens of its answer, at most."),
     detach: bool = typer.Option(False, "--detach", help="Leave it running; see `status` and `stop`."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print config, environment and command; start nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON; the log stays on stderr."),
+    as_json: AsJson = False,
 ) -> None:
     """Start MindIE's daemon for a model directory, ask it something, and keep it until Ctrl-C.
 
@@ -60,7 +72,7 @@ def launch(
         port_base=port_base,
         insecure_http=insecure_http,
         template=template,
-        overrides=tuple(set_),
+        overrides=tuple(set_ or ()),
         mindie_home=mindie_home,
     )
     environment = dict(os.environ)

@@ -6,16 +6,30 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import (
+    DEFAULT_GENERATION,
+    AsJson,
+    DeviceMem,
+    Devices,
+    Force,
+    Generation,
+    InsecureHttp,
+    MaxInputLen,
+    MaxSeqLen,
+    ModelPath,
+    Set,
+)
+
 
 def manifests(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     kind: str = typer.Option(..., "--kind", help="docker or k8s."),
     output: Path = typer.Option(..., "--output", "-o", help="Folder to make."),
     image: str = typer.Option(None, "--image", help="Image with MindIE and this package; the Dockerfile makes one."),
     replicas: int = typer.Option(
         1, "--replicas", help="Containers, each with as many cards as the model was built for."
     ),
-    devices: str = typer.Option(None, "--devices", help="docker: cards of this machine, as 0-7."),
+    devices: Devices = None,
     namespace: str = typer.Option("mindie", "--namespace", help="k8s: namespace."),
     claim: str = typer.Option(None, "--claim", help="k8s: PersistentVolumeClaim with the model; default: hostPath."),
     tls_secret: str = typer.Option(None, "--tls-secret", help="k8s: Secret with the certificates."),
@@ -25,14 +39,14 @@ def manifests(
     ),
     shm_gb: int = typer.Option(16, "--shm-gb", help="/dev/shm of a container, in GB."),
     startup_minutes: int = typer.Option(30, "--startup-minutes", help="How long loading may take."),
-    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
-    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
-    max_input_len: int = typer.Option(None, "--max-input-len", help="Tokens of a prompt."),
-    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
-    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE of conf/config.json; repeatable."),
-    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
-    force: bool = typer.Option(False, "--force", help="Replace a folder that this command made."),
-    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+    device_mem: DeviceMem = 64,
+    max_seq_len: MaxSeqLen = None,
+    max_input_len: MaxInputLen = None,
+    insecure_http: InsecureHttp = False,
+    set_: Set = None,
+    mindie: Generation = DEFAULT_GENERATION,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what runs a model directory in containers: a docker compose file, or Kubernetes manifests."""
     from telechat_mindie.commands.output import print_json
@@ -48,7 +62,7 @@ def manifests(
         max_input_len=max_input_len,
         insecure_http=insecure_http,
         generation=mindie,
-        overrides=tuple(set_),
+        overrides=tuple(set_ or ()),
     )
     options = ManifestOptions(
         kind=kind,

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import Force
+
 
 def nano(
     directory: Path = typer.Argument(help="Directory to make."),
-    force: bool = typer.Option(False, "--force", help="Replace a checkpoint that exists."),
+    force: Force = False,
 ) -> None:
     """Write out telechat2-nano, the tiny TeleChat2 checkpoint that ships with the package."""
     from telechat_mindie.nano import write_checkpoint

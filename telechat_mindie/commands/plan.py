@@ -6,19 +6,21 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import AsJson, Dtype, NoQkvConcat, Tp, Variant
+
 
 def plan(
     checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint; config.json and the index are enough."),
-    variant: str = typer.Option(None, "--variant", help="A released size instead: 3b, 7b, 35b, 115b or 39b-a12b."),
-    tp: int = typer.Option(1, "--tp", help="Tensor parallel size."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
-    no_qkv_concat: bool = typer.Option(False, "--no-qkv-concat", help="Keep q, k/v, gate and up apart."),
+    variant: Variant = None,
+    tp: Tp = 1,
+    dtype: Dtype = "auto",
+    no_qkv_concat: NoQkvConcat = False,
     max_seq_len: int = typer.Option(None, "--max-seq-len", min=1, help="Longest sequence in tokens."),
     block_size: int = typer.Option(128, "--block-size", min=1, help="Tokens of a KV cache block."),
     device_mem: float = typer.Option(None, "--device-mem", "--npu-mem", help="Memory of a card in GB: what fits?"),
     target: Path = typer.Option(Path(), "--target", help="Folder to build in: its free space and speed are measured."),
     no_probe: bool = typer.Option(False, "--no-probe", help="Do not write a file to measure the disk."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Say what a build would write, need and leave room for, without building."""
     import shutil

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import DEFAULT_GENERATION, Generation, MindieHome, ModelPath
+
 
 def serve(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     host: str = typer.Option(None, "--host", help="Address of all routes; default: 127.0.0.1, or the config's."),
     port: int = typer.Option(None, "--port", min=0, max=65535, help="Port of all routes; default: 1025, 0: any."),
     service_config: Path = typer.Option(
         None, "--service-config", help="MindIE's conf/config.json: names, ports, TLS and limits are as it says."
     ),
-    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of that file: 1.0, 2.0 or 3.0.0.beta."),
-    mindie_home: Path = typer.Option(
-        None, "--mindie-home", help="Where its TLS files are; default: the environment's, else beside conf/."
-    ),
+    mindie: Generation = DEFAULT_GENERATION,
+    mindie_home: MindieHome = None,
     kv_gb: float = typer.Option(None, "--kv-gb", help="GB of memory for the KV cache; default: npuMemSize, else 2."),
     model_name: str = typer.Option(None, "--model-name", help="Name that requests use; default: the directory's."),
     prefix_cache: bool = typer.Option(False, "--prefix-cache", help="Share equal beginnings of prompts."),

@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.options import (
+    DEFAULT_GENERATION,
+    AsJson,
+    DeviceMem,
+    Devices,
+    Force,
+    Generation,
+    InsecureHttp,
+    MaxInputLen,
+    MaxSeqLen,
+    MindieHome,
+    ModelPath,
+    PortBase,
+    Set,
+)
+
 if TYPE_CHECKING:
     from telechat_mindie.service.render import RenderedConfig
 
@@ -16,27 +32,27 @@ EXPLAIN_WIDTH = 76  # of the column of values; a longer one moves the rest of it
 
 
 def service_config(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     output: Path = typer.Option(None, "--output", "-o", help="File to write; default: print it."),
-    devices: str = typer.Option(None, "--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones."),
+    devices: Devices = None,
     instances: int = typer.Option(
         1, "--instances", help="Copies of the model, each on as many cards as it was built for."
     ),
-    device_mem: float = typer.Option(64, "--device-mem", help="Memory of one card, in GB."),
+    device_mem: DeviceMem = 64,
     reserve: float = typer.Option(None, "--reserve", help="GB of a card kept free; default: a fifth of it."),
     dynamic_kv: bool = typer.Option(False, "--dynamic-kv", help="npuMemSize -1: the KV cache takes what is left."),
-    max_seq_len: int = typer.Option(None, "--max-seq-len", help="Tokens of prompt and answer together."),
-    max_input_len: int = typer.Option(None, "--max-input-len", help="Tokens of a prompt."),
+    max_seq_len: MaxSeqLen = None,
+    max_input_len: MaxInputLen = None,
     request_tokens: int = typer.Option(1024, "--request-tokens", help="Tokens of a typical request, to size batches."),
-    port_base: int = typer.Option(None, "--port-base", help="First of three ports; the next free ones are taken."),
-    insecure_http: bool = typer.Option(False, "--insecure-http", help="Serve without HTTPS."),
-    set_: list[str] = typer.Option([], "--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
+    port_base: PortBase = None,
+    insecure_http: InsecureHttp = False,
+    set_: Set = None,
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
-    mindie: str = typer.Option("3.0.0.beta", "--mindie", help="Generation of MindIE: 1.0, 2.0 or 3.0.0.beta."),
-    mindie_home: Path = typer.Option(None, "--mindie-home", help="Where the certificates must be."),
-    force: bool = typer.Option(False, "--force", help="Replace an output file that is not the template."),
+    mindie: Generation = DEFAULT_GENERATION,
+    mindie_home: MindieHome = None,
+    force: Force = False,
     explain: bool = typer.Option(False, "--explain", help="Print every value with where it comes from."),
-    as_json: bool = typer.Option(False, "--json", help="Print the explanation, or the result, as JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Render MindIE's conf/config.json for a model directory."""
     from telechat_mindie.model_dir.layout import ModelDir
@@ -57,7 +73,7 @@ def service_config(
         insecure_http=insecure_http,
         generation=mindie,
         template=template,
-        overrides=tuple(set_),
+        overrides=tuple(set_ or ()),
         mindie_home=mindie_home,
     )
     rendered = render_service_config(model_facts(ModelDir.open(model_path)), options)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from telechat_mindie.commands.options import AsJson
+
 if TYPE_CHECKING:
     from telechat_mindie.service.launch.rundir import RunDirectory
 
 
 def status(
     name: str = typer.Argument(None, help="A run; default: all of them."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Say which launches run, and what became of the others.
 

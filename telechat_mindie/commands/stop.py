@@ -6,10 +6,12 @@ import os
 
 import typer
 
+from telechat_mindie.commands.options import AsJson
+
 
 def stop(
     name: str = typer.Argument(None, help="The run; may be left out where only one runs."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """End a launch with everything that belongs to it: daemon, workers, scheduler, shared memory."""
     from telechat_mindie.commands.output import print_json

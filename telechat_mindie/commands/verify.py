@@ -6,11 +6,13 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.options import AsJson, ModelPath
+
 
 def verify(
-    model_path: Path = typer.Argument(help="A model directory."),
+    model_path: ModelPath,
     against: Path = typer.Option(None, "--against", help="The checkpoint: derive every element again and compare."),
-    as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
+    as_json: AsJson = False,
 ) -> None:
     """Prove that a model directory is what was built: hashes, and with --against every weight.
 

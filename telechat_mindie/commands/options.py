@@ -1,0 +1,68 @@
+"""Options that several commands have, each declared once; what only one command has stands in its own signature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+VARIANT_NAMES = "3b, 7b, 35b, 115b or 39b-a12b"
+GENERATION_NAMES = "1.0, 2.0 or 3.0.0.beta"
+DEFAULT_GENERATION = "3.0.0.beta"
+
+ModelPath = Annotated[Path, typer.Argument(help="A model directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that this program made.")]
+
+# Conversions
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel size: the number of NPUs that share the model.")]
+NoQkvConcat = Annotated[bool, typer.Option("--no-qkv-concat", help="Keep q, k/v, gate and up apart.")]
+BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens of a KV cache block.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity in the weights.")]
+AllowOverflow = Annotated[bool, typer.Option("--allow-overflow", help="Accept values that float16 cannot hold.")]
+Variant = Annotated[str | None, typer.Option("--variant", help=f"A released size instead: {VARIANT_NAMES}.")]
+
+# Service configs
+Devices = Annotated[str | None, typer.Option("--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones.")]
+DeviceMem = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
+MaxSeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Tokens of prompt and answer together.")]
+MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="Tokens of a prompt.")]
+PortBase = Annotated[
+    int | None, typer.Option("--port-base", help="First of three ports; the next free ones are taken.")
+]
+InsecureHttp = Annotated[bool, typer.Option("--insecure-http", help="Serve without HTTPS.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
+]
+Generation = Annotated[str, typer.Option("--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}.")]
+MindieHome = Annotated[
+    Path | None,
+    typer.Option("--mindie-home", help="MindIE's folder, with its certificates; default: the shell's."),
+]
+
+# Sampling
+System = Annotated[str | None, typer.Option("--system", help="System text of the chat template.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer; default: the model's own.")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="Sample at this temperature; default: the model's own.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k most likely tokens; 0: all.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample among the most likely tokens of this total probability.")
+]
+RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="1: none.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling.")]
+
+# Clients of a service
+ServedModel = Annotated[
+    str | None, typer.Option("--model", help="The model's name; default: the first that the service names.")
+]
+CaCert = Annotated[Path | None, typer.Option("--ca-cert", help="Authority of the service's certificate (PEM).")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="Our own certificate (PEM), which MindIE asks for.")]
+Key = Annotated[Path | None, typer.Option("--key", help="Its private key (PEM).")]
