@@ -1,9 +1,9 @@
-"""What `check` and `doctor` find, and the report they make of it."""
+"""What rules find, and the report that `check` and `doctor` make of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 Severity = Literal["error", "warning", "ok"]
@@ -59,13 +59,8 @@ class Report:
     def of(cls, findings: Iterable[Finding], repairs: Iterable[str] = ()) -> Report:
         """A report of findings that quote whatever was found: file names and values become printable here."""
         shown = [
-            replace(
-                finding,
-                where=printable(finding.where),
-                message=printable(finding.message),
-                advice=printable(finding.advice),
-            )
-            for finding in findings
+            replace(item, where=printable(item.where), message=printable(item.message), advice=printable(item.advice))
+            for item in findings
         ]
         shown.sort(key=lambda finding: -EXIT_CODES[finding.severity])
         return cls(tuple(shown), tuple(map(printable, repairs)))
@@ -79,9 +74,10 @@ class Report:
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """For `--json`: of each finding its own five fields, whatever a subclass adds."""
+        names = [field.name for field in fields(Finding)]
         return {
             "exit_code": self.exit_code,
             "repairs": list(self.repairs),
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [{name: getattr(finding, name) for name in names} for finding in self.findings],
         }

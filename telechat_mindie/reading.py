@@ -3,34 +3,110 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import stat
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from telechat_mindie.errors import ConfigError, InputError
 
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 64
+BYTE_ORDER_MARK = "\ufeff"
+
+_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)  # what tells brackets from text: an escape is passed over as one
 
 
 def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any]:
-    """A JSON object from a file, as data only.
+    """A JSON object from a file.
 
     Raises:
-        ConfigError: absent, unreadable, over `limit` bytes, not UTF-8 JSON, not an object, a key twice, too deep.
+        ConfigError: as `read_text` and `parse_json`.
     """
-    text = read_text(path, limit)
+    return parse_json(read_text(path, limit), path)
+
+
+def parse_json(text: str, where: object, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """A JSON object from a text, as data only; a byte order mark is skipped.
+
+    Args:
+        text: the document.
+        where: the file or what else it came from, for messages.
+        max_depth: levels of objects and lists.
+
+    Raises:
+        ConfigError: not JSON (NaN and numbers beyond a double are none), no object, a key twice, too deep.
+    """
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    if (found := text_depth(text, max_depth)) > max_depth:  # before Python's parser, which recurses
+        raise ConfigError("is nested too deeply", where=where, expected=f"at most {max_depth} levels", found=found)
     try:
-        data = json.loads(text, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ConfigError("is nested too deeply", where=path) from None
+        data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"is not valid JSON: {error.msg}",
+            where=f"{where}:{error.lineno}:{error.colno}",
+            advice="JSON has no comments, no single quotes and no comma after the last item.",
+        ) from None
     except ValueError as error:
-        raise ConfigError(f"is not valid JSON: {error}", where=path) from None
+        raise ConfigError(f"is not valid JSON: {error}", where=where) from None
     if not isinstance(data, dict):
-        raise ConfigError("holds no JSON object", where=path, found=type(data).__name__)
+        raise ConfigError("holds no JSON object", where=where, expected="{...}", found=type(data).__name__)
     return data
+
+
+def text_depth(text: str, enough: int = 0) -> int:
+    """The deepest nesting of brackets outside of the strings of a JSON text; not counted where at most `enough`."""
+    depth = text.count("[") + text.count("{")
+    if depth <= enough:
+        return depth
+    depth = deepest = 0
+    in_string = False
+    for match in _MARKS.finditer(text):
+        mark = match[0]
+        if mark == '"':
+            in_string = not in_string
+        elif in_string:
+            continue
+        elif mark in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif mark in "]}":
+            depth -= 1
+    return deepest
+
+
+def depth(value: object) -> int:
+    """How many levels of objects and lists a JSON value has: 0 for a number, 1 for `[]`."""
+    count, level = 0, [value] if isinstance(value, (dict, list)) else []
+    while level:
+        count += 1
+        level = [
+            item
+            for parent in level
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(item, (dict, list))
+        ]
+    return count
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of `json.loads`, for `object_pairs_hook`. Raises ValueError where a key stands twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return result
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
 
 
 def read_yaml(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
@@ -39,9 +115,11 @@ def read_yaml(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
     Raises:
         ConfigError: absent, unreadable, over `limit` bytes, not YAML, not a mapping, with aliases or duplicate keys.
     """
+    import yaml
+
     text = read_text(path, limit)
     try:
-        data = yaml.load(text, Loader=_PlainLoader)
+        data = yaml.load(text, Loader=_plain_loader())
     except RecursionError:
         raise ConfigError("is nested too deeply", where=path) from None
     except (yaml.YAMLError, ValueError) as error:
@@ -51,49 +129,54 @@ def read_yaml(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
     return data
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without aliases and with unique keys."""
+@cache
+def _plain_loader() -> type[Any]:
+    """SafeLoader without aliases and with unique keys. Made when asked for: who reads JSON alone needs no yaml."""
+    import yaml
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not allowed")
+            return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.YAMLError(f"key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for position, key in enumerate(keys):
+                if key in keys[:position]:
+                    raise yaml.YAMLError(f"key {key!r} stands twice")
+            return super().construct_mapping(node, deep)
 
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} stands twice")
-    return result
+    return PlainLoader
 
 
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """A UTF-8 file's text. Raises ConfigError where it is absent, no regular file, over `limit` bytes, or not UTF-8."""
+def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
+    """A UTF-8 file's text, line ends and byte order mark as they are.
+
+    Raises:
+        ConfigError: absent, no regular file, over `limit` bytes, or not UTF-8.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not path.is_file():
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError("is not a regular file", where=path)
             raw = file.read(limit + 1)
     except FileNotFoundError:
         raise ConfigError("file is missing", where=path) from None
+    except IsADirectoryError:
+        raise ConfigError("is not a regular file", where=path, found="a directory") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
     if len(raw) > limit:
         raise ConfigError("is too large", where=path, expected=f"at most {limit} bytes")
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8: {error.reason} at byte {error.start}", where=path) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would block
 
 
 def existing_directory(path: Path, what: str) -> Path:

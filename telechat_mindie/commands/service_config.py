@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from telechat_mindie.service.render import RenderedConfig
 
 
+VIOLATION = ("path", "rule", "expected", "found", "repair", "severity")  # of one that MindIE only warns about
 EXPLAIN_WIDTH = 76  # of the column of values; a longer one moves the rest of its line
 
 
@@ -146,7 +147,7 @@ def _print_result(rendered: RenderedConfig, output: Path | None) -> None:
         {
             "output": None if output is None else str(output),
             "config": rendered.config,
-            "warnings": [asdict(violation) for violation in rendered.warnings],
+            "warnings": [{name: getattr(violation, name) for name in VIOLATION} for violation in rendered.warnings],
             "certificates": [asdict(certificate) for certificate in rendered.certificates],
         }
     )

@@ -12,13 +12,14 @@ from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.model_dir.layout import MANIFEST
 from telechat_mindie.model_dir.modes import file_status
 from telechat_mindie.model_dir.parts import REBUILD, Parts
+from telechat_mindie.reading import depth
+from telechat_mindie.units import UINT32_MAX
 
 REQUIRED = ("config.json", "tokenizer.model", "tokenizer_config.json")
 
 EDITABLE = (".json", ".yaml", ".yml")
 """What a person may change after a build, within what the other rules allow."""
 
-UINT32_MAX = 2**32 - 1
 MAX_JSON_DEPTH = 10  # MindIE-LLM v3.0.0.beta.2 src/utils/safe_io.cpp:23
 DEFAULT_TOP_K_LIMIT = 1000  # maxTopK without generation_config.json: src/config_manager/model_deploy_config.cpp
 
@@ -100,8 +101,8 @@ def _config_json(parts: Parts) -> Iterator[Finding]:
     sizes = (data.get("vocab_size"), data.get("padded_vocab_size"))
     if not any(type(size) is int and 0 < size <= UINT32_MAX for size in sizes):
         yield error("config-field", where, "has no vocab_size that MindIE can read", REBUILD)
-    if (depth := _depth(data)) > MAX_JSON_DEPTH:
-        yield error("config-depth", where, f"is nested {depth} deep; MindIE reads {MAX_JSON_DEPTH}", REBUILD)
+    if (levels := depth(data)) > MAX_JSON_DEPTH:
+        yield error("config-depth", where, f"is nested {levels} deep; MindIE reads {MAX_JSON_DEPTH}", REBUILD)
 
 
 def _generation_json(parts: Parts) -> Iterator[Finding]:
@@ -128,11 +129,3 @@ def _generation_json(parts: Parts) -> Iterator[Finding]:
             f"top_k caps every request at {limit}, below the {default} that the yaml gives a request by default",
             f'Set "top_k" to {DEFAULT_TOP_K_LIMIT} there; it is a limit, the default is in the yaml.',
         )
-
-
-def _depth(value: Any) -> int:
-    if isinstance(value, dict):
-        return 1 + max(map(_depth, value.values()), default=0)
-    if isinstance(value, list):
-        return 1 + max(map(_depth, value), default=0)
-    return 0

@@ -17,8 +17,8 @@ from telechat_mindie.server.limits import (
     MAX_STOP_TOTAL,
     MAX_TIMEOUT,
 )
+from telechat_mindie.units import INT32_MAX
 
-INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 FLOAT32_MAX = 3.4028234663852886e38
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.service import DEFAULT_GENERATION
 
 GB = 2**30  # MindIE's unit of npuMemSize: mindie_llm/text_generator/utils/kvcache_settings.py
 MAX_DEVICES = 1024
@@ -57,7 +58,7 @@ class ServiceOptions:
     request_tokens: int = 1024
     port_base: int | None = None
     insecure_http: bool = False
-    generation: str = "3.0.0.beta"
+    generation: str = DEFAULT_GENERATION
     template: Path | None = None
     overrides: tuple[str, ...] = ()
     mindie_home: Path | None = None

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer
-from telechat_mindie.server.fields import INT32_MAX, RequestBody, RequestId, Share, Tokens, validate
+from telechat_mindie.server.fields import RequestBody, RequestId, Share, Tokens, validate
 from telechat_mindie.server.formats.mindie import NativeParameters, TokenId, text_of
 from telechat_mindie.server.generation import Ended
 from telechat_mindie.server.http.body import parse
@@ -23,6 +23,7 @@ from telechat_mindie.server.models import check_model
 from telechat_mindie.server.render import Renderer, milliseconds, request_id
 from telechat_mindie.server.respond import Answering
 from telechat_mindie.server.service import Job, Service
+from telechat_mindie.units import INT32_MAX
 
 
 class TritonParameters(NativeParameters):

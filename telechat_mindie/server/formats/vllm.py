@@ -10,7 +10,6 @@ from pydantic import Field
 from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer
 from telechat_mindie.server.fields import (
-    INT32_MAX,
     Penalty,
     Positive,
     RequestBody,
@@ -27,6 +26,7 @@ from telechat_mindie.server.formats.mindie import text_of
 from telechat_mindie.server.http.errors import dump, invalid
 from telechat_mindie.server.render import Renderer
 from telechat_mindie.server.service import Job, Service
+from telechat_mindie.units import INT32_MAX
 
 TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}})]
 

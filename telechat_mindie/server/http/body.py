@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from telechat_mindie.reading import depth
 from telechat_mindie.server.http.errors import ApiError, invalid
 from telechat_mindie.server.limits import MAX_JSON_DEPTH, Limits
 
@@ -67,7 +68,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise invalid("The body is not valid JSON in UTF-8.") from None
     if not isinstance(data, dict):
         raise invalid("The body is not a JSON object.")
-    if _is_deeper(data, MAX_JSON_DEPTH):
+    if depth(data) > MAX_JSON_DEPTH:
         raise invalid(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
     if "\\u" in text:
         try:
@@ -86,17 +87,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(text)
     return value
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            item
-            for parent in level
-            for item in (parent.values() if isinstance(parent, dict) else parent)  # type: ignore[attr-defined]
-            if isinstance(item, (dict, list))
-        ]
-        if not level:
-            return False
-    return True

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from telechat_mindie.service import DEFAULT_GENERATION
+
 
 @dataclass(frozen=True)
 class CheckOptions:
@@ -25,7 +27,7 @@ class CheckOptions:
     """
 
     service_config: Path | None = None
-    generation: str = "3.0.0.beta"
+    generation: str = DEFAULT_GENERATION
     device_mem_gb: float = 64
     full: bool = False
     fix: bool = False

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.derive import KEPT_BLOCKS
 from telechat_mindie.service.options import GB, ModelFacts
 from telechat_mindie.service.port_holder import port_holder
-from telechat_mindie.service.schema.base import INT32_MAX
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER, model_location
 from telechat_mindie.service.schema.violations import Location, json_path
+from telechat_mindie.units import INT32_MAX
 
 PORTS = ("port", "managementPort", "metricsPort")
 
@@ -56,13 +57,7 @@ def check_config(
     for violation in violations:
         if violation.rule == "ms-npu-mem" and violation.severity == "warning":
             continue  # -1 is right for the runner of this package, which is what serves the directory
-        yield Finding(
-            violation.rule,
-            violation.severity,
-            f"{where}: {violation.path}",
-            f"expected {violation.expected}, found {violation.found}",
-            violation.repair,
-        )
+        yield replace(violation, where=f"{where}: {violation.where}")
     if facts is not None:
         yield from _model(config, where, facts)
         yield from _memory(config, where, facts, options.device_mem_gb)

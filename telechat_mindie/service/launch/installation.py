@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.doctor.software import MS_WRAPPER
 from telechat_mindie.service.doctor.support import MindieRelease, release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
@@ -28,7 +29,6 @@ HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
 USUAL_HOMES = ("/usr/local/Ascend/mindie/latest/mindie-service", "/usr/local/Ascend/mindie/latest/mindie-llm")
 """Where MindIE's installer and its public images put it."""
 
-DEFAULT_GENERATION = "3.0.0.beta"  # of a MindIE that does not tell its version
 PROBE_SECONDS = 60
 
 _PROBE = """

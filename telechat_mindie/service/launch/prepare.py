@@ -10,7 +10,7 @@ from typing import Any
 
 from telechat_mindie.findings import Finding
 from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.service import ports, schema
+from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
 from telechat_mindie.service.check import CheckOptions, check, check_config
 from telechat_mindie.service.check.environment import RANK_PORTS
 from telechat_mindie.service.check.service_file import PORTS
@@ -18,7 +18,6 @@ from telechat_mindie.service.facts import model_facts
 from telechat_mindie.service.launch.environment import daemon_environment
 from telechat_mindie.service.launch.installation import (
     DAEMON,
-    DEFAULT_GENERATION,
     Installation,
     NotInstalledError,
     find_installation,

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.schema import rules_backend, rules_model, rules_plugin, rules_server
 from telechat_mindie.service.schema.files import default_config, json_schema, load, parse, read_text
 from telechat_mindie.service.schema.service import GENERATIONS, model_of
@@ -25,6 +26,7 @@ from telechat_mindie.service.schema.structure import check_structure
 from telechat_mindie.service.schema.violations import Violation, json_path
 
 __all__ = [
+    "DEFAULT_GENERATION",
     "GENERATIONS",
     "Violation",
     "default_config",

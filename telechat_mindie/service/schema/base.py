@@ -18,8 +18,9 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
 
-UINT32_MAX = 2**32 - 1
-INT32_MAX = 2**31 - 1
+from telechat_mindie.service.ports import HIGHEST, LOWEST
+from telechat_mindie.units import UINT32_MAX
+
 MAX_INPUT_TOKENS = 4 * 1024 * 1024  # schedule_config.cpp:22, model_deploy_config.cpp:31
 
 
@@ -72,7 +73,7 @@ def _check_model_path(value: str) -> str:
 
 Address = Annotated[StrictStr, AfterValidator(_check_address)]
 ModelPath = Annotated[StrictStr, AfterValidator(_check_model_path)]
-Port = Annotated[StrictInt, Field(ge=1024, le=65535)]
+Port = Annotated[StrictInt, Field(ge=LOWEST, le=HIGHEST)]
 UInt32 = Annotated[StrictInt, Field(ge=0, le=UINT32_MAX)]
 Policy = Annotated[StrictInt, Field(ge=0, le=3)]  # 0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ: param_checker.cpp:356-364
 

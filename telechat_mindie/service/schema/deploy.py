@@ -10,15 +10,8 @@ from typing import Annotated
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from telechat_mindie.service.schema import model
-from telechat_mindie.service.schema.base import (
-    FORGIVEN,
-    MAX_INPUT_TOKENS,
-    UINT32_MAX,
-    MindieObject,
-    ModelName,
-    ModelPath,
-    UInt32,
-)
+from telechat_mindie.service.schema.base import FORGIVEN, MAX_INPUT_TOKENS, MindieObject, ModelName, ModelPath, UInt32
+from telechat_mindie.units import UINT32_MAX
 
 
 class LoraModule(MindieObject):

@@ -10,21 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
 
-from telechat_mindie.service.schema.base import (
-    FORGIVEN,
-    INT32_MAX,
-    MindieObject,
-    ModelName,
-    ModelPath,
-    UInt32,
-)
+from telechat_mindie.service.schema.base import FORGIVEN, MindieObject, ModelName, ModelPath, UInt32
+from telechat_mindie.units import INT32_MAX
 
 MAX_WORLD_SIZE = 1048576  # mindie_llm/text_generator/adapter/generator_backend.py:25, 65
+
+_TRUST = "lets the worker import code from the model directory"
 
 
 def _check_npu_memory(value: int) -> int:
     if value != -1 and not 0 < value <= INT32_MAX:
-        raise PydanticCustomError("range", "-1, or 1 to 2147483647 GB")
+        raise PydanticCustomError("range", f"-1, or 1 to {INT32_MAX} GB")
     return value
 
 
@@ -100,12 +96,10 @@ class _Model(_WorkerKeys):
 class ModelConfig(_Model):
     """One ModelConfig entry of 2.x and 3.0.0.beta."""
 
-    trustRemoteCode: StrictBool = Field(description="lets the worker import code from the model directory")  # :43
+    trustRemoteCode: StrictBool = Field(description=_TRUST)  # :43
 
 
 class ModelConfig10(_Model):
     """One ModelConfig entry of 1.0, whose files have no trustRemoteCode yet (sources: server.ServerConfig10)."""
 
-    trustRemoteCode: StrictBool = Field(
-        default=False, description="lets the worker import code from the model directory"
-    )
+    trustRemoteCode: StrictBool = Field(default=False, description=_TRUST)

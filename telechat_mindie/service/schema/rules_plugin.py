@@ -6,25 +6,16 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from telechat_mindie.service.schema.settings import SCHEDULE, SERVER, Rule, Settings, model_location
-from telechat_mindie.service.schema.violations import Location, Violation, error, show, warning
+from telechat_mindie.backend.plugins import MAX_LENGTH, PARAMETERS, read_plugin_params
+from telechat_mindie.errors import InputError
+from telechat_mindie.service.schema.settings import DEPLOY, SCHEDULE, SERVER, Rule, Settings, model_location
+from telechat_mindie.service.schema.violations import NOTHING, Location, Violation, Words, error, warning
 
-WORKER_CHARACTERS = 1024  # plugins/plugin_utils.py:60, 110
+NPU_USAGE: Location = (*SERVER, "HealthCheckConfig", "npuUsageThreshold")
 SCHEDULER_CHARACTERS = 256  # src/include/utils/check_utils.h:20: beyond, the scheduler takes every plugin as off
-
-RANGES: dict[str, dict[str, tuple[int, int]]] = {
-    "la": {"level": (3, 16), "window": (1, 16), "guess_set_size": (1, 16)},  # plugins/la/decoding_policy.py:307-349
-    "memory_decoding": {"decoding_length": (1, 16)},  # plugins/memory_decoding/memory_decoding_plugin.py:34-40
-    "mtp": {"num_speculative_tokens": (0, 5)},  # plugins/plugin_utils.py:50-55
-    "splitfuse": {},
-    "prefix_cache": {},
-}
-"""Each plugin with the parameters it must have (plugins/plugin_utils.py:68-89) and their ranges."""
 
 CLAMPED = {"la": (False, True), "memory_decoding": (True, True), "mtp": (False, False)}
 """Whether a value below, or above, the range is replaced by the nearest allowed one; else the worker dies."""
@@ -32,9 +23,15 @@ CLAMPED = {"la": (False, True), "memory_decoding": (True, True), "mtp": (False, 
 EXCLUSIVE = ("la", "memory_decoding", "mtp", "splitfuse")
 """At most one of these at a time (feature/speculative_decoding.md:30, 35; feature/splitFuse.md:31)."""
 
+SLOTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "la": lambda p: (p["level"] - 1) * (p["window"] + p["guess_set_size"]),
+    "memory_decoding": lambda p: p["decoding_length"],
+}
+"""Guessed tokens need KV slots: speculationGamma of them (plugins/plugin_utils.py:46-75). MindIE sets it by itself for
+mtp (model_deploy_config.cpp:127-157)."""
 
-@dataclass(frozen=True)
-class Plugins:
+
+class Plugins(NamedTuple):
     """The plugin_params of one ModelConfig entry, parsed."""
 
     location: Location
@@ -42,187 +39,107 @@ class Plugins:
     parameters: Mapping[str, Any]
 
 
-def parse(location: Location, value: Any) -> Plugins | Violation | None:
-    """The plugins in a plugin_params value, what is wrong with it as a whole, or None where it is empty."""
-
-    def broken(expected: str, repair: str) -> Violation:
-        return error(location, "plugin-params", expected=expected, found=show(value), repair=repair)
-
-    text = value if isinstance(value, str) else json.dumps(value)  # model_deploy_config.cpp:209-213
-    if not text:
-        return None
-    if len(text) > WORKER_CHARACTERS:
-        return broken(f"at most {WORKER_CHARACTERS} characters", "Shorten it.")
-    try:
-        parameters = json.loads(text)
-    except ValueError:
-        return broken("JSON", 'Write an object: {"plugin_type": "prefix_cache"}.')
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("plugin_type"), str):
-        return broken('an object with a string "plugin_type"', "Name the plugins there, or remove plugin_params.")
-    names = tuple(name for name in re.split(r",\s*", parameters["plugin_type"]) if name)  # plugin_utils.py:120-121
-    return Plugins(location, names, parameters)
-
-
 def plugins(settings: Settings) -> Iterator[Violation]:
     """Every rule of plugin_params, entry by entry."""
     for index, entry in enumerate(settings.models):
         if entry.get("pluginParams"):
-            yield warning(
-                model_location(index, "pluginParams"),
-                "plugin-params-name",
-                expected="the key plugin_params",
-                found=show(entry["pluginParams"]),
-                repair="Rename it to plugin_params: nothing reads pluginParams.",
-            )
-        parsed = parse(model_location(index, "plugin_params"), entry.get("plugin_params", ""))
-        if isinstance(parsed, Violation):
-            yield parsed
-        if not isinstance(parsed, Plugins):
-            names: tuple[str, ...] = ()
-        else:
-            names = parsed.names
-            yield from _each(parsed)
-            yield from _speculation(settings, parsed)
-            yield from _together(settings, parsed, entry.get("backendType"))
-            raw = entry["plugin_params"]
-            size = len(raw if isinstance(raw, str) else json.dumps(raw, separators=(",", ":")))
-            if size > SCHEDULER_CHARACTERS and {"splitfuse", "prefix_cache"} & set(names):
-                yield warning(
-                    parsed.location,
-                    "plugin-length",
-                    expected=f"at most {SCHEDULER_CHARACTERS} characters",
-                    found=f"{size} characters",
-                    repair="Shorten it: the scheduler passes over a longer one and leaves the plugins off.",
-                )
-        yield from _switches(settings, names)
+            here, repair = model_location(index, "pluginParams"), "Rename it to plugin_params: nothing reads this name."
+            yield warning(here, "plugin-params-name", "the key plugin_params", entry["pluginParams"], repair)
+        found = yield from _read(model_location(index, "plugin_params"), entry.get("plugin_params", ""))
+        yield from _each(found)
+        yield from _speculation(settings, found)
+        yield from _together(settings, found)
+        if entry.get("backendType") == "ms" and "mtp" in found.names:
+            # mindie_llm/text_generator/plugins has an mtp plugin for ATB only.
+            repair = "Take mtp out: TeleChat2 has no layers for it."
+            yield warning(found.location, "ms-mtp", "la or memory_decoding with backendType ms", "mtp", repair)
+        yield from _switches(settings, found.names)
+
+
+def _read(location: Location, value: Any) -> Generator[Violation, None, Plugins]:
+    """The plugins in a plugin_params value: none where it is empty, or where it is wrong as a whole."""
+    text = value if isinstance(value, str) else json.dumps(value)  # model_deploy_config.cpp:209-213
+    names: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = {"plugin_type": ""}
+    try:
+        if text:
+            names, parameters = read_plugin_params(text)
+        broken = parameters.get("plugin_type") is None
+    except InputError:
+        broken = True
+    if broken:
+        expected = f'at most {MAX_LENGTH} characters of JSON: an object with a string "plugin_type"'
+        repair = 'Write one, such as {"plugin_type": "prefix_cache"}, or remove plugin_params.'
+        yield error(location, "plugin-params", expected, value, repair)
+    size = len(value if isinstance(value, str) else json.dumps(value, separators=(",", ":")))
+    if size > SCHEDULER_CHARACTERS and {"splitfuse", "prefix_cache"} & set(names):
+        expected = f"at most {SCHEDULER_CHARACTERS} characters"
+        repair = "Shorten it: the scheduler passes over a longer one and leaves the plugins off."
+        yield warning(location, "plugin-length", expected, Words(f"{size} characters"), repair)
+    return Plugins(location, names, parameters)
 
 
 def _each(found: Plugins) -> Iterator[Violation]:
+    """Every name is one that MindIE knows, and has its parameters."""
     for name in found.names:
-        if name not in RANGES:
-            yield error(
-                found.location,
-                "plugin-type",
-                expected=f"one of {', '.join(RANGES)}",
-                found=show(name),
-                repair="Correct the name, or take it out.",
-            )
-        for parameter, (low, high) in RANGES.get(name, {}).items():
-            value = found.parameters.get(parameter)
+        if name not in PARAMETERS:
+            repair = "Correct the name, or take it out."
+            yield error(found.location, "plugin-type", f"one of {', '.join(PARAMETERS)}", name, repair)
+        for parameter, (low, high) in PARAMETERS.get(name, {}).items():
+            value = found.parameters.get(parameter, NOTHING)
             if type(value) is not int or not low <= value <= high:
-                clamped = type(value) is int and CLAMPED[name][value > high]
-                report = warning if clamped else error
-                yield report(
-                    found.location,
-                    "plugin-parameter",
-                    expected=f"{parameter} from {low} to {high} for {name}",
-                    found=show(value) if parameter in found.parameters else "nothing",
-                    repair=f"Set {parameter} within plugin_params.",
-                )
+                report = warning if type(value) is int and CLAMPED[name][value > high] else error
+                expected, repair = f"{parameter} from {low} to {high} for {name}", f"Set {parameter} in plugin_params."
+                yield report(found.location, "plugin-parameter", expected, value, repair)
 
 
 def _speculation(settings: Settings, found: Plugins) -> Iterator[Violation]:
-    """Guessed tokens need KV slots: speculationGamma of them (plugins/plugin_utils.py:46-75). MindIE sets it by itself
-    for mtp (model_deploy_config.cpp:127-157)."""
-    needs: dict[str, Callable[[Mapping[str, Any]], int]] = {
-        "la": lambda p: (p["level"] - 1) * (p["window"] + p["guess_set_size"]),
-        "memory_decoding": lambda p: p["decoding_length"],
-    }
     gamma = settings.deploy.get("speculationGamma", 0)
-    for name, need in needs.items():
-        numbers = [found.parameters.get(parameter) for parameter in RANGES[name]]
-        if name not in found.names or not all(type(number) is int for number in numbers):
-            continue
-        if (least := need(found.parameters)) > gamma:
-            yield error(
-                ("BackendConfig", "ModelDeployConfig", "speculationGamma"),
-                "speculation-gamma",
-                expected=f"at least {least} for {name}",
-                found=show(gamma),
-                repair=f"Set it to {least}.",
-            )
+    for name in [name for name in SLOTS if name in found.names]:
+        sound = all(type(found.parameters.get(parameter)) is int for parameter in PARAMETERS[name])
+        if sound and (least := SLOTS[name](found.parameters)) > gamma:
+            here = (*DEPLOY, "speculationGamma")
+            yield error(here, "speculation-gamma", f"at least {least} for {name}", gamma, f"Set it to {least}.")
+        # feature/speculative_decoding.md:34
+        here, repair = NPU_USAGE, "Set it to 0: the health check is not supported together with guessed tokens."
+        if threshold := settings.get(here):
+            yield warning(here, "speculation-health", f"0 with {name}", threshold, repair)
 
 
-def _together(settings: Settings, found: Plugins, backend: str | None) -> Iterator[Violation]:
+def _together(settings: Settings, found: Plugins) -> Iterator[Violation]:
     exclusive = [name for name in EXCLUSIVE if name in found.names]
     if len(exclusive) > 1:
-        yield error(
-            found.location,
-            "plugin-conflict",
-            expected=f"one of {', '.join(EXCLUSIVE)}",
-            found=", ".join(exclusive),
-            repair="Choose one of them; prefix_cache goes with each.",
-        )
-    if "splitfuse" in found.names:
-        # src/llm_manager_v2/impl/llm_manager_impl.cpp:547-555
-        if settings.schedule.get("templateType") == "Standard":
-            yield error(
-                (*SCHEDULE, "templateType"),
-                "splitfuse-template",
-                expected="Mix, since plugin_params names splitfuse",
-                found='"Standard"',
-                repair="Set templateType to Mix, or take splitfuse out of plugin_params.",
-            )
-        if settings.schedule.get("splitChunkTokens") == 0:
-            yield error(
-                (*SCHEDULE, "splitChunkTokens"),
-                "splitfuse-chunk",
-                expected="1 or more with splitfuse",
-                found="0",
-                repair="Set the tokens of a chunk, or remove the key for 512.",
-            )
-    speculative = [name for name in found.names if name in ("la", "memory_decoding")]
-    if speculative and (settings.server.get("HealthCheckConfig") or {}).get("npuUsageThreshold"):
-        # feature/speculative_decoding.md:34
-        yield warning(
-            (*SERVER, "HealthCheckConfig", "npuUsageThreshold"),
-            "speculation-health",
-            expected=f"0 with {speculative[0]}",
-            found=show(settings.server["HealthCheckConfig"]["npuUsageThreshold"]),
-            repair="Set it to 0: the health check is not supported together with guessed tokens.",
-        )
-    if backend == "ms" and "mtp" in found.names:
-        # mindie_llm/text_generator/plugins has an mtp plugin for ATB only.
-        yield warning(
-            found.location,
-            "ms-mtp",
-            expected="la or memory_decoding with backendType ms",
-            found="mtp",
-            repair="Take mtp out: TeleChat2 has no layers for it.",
-        )
+        expected, repair = f"one of {', '.join(EXCLUSIVE)}", "Choose one of them; prefix_cache goes with each."
+        yield error(found.location, "plugin-conflict", expected, Words(", ".join(exclusive)), repair)
+    # src/llm_manager_v2/impl/llm_manager_impl.cpp:547-555
+    template, chunk = (*SCHEDULE, "templateType"), (*SCHEDULE, "splitChunkTokens")
+    if "splitfuse" in found.names and settings.get(template) == "Standard":
+        repair = "Set templateType to Mix, or take splitfuse out of plugin_params."
+        yield error(template, "splitfuse-template", "Mix, since plugin_params names splitfuse", "Standard", repair)
+    if "splitfuse" in found.names and settings.get(chunk) == 0:
+        repair = "Set the tokens of a chunk, or remove the key for 512."
+        yield error(chunk, "splitfuse-chunk", "1 or more with splitfuse", 0, repair)
 
 
-def _switches(settings: Settings, names: tuple[str, ...]) -> Iterator[Violation]:
+def _switches(settings: Settings, names: Collection[str]) -> Iterator[Violation]:
     """The switches in ScheduleConfig that went with a plugin (schedule_config.cpp:142-146, 184-191: ignored now;
     feature/prefix_cache.md:43: needed in older releases)."""
-    template = settings.schedule.get("templateType")
-    if template == "Mix" and "splitfuse" not in names:
+    if settings.schedule.get("templateType") == "Mix" and "splitfuse" not in names:
         # feature/splitFuse.md:42 demands it; the C++ starts without, and then mixes no batches.
-        yield warning(
-            (*SCHEDULE, "templateType"),
-            "mix-without-splitfuse",
-            expected="Standard, or splitfuse in plugin_params",
-            found='"Mix"',
-            repair='Set templateType to Standard, or plugin_params to {"plugin_type": "splitfuse"}.',
-        )
+        here, expected = (*SCHEDULE, "templateType"), "Standard, or splitfuse in plugin_params"
+        repair = 'Set templateType to Standard, or plugin_params to {"plugin_type": "splitfuse"}.'
+        yield warning(here, "mix-without-splitfuse", expected, "Mix", repair)
     for switch, plugin in (("enablePrefixCache", "prefix_cache"), ("enableSplit", "splitfuse")):
+        here, given = (*SCHEDULE, switch), settings.given(*SCHEDULE, switch)
+        value = settings.get(here)
         if settings.generation == "3.0.0.beta":
-            if settings.given(*SCHEDULE, switch):
-                yield warning(
-                    (*SCHEDULE, switch),
-                    "ignored-switch",
-                    expected=f"{plugin} in plugin_params",
-                    found=show(settings.schedule.get(switch)),
-                    repair=f"Remove it: {plugin} is turned on in plugin_params alone.",
-                )
-        elif plugin in names and settings.schedule.get(switch) is False:
-            yield warning(
-                (*SCHEDULE, switch),
-                "plugin-switch",
-                expected=f"true, since plugin_params names {plugin}",
-                found="false" if settings.given(*SCHEDULE, switch) else "nothing",
-                repair=f"Add {switch}: true, which releases before 3.0 need as well.",
-            )
+            if given:
+                repair = f"Remove it: {plugin} is turned on in plugin_params alone."
+                yield warning(here, "ignored-switch", f"{plugin} in plugin_params", value, repair)
+        elif plugin in names and value is False:
+            expected = f"true, since plugin_params names {plugin}"
+            repair = f"Add {switch}: true, which releases before 3.0 need as well."
+            yield warning(here, "plugin-switch", expected, value if given else NOTHING, repair)
 
 
 RULES: tuple[Rule, ...] = (plugins,)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from telechat_mindie.service.ports import HIGHEST, LOWEST
 from telechat_mindie.service.schema.base import is_address
 from telechat_mindie.service.schema.settings import BACKEND, SERVER, Rule, Settings
-from telechat_mindie.service.schema.violations import Violation, error, show, warning
+from telechat_mindie.service.schema.violations import NOTHING, Violation, Words, error, warning
 
 MAX_TLS_FILES = 3  # server_config.cpp:442, backend_config.cpp:22
+
+LAYERWISE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "layerwiseDisaggregatedRoleType": ("master or slave", lambda role: role in ("master", "slave")),
+    "layerwiseDisaggregatedMasterIpAddress": ("IPv4 or IPv6 addresses in digits", is_address),
+    "layerwiseDisaggregatedSlaveIpAddress": ("IPv4 or IPv6 addresses in digits", is_address),
+    "layerwiseDisaggregatedDataPort": (f"ports from {LOWEST} to {HIGHEST}", lambda port: LOWEST <= port <= HIGHEST),
+    "layerwiseDisaggregatedCrtlPort": (f"ports from {LOWEST} to {HIGHEST}", lambda port: LOWEST <= port <= HIGHEST),
+}
+"""What layerwise disaggregation wants of each field, or of each item of its list (server_config.cpp:537-564)."""
 
 
 def all_zero_address(settings: Settings) -> Iterator[Violation]:
@@ -19,59 +29,35 @@ def all_zero_address(settings: Settings) -> Iterator[Violation]:
     # 1.0.RC3 has no such switch, and what it does with 0.0.0.0 is not documented.
     known = settings.generation != "1.0" or settings.given(*SERVER, "allowAllZeroIpListening")
     report = error if known else warning
-    for name in ("ipAddress", "managementIpAddress"):
-        address = settings.server.get(name)
-        if settings.given(*SERVER, name) and address is not None and address.strip("[]") in ("0.0.0.0", "::"):
-            yield report(
-                (*SERVER, name),
-                "all-zero-ip",
-                expected="the address of one interface, or allowAllZeroIpListening true",
-                found=show(address),
-                repair="Name the interface to serve on, or set allowAllZeroIpListening to true behind a firewall.",
-            )
+    expected = "the address of one interface, or allowAllZeroIpListening true"
+    repair = "Name the interface to serve on, or set allowAllZeroIpListening to true behind a firewall."
+    for name, address in _written(settings).items():
+        if name in ("ipAddress", "managementIpAddress") and address.strip("[]") in ("0.0.0.0", "::"):
+            yield report((*SERVER, name), "all-zero-ip", expected, address, repair)
 
 
 def planes(settings: Settings) -> Iterator[Violation]:
     """Business and metrics plane cannot share a port of one address without management (http_server.cpp:389-423 in
     src/server/endpoint/http_wrapper: the one combination that falls through every branch)."""
     address, port, management, management_port, metrics_port = _planes(_written(settings))
-    if (
-        None not in (address, port, management, management_port)
-        and address == management
-        and metrics_port == port != management_port
-    ):
-        yield error(
-            (*SERVER, "metricsPort"),
-            "planes",
-            expected=f"a port other than {port}, or managementPort {port} as well",
-            found=show(metrics_port),
-            repair="Give the metrics a port of their own, or merge all three planes on one port.",
-        )
+    known = None not in (address, port, management, management_port)
+    if known and address == management and metrics_port == port != management_port:
+        expected = f"a port other than {port}, or managementPort {port} as well"
+        repair = "Give the metrics a port of their own, or merge all three planes on one port."
+        yield error((*SERVER, "metricsPort"), "planes", expected, metrics_port, repair)
 
 
 def ports_apart(settings: Settings) -> Iterator[Violation]:
     """The port between machines is not the business port (config_manager_impl.cpp:338), whether or not it is used."""
-    port, between = settings.server.get("port"), settings.backend.get("multiNodesInferPort")
-    if port is not None and port == between:
-        yield error(
-            (*SERVER, "port"),
-            "port-clash",
-            expected="a port other than multiNodesInferPort",
-            found=show(port),
-            repair="Change port, or BackendConfig.multiNodesInferPort.",
-        )
-    if settings.server.get("inferMode") != "dmi":
-        return
-    inter = settings.server.get("interCommPort")
+    server, port = settings.server, settings.server.get("port")
+    if port is not None and port == settings.backend.get("multiNodesInferPort"):
+        repair = "Change port, or BackendConfig.multiNodesInferPort."
+        yield error((*SERVER, "port"), "port-clash", "a port other than multiNodesInferPort", port, repair)
+    inter = server.get("interCommPort") if server.get("inferMode") == "dmi" else None
     for name in ("port", "managementPort", "metricsPort"):
-        if inter is not None and settings.server.get(name) == inter:
-            yield error(
-                (*SERVER, "interCommPort"),
-                "port-clash",
-                expected=f"a port other than {name}",
-                found=show(inter),
-                repair="Each listening port of the daemon must differ; change interCommPort.",
-            )
+        if inter is not None and server.get(name) == inter:
+            repair = "Each listening port of the daemon must differ; change interCommPort."
+            yield error((*SERVER, "interCommPort"), "port-clash", f"a port other than {name}", inter, repair)
 
 
 def https_fields(server: Mapping[str, Any], generation: str) -> list[str]:
@@ -93,37 +79,22 @@ def https_fields(server: Mapping[str, Any], generation: str) -> list[str]:
 def https_certificates(settings: Settings) -> Iterator[Violation]:
     """With httpsEnabled, each plane names its certificate, key and 1 to 3 CA files (server_config.cpp:428-475,
     477-535, 566-619)."""
-    server = settings.server
+    server, rule = settings.server, "https-certificates"
     if server.get("httpsEnabled") is not True:
         return
+    repair = "Name what is there, or set httpsEnabled to false where the network is trusted."
     for name in https_fields(_written(settings), settings.generation):
         value = server.get(name)
-        if not _given(settings, name):
-            yield error(
-                (*SERVER, name),
-                "https-certificates",
-                expected="its file below MindIE's home, since httpsEnabled is true",
-                found="nothing",
-                repair="Name it, or set httpsEnabled to false where the network is trusted.",
-            )
+        if not settings.given(*SERVER, name):
+            expected = "its file below MindIE's home, since httpsEnabled is true"
+            yield error((*SERVER, name), rule, expected, NOTHING, repair)
         elif value is not None and (not value or (isinstance(value, list) and len(value) > MAX_TLS_FILES)):
-            yield error(
-                (*SERVER, name),
-                "https-certificates",
-                expected=f"1 to {MAX_TLS_FILES} file names" if isinstance(value, list) else "a path",
-                found=show(value),
-                repair="Name what is there, or set httpsEnabled to false where the network is trusted.",
-            )
+            expected = f"1 to {MAX_TLS_FILES} file names" if isinstance(value, list) else "a path"
+            yield error((*SERVER, name), rule, expected, value, repair)
     for name in ("tlsCrl", "managementTlsCrl", "metricsTlsCrl"):
-        files = server.get(f"{name}Files", [])
+        files, expected = server.get(f"{name}Files", []), f"at most {MAX_TLS_FILES} file names"
         if server.get(f"{name}Path") and len(files) > MAX_TLS_FILES:
-            yield error(
-                (*SERVER, f"{name}Files"),
-                "https-certificates",
-                expected=f"at most {MAX_TLS_FILES} file names",
-                found=show(files),
-                repair="Merge the revocation lists.",
-            )
+            yield error((*SERVER, f"{name}Files"), rule, expected, files, "Merge the revocation lists.")
 
 
 def node_certificates(settings: Settings) -> Iterator[Violation]:
@@ -133,23 +104,16 @@ def node_certificates(settings: Settings) -> Iterator[Violation]:
     """
     if settings.backend.get("interNodeTLSEnabled") is not True or settings.generation == "1.0":
         return
+    repair = "Name it, or set interNodeTLSEnabled to false on a single machine."
+    why = "since interNodeTLSEnabled is true"
     for name in ("interNodeTlsCert", "interNodeTlsPk", "interNodeTlsCaPath", "interNodeTlsCrlPath"):
         if not settings.given(*BACKEND, name):
-            yield _node_violation(name, "a path below MindIE's home", "nothing")
+            yield error((*BACKEND, name), "inter-node-tls", f"a path below MindIE's home, {why}", NOTHING, repair)
     for name, least in (("interNodeTlsCaFiles", 1), ("interNodeTlsCrlFiles", 0)):
         files = settings.backend.get(name) if settings.given(*BACKEND, name) else []
         if files is not None and not least <= len(files) <= MAX_TLS_FILES:
-            yield _node_violation(name, f"{least} to {MAX_TLS_FILES} file names", show(files))
-
-
-def _node_violation(name: str, expected: str, found: str) -> Violation:
-    return error(
-        (*BACKEND, name),
-        "inter-node-tls",
-        expected=f"{expected}, since interNodeTLSEnabled is true",
-        found=found,
-        repair="Name it, or set interNodeTLSEnabled to false on a single machine.",
-    )
+            expected = f"{least} to {MAX_TLS_FILES} file names, {why}"
+            yield error((*BACKEND, name), "inter-node-tls", expected, files, repair)
 
 
 def layerwise_server(settings: Settings) -> Iterator[Violation]:
@@ -158,62 +122,29 @@ def layerwise_server(settings: Settings) -> Iterator[Violation]:
     server, backend, schedule = settings.server, settings.backend, settings.schedule
     if server.get("layerwiseDisaggregated") is not True:
         return
-    role = server.get("layerwiseDisaggregatedRoleType")
-    if role is not None and role not in ("master", "slave"):
-        yield error(
-            (*SERVER, "layerwiseDisaggregatedRoleType"),
-            "layerwise",
-            expected="master or slave",
-            found=show(role),
-            repair="Set the role, or layerwiseDisaggregated to false.",
-        )
-    for name in ("layerwiseDisaggregatedMasterIpAddress", "layerwiseDisaggregatedSlaveIpAddress"):
-        for address in _as_list(server.get(name)):
-            if not is_address(address):
-                yield _layerwise_value(name, "IPv4 or IPv6 addresses in digits", address)
-    for name in ("layerwiseDisaggregatedDataPort", "layerwiseDisaggregatedCrtlPort"):
-        for port in _as_list(server.get(name)):
-            if not 1024 <= port <= 65535:
-                yield _layerwise_value(name, "ports from 1024 to 65535", port)
+    for name, (expected, holds) in LAYERWISE.items():
+        value, repair = server.get(name, []), "Correct it, or set layerwiseDisaggregated to false."
+        for item in value if isinstance(value, list) else [value]:
+            if not holds(item):
+                yield error((*SERVER, name), "layerwise", expected, item, repair)
     conflicts = {
         "multiNodesInferEnabled": backend.get("multiNodesInferEnabled"),
         "distDPServerEnabled": server.get("distDPServerEnabled"),
         "supportSelectBatch": schedule.get("supportSelectBatch"),
         "bufferResponseEnabled": schedule.get("bufferResponseEnabled"),
         "templateType": schedule.get("templateType") == "Mix",
-        "backendType": any(entry.get("backendType") not in (None, "atb") for entry in settings.models),
+        "backendType": settings.serves_with("ms") or settings.serves_with("torch"),
     }
     if clash := [name for name, on in conflicts.items() if on]:
-        yield error(
-            (*SERVER, "layerwiseDisaggregated"),
-            "layerwise",
-            expected="false, or ATB with templateType Standard and none of the features it excludes",
-            found=f"true beside {', '.join(clash)}",
-            repair="Set layerwiseDisaggregated to false: TeleChat2's MindSpore backend does not know it.",
-        )
-
-
-def _layerwise_value(name: str, expected: str, found: object) -> Violation:
-    return error(
-        (*SERVER, name),
-        "layerwise",
-        expected=expected,
-        found=show(found),
-        repair="Correct it, or set layerwiseDisaggregated to false.",
-    )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _given(settings: Settings, name: str) -> bool:
-    return settings.given(*SERVER, name)
+        here, found = (*SERVER, "layerwiseDisaggregated"), Words(f"true beside {', '.join(clash)}")
+        expected = "false, or ATB with templateType Standard and none of the features it excludes"
+        repair = "Set layerwiseDisaggregated to false: TeleChat2's MindSpore backend does not know it."
+        yield error(here, "layerwise", expected, found, repair)
 
 
 def _written(settings: Settings) -> dict[str, Any]:
     """The sound values of ServerConfig that stand in the file, without defaults."""
-    return {name: value for name, value in settings.server.items() if _given(settings, name)}
+    return {name: value for name, value in settings.server.items() if settings.given(*SERVER, name)}
 
 
 def _planes(server: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:

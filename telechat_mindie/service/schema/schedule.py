@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StrictBool, StrictInt
 from pydantic_core import PydanticCustomError
 
-from telechat_mindie.service.schema.base import MAX_INPUT_TOKENS, UINT32_MAX, MindieObject, Policy, UInt32
+from telechat_mindie.service.schema.base import MAX_INPUT_TOKENS, MindieObject, Policy, UInt32
+from telechat_mindie.units import UINT32_MAX
 
 
 def _check_mix_policy(value: int) -> int:

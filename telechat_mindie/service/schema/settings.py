@@ -9,7 +9,7 @@ from typing import Any, get_origin
 from telechat_mindie.service.schema.base import MindieObject
 from telechat_mindie.service.schema.service import MODELS
 from telechat_mindie.service.schema.structure import child_model
-from telechat_mindie.service.schema.violations import Location, Violation
+from telechat_mindie.service.schema.violations import MISSING, Location, Violation, value_at
 
 SERVER: Location = ("ServerConfig",)
 BACKEND: Location = ("BackendConfig",)
@@ -32,6 +32,7 @@ class Settings:
 
     generation: str
     raw: Mapping[str, Any]
+    sound: dict[str, Any]
     server: dict[str, Any]
     backend: dict[str, Any]
     deploy: dict[str, Any]
@@ -44,25 +45,20 @@ class Settings:
         sound = _sound(MODELS[generation], data, unsound, ())
         backend = sound.get("BackendConfig", {})
         deploy = backend.get("ModelDeployConfig", {})
-        return cls(
-            generation,
-            data,
-            sound.get("ServerConfig", {}),
-            backend,
-            deploy,
-            backend.get("ScheduleConfig", {}),
-            deploy.get("ModelConfig", []),
-        )
+        server, schedule = sound.get("ServerConfig", {}), backend.get("ScheduleConfig", {})
+        return cls(generation, data, sound, server, backend, deploy, schedule, deploy.get("ModelConfig", []))
+
+    def get(self, location: Location) -> Any:
+        """The sound value at a location, None where there is none."""
+        return value_at(self.sound, location)
 
     def given(self, *location: str | int) -> bool:
         """Whether the file itself has a value at the location."""
-        value: Any = self.raw
-        for step in location:
-            try:
-                value = value[step]
-            except (KeyError, IndexError, TypeError):
-                return False
-        return True
+        return value_at(self.raw, location, MISSING) is not MISSING
+
+    def serves_with(self, backend: str) -> bool:
+        """Whether an entry of ModelConfig has this backendType."""
+        return any(entry.get("backendType") == backend for entry in self.models)
 
 
 def _sound(

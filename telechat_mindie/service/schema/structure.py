@@ -12,7 +12,16 @@ from pydantic_core import ErrorDetails
 
 from telechat_mindie.service.schema.base import Forgiven, MindieObject
 from telechat_mindie.service.schema.service import MODELS
-from telechat_mindie.service.schema.violations import Location, Severity, Violation, json_path, show
+from telechat_mindie.service.schema.violations import (
+    NOTHING,
+    Location,
+    Violation,
+    error,
+    json_path,
+    show,
+    value_at,
+    warning,
+)
 
 TYPE_NAMES = {
     "int_type": "an integer",
@@ -75,44 +84,34 @@ def check_structure(
         The violations by location.
     """
     root = MODELS[generation]
+    found: dict[Location, list[Violation]] = {}
     try:
         root.model_validate(dict(data))
     except ValidationError as failure:
-        errors = failure.errors(include_url=False)
-    else:
-        errors = []
-    found: dict[Location, list[Violation]] = {}
-    for error in errors:
-        location: Location = error["loc"]
-        if error["type"] == "missing":
-            violation = _missing(location, shipped)
-        elif error["type"] == "extra_forbidden":
-            violation = _unknown(generation, location, error["input"])
-        else:
-            violation = _wrong(root, error)
-        found.setdefault(location, []).append(violation)
+        for details in failure.errors(include_url=False):
+            location: Location = details["loc"]
+            if details["type"] == "missing":
+                violation = _missing(location, shipped)
+            elif details["type"] == "extra_forbidden":
+                violation = _unknown(generation, location, details["input"])
+            else:
+                violation = _wrong(root, details)
+            found.setdefault(location, []).append(violation)
     return found
 
 
 def _missing(location: Location, shipped: Mapping[str, Any]) -> Violation:
-    repair = "Add it."
-    value: Any = shipped
-    try:
-        for step in location:
-            value = value[0 if isinstance(step, int) else step]
-        if not isinstance(value, dict):
-            repair = f'Add "{location[-1]}": {show(value)}, which is what MindIE ships.'
-    except (KeyError, IndexError, TypeError):
-        pass
-    return Violation(json_path(location), "compulsory", "a value", "nothing", repair)
+    value = value_at(shipped, tuple(0 if isinstance(step, int) else step for step in location), {})
+    ship = f'Add "{location[-1]}": {show(value)}, which is what MindIE ships.'
+    return error(location, "compulsory", "a value", NOTHING, "Add it." if isinstance(value, dict) else ship)
 
 
-def _wrong(root: type[MindieObject], error: ErrorDetails) -> Violation:
-    location, kind, value = error["loc"], error["type"], error["input"]
+def _wrong(root: type[MindieObject], details: ErrorDetails) -> Violation:
+    location, kind, value = details["loc"], details["type"], details["input"]
     owner = object_at(root, location[:-1])
     field = owner.model_fields.get(str(location[-1])) if owner else None
     metadata = list(field.metadata) if field else []
-    severity: Severity = "warning" if any(isinstance(mark, Forgiven) for mark in metadata) else "error"
+    report = warning if any(isinstance(mark, Forgiven) for mark in metadata) else error
     rule = RULES.get(kind, kind)
     if kind in TYPE_NAMES or (kind == "literal_error" and not isinstance(value, str)):
         rule, expected = "type", TYPE_NAMES.get(kind, "a string")
@@ -122,9 +121,9 @@ def _wrong(root: type[MindieObject], error: ErrorDetails) -> Violation:
         elif expected == "true or false" and isinstance(value, str) and value.lower() in ("true", "false"):
             repair = f"Write {value.lower()} without quotes."
     else:
-        expected = _expected(rule, metadata, error["msg"], error.get("ctx", {}))
+        expected = _expected(rule, metadata, details["msg"], details.get("ctx", {}))
         repair = f"Set it to {expected}."
-    return Violation(json_path(location), rule, expected, show(value), repair, severity)
+    return report(location, rule, expected, value, repair)
 
 
 def _expected(rule: str, metadata: list[Any], message: str, context: Mapping[str, Any]) -> str:
@@ -161,4 +160,4 @@ def _unknown(generation: str, location: Location, value: Any) -> Violation:
         repair = "Remove it, unless a worker of yours reads it: MindIE hands it on as a string."
     else:
         repair = "Remove it, unless the installed MindIE is newer than this schema and reads it."
-    return Violation(json_path(location), "unknown-key", "a key that MindIE reads", show(value), repair, "warning")
+    return warning(location, "unknown-key", "a key that MindIE reads", value, repair)
