@@ -26,10 +26,9 @@ def local(tmp_path_factory):
 
 
 def ask(local, prompt_ids):
-    from telechat_mindie.engine.generate import generate
     from telechat_mindie.engine.params import GenerationParams
 
-    outputs = list(generate(local.engine, local.tokenizer, prompt_ids, GenerationParams(max_new_tokens=200)))
+    outputs = list(local.engine.generate(prompt_ids, GenerationParams(max_new_tokens=200)))
     return "".join(output.text for output in outputs), outputs[-1].finish_reason.value
 
 

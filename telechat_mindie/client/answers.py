@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from telechat_mindie.client.dialects import Message, Sampling
 from telechat_mindie.errors import InputError
 
 if TYPE_CHECKING:
-    from telechat_mindie.engine.output import Output
+    pass
 
 Emit = Callable[[str], object]
 """Takes the next piece of an answer's text."""
@@ -81,25 +81,22 @@ class LocalAnswers:
         self.name = str(model_path)
         self._local = open_local(model_path)
         serving = self._local.directory.serving
-        draws = (sampling.temperature, sampling.top_k, sampling.top_p)
-        penalty = sampling.repetition_penalty
-        self._params = GenerationParams(
+        self._params = GenerationParams.with_defaults(
+            serving,
             max_new_tokens=sampling.max_tokens or serving.max_new_tokens,
-            do_sample=any(value is not None for value in draws) or serving.do_sample,
-            temperature=serving.temperature if sampling.temperature is None else sampling.temperature,
-            top_k=serving.top_k if sampling.top_k is None else sampling.top_k,
-            top_p=serving.top_p if sampling.top_p is None else sampling.top_p,
-            repetition_penalty=serving.repetition_penalty if penalty is None else penalty,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
         )
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
-        from telechat_mindie.engine.generate import generate
         from telechat_mindie.engine.output import FinishReason
 
         prompt_ids = self._local.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-        outputs = generate(self._local.engine, self._local.tokenizer, prompt_ids, self._params)
-        with contextlib.closing(cast("Generator[Output, None, None]", outputs)):  # an interrupt frees its blocks
+        # Closed, so that an interrupt frees its blocks.
+        with contextlib.closing(self._local.engine.generate(prompt_ids, self._params)) as outputs:
             for output in outputs:
                 emit(output.text)
         if output.error:

@@ -33,7 +33,6 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt on the CPU, through the interface that MindIE calls."""
-    from telechat_mindie.engine.generate import generate as run
     from telechat_mindie.engine.local import open_local
     from telechat_mindie.engine.params import GenerationParams
     from telechat_mindie.errors import InputError
@@ -48,17 +47,17 @@ def generate(
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
         prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    params = GenerationParams(
+    params = GenerationParams.with_defaults(
+        serving,
         max_new_tokens=max_new_tokens or serving.max_new_tokens,
-        do_sample=any(value is not None for value in (temperature, top_k, top_p)) or serving.do_sample,
-        temperature=serving.temperature if temperature is None else temperature,
-        top_k=serving.top_k if top_k is None else top_k,
-        top_p=serving.top_p if top_p is None else top_p,
-        repetition_penalty=serving.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
     )
     answer = []
-    for output in run(local.engine, tokenizer, prompt_ids, params):
+    for output in local.engine.generate(prompt_ids, params):
         answer.append(output.text)
         if not as_json:
             print(output.text, end="", flush=True)

@@ -1,13 +1,67 @@
-"""Which cache blocks each running sequence has: allocation, prefix sharing and swapping."""
+"""Which cache blocks each running sequence has: allocation, prefix sharing, eviction and swapping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
 
 import numpy as np
 
-from telechat_mindie.engine.block_pool import BlockPool
-from telechat_mindie.engine.sequence import Sequence, Status
+from telechat_mindie.engine.sequence import Sequence
+
+RESERVED_BLOCKS = 1
+"""At the end of a runner's cache: MindIE keeps the last block for dummy batches."""
+
+
+class BlockPool:
+    """Hands out the numbers 0 to `num_blocks` - 1 and counts their holders.
+
+    A block is held by one or more sequences, or free. A free one is blank, or cached: its content can be looked up by
+    digest, and stays until the room is needed.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._holders = [0] * num_blocks
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # blank ones, then cached ones, least recently held first
+        self._by_digest: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `take` can hand out."""
+        return len(self._free)
+
+    def holders(self, block: int) -> int:
+        return self._holders[block]
+
+    def take(self) -> int:
+        """A block for new content; the caller has looked at `num_free`."""
+        block, _ = self._free.popitem(last=False)
+        if block in self._digests:
+            del self._by_digest[self._digests.pop(block)]
+        self._holders[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more holder of a held or cached block."""
+        self._free.pop(block, None)
+        self._holders[block] += 1
+
+    def release(self, block: int) -> None:
+        """One holder less; without any, a block with a digest is cached and another one blank."""
+        self._holders[block] -= 1
+        if self._holders[block] == 0:
+            self._free[block] = None
+            self._free.move_to_end(block, last=block in self._digests)
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Let `find` return this held block, unless another one with the same content is known already."""
+        if digest not in self._by_digest:
+            self._by_digest[digest] = block
+            self._digests[block] = digest
+
+    def find(self, digest: bytes) -> int | None:
+        return self._by_digest.get(digest)
 
 
 class BlockManager:
@@ -58,7 +112,7 @@ class BlockManager:
         return blocks
 
     def can_allocate(self, sequence: Sequence, prefix: list[int], reserve: int = 0) -> bool:
-        """Whether all its tokens fit beside the `prefix` that `match` found, with `reserve` blocks left over."""
+        """Whether all its tokens fit beside the `prefix` that `match` gave, with `reserve` blocks left over."""
         needed = self.blocks_for(sequence.num_tokens) - len(prefix)
         taken_from_free = sum(self.pool.holders(block) == 0 for block in prefix)
         return self.pool.num_free - taken_from_free >= needed + reserve
@@ -85,10 +139,9 @@ class BlockManager:
         if not self.prefix_cache:
             return
         blocks = self._blocks[sequence.row]
-        while (sequence.num_published + 1) * self.block_size <= sequence.num_computed:
-            index = sequence.num_published
+        for index in range(sequence.num_published, sequence.num_computed // self.block_size):
             self.pool.publish(blocks[index], sequence.digest(index, self.block_size))
-            sequence.num_published += 1
+            sequence.num_published = index + 1
 
     def free(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence, wherever they are; it has nothing computed any more."""
@@ -144,44 +197,3 @@ class BlockManager:
         self.tables[row] = -1
         self._rows.append(row)
         sequence.row = -1
-
-    def check_invariants(self, sequences: Iterable[Sequence]) -> None:
-        """Check that every block is accounted for by these, all unfinished, sequences.
-
-        Raises:
-            RuntimeError: a block or row was lost or is held by the wrong sequence, or a table disagrees.
-        """
-        holders = [0] * self.pool.num_blocks
-        host_holders = [0] * self.host_pool.num_blocks
-        rows = list(self._rows)
-        swapped = set()
-        for sequence in sequences:
-            if sequence.status is Status.RUNNING:
-                rows.append(sequence.row)
-                self._check_row(sequence)
-                for block in self._blocks[sequence.row]:
-                    holders[block] += 1
-            elif sequence.row != -1:
-                raise RuntimeError(f"sequence {sequence.id} is {sequence.status.value} and has a row")
-            if sequence.status is Status.SWAPPED:
-                swapped.add(sequence.id)
-                if len(self._host_blocks[sequence.id]) != self.blocks_for(sequence.num_computed):
-                    raise RuntimeError(f"sequence {sequence.id} was not swapped out whole")
-                for block in self._host_blocks[sequence.id]:
-                    host_holders[block] += 1
-        if sorted(rows) != list(range(len(self.tables))) or swapped != set(self._host_blocks):
-            raise RuntimeError("a row or a host table is lost")
-        self.pool.check_invariants(holders)
-        self.host_pool.check_invariants(host_holders)
-
-    def _check_row(self, sequence: Sequence) -> None:
-        blocks = self._blocks[sequence.row]
-        table = self.tables[sequence.row]
-        least = self.blocks_for(max(sequence.num_computed, sequence.prompt_len))
-        if table[: len(blocks)].tolist() != blocks or (table[len(blocks) :] != -1).any():
-            raise RuntimeError(f"table of sequence {sequence.id} disagrees with its blocks")
-        if len(set(blocks)) != len(blocks) or not least <= len(blocks) <= self.blocks_for(sequence.num_tokens):
-            raise RuntimeError(f"sequence {sequence.id} has the wrong number of blocks")
-        writable = blocks[sequence.num_computed // self.block_size :]
-        if any(self.pool.holders(block) != 1 for block in writable):
-            raise RuntimeError(f"sequence {sequence.id} shares a block that it will write")

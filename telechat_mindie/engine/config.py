@@ -48,12 +48,8 @@ class EngineConfig:
             if getattr(self, name) < least:
                 raise InputError("is too small", where=name, expected=f"at least {least}", found=getattr(self, name))
         if self.max_prefill_batch_size > self.max_batch_size:
-            raise InputError(
-                "exceeds max_batch_size",
-                where="max_prefill_batch_size",
-                expected=f"at most {self.max_batch_size}",
-                found=self.max_prefill_batch_size,
-            )
+            limit, given = f"at most {self.max_batch_size}", self.max_prefill_batch_size
+            raise InputError("exceeds max_batch_size", where="max_prefill_batch_size", expected=limit, found=given)
         if not self.chunked_prefill and self.max_prefill_tokens < self.longest_prompt:
             raise InputError(
                 "cannot hold the longest prompt",

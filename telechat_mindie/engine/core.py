@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.engine.block_manager import BlockManager
+from telechat_mindie.engine.block_manager import RESERVED_BLOCKS, BlockManager
 from telechat_mindie.engine.config import EngineConfig
-from telechat_mindie.engine.output import FinishReason, Output
+from telechat_mindie.engine.output import EngineStats, FinishReason, Output
 from telechat_mindie.engine.request import Request
 from telechat_mindie.engine.runner import Runner, run
 from telechat_mindie.engine.sampler import NO_TOKEN, SamplingState, TokenLogprobs, sample
 from telechat_mindie.engine.scheduler import Batch, Scheduler
-from telechat_mindie.engine.stats import EngineStats
 from telechat_mindie.errors import TelechatMindieError
 
 _log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class EngineCore:
         self._config = config
         self._clock = clock
         self._blocks = BlockManager(
-            runner.npu_num_blocks - 1,  # MindIE keeps the last block for dummy batches
+            runner.npu_num_blocks - RESERVED_BLOCKS,
             config.block_size,
             config.max_batch_size,
             config.max_seq_len,

@@ -8,21 +8,21 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.engine.answer_text import AnswerText, Decoder
+from telechat_mindie.engine.block_manager import RESERVED_BLOCKS
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.core import EngineCore, log_fault
-from telechat_mindie.engine.output import Output
+from telechat_mindie.engine.output import AsyncOutputStream, EngineStats, Output, OutputStream
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.engine.request import Request
 from telechat_mindie.engine.runner import Runner
-from telechat_mindie.engine.sequence import Sequence as TokenSequence
-from telechat_mindie.engine.stats import EngineStats
-from telechat_mindie.engine.stream import AsyncOutputStream, OutputStream
+from telechat_mindie.engine.sequence import Sequence
 from telechat_mindie.errors import InputError, TelechatMindieError
 
 
@@ -67,7 +67,7 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         model = runner.model_config
-        capacity = (runner.npu_num_blocks - 1) * config.block_size
+        capacity = (runner.npu_num_blocks - RESERVED_BLOCKS) * config.block_size
         self.config = dataclasses.replace(
             config, max_seq_len=min(config.max_seq_len, model.max_position_embedding, capacity)
         )
@@ -86,7 +86,7 @@ class Engine:
 
     def submit(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: ArrayLike,
         params: GenerationParams,
         deliver: Callable[[Output], object],
         request_id: str,
@@ -94,7 +94,7 @@ class Engine:
         """Queue a request.
 
         Args:
-            prompt_ids: the prompt's tokens.
+            prompt_ids: the prompt's tokens; an array is read once, a list becomes one.
             params: what to do with it.
             deliver: called with each output, in the thread that computes or cancels. It must not block; if it raises,
                 the request is cancelled.
@@ -108,7 +108,7 @@ class Engine:
         prompt = self._checked(prompt_ids)
         iterations = self.config.max_iter_times
         request = Request(
-            TokenSequence(request_id, prompt, (params.priority, next(self._arrivals))),
+            Sequence(request_id, prompt, (params.priority, next(self._arrivals))),
             params,
             seed=secrets.randbits(32) if params.seed is None else params.seed,
             text=AnswerText(
@@ -135,7 +135,7 @@ class Engine:
             self._changed.notify_all()
 
     def add(
-        self, prompt_ids: Sequence[int], params: GenerationParams | None = None, request_id: str | None = None
+        self, prompt_ids: ArrayLike, params: GenerationParams | None = None, request_id: str | None = None
     ) -> OutputStream:
         """Queue a request whose outputs are read in a thread; raises as `submit`."""
         stream = OutputStream(request_id or uuid.uuid4().hex)
@@ -143,12 +143,29 @@ class Engine:
         return stream
 
     def add_async(
-        self, prompt_ids: Sequence[int], params: GenerationParams | None = None, request_id: str | None = None
+        self, prompt_ids: ArrayLike, params: GenerationParams | None = None, request_id: str | None = None
     ) -> AsyncOutputStream:
         """Queue a request whose outputs are read in the running event loop; raises as `submit`."""
         stream = AsyncOutputStream(request_id or uuid.uuid4().hex)
         self.submit(prompt_ids, params or GenerationParams(), stream.deliver, stream.request_id)
         return stream
+
+    def generate(self, prompt_ids: ArrayLike, params: GenerationParams | None = None) -> Generator[Output, None, None]:
+        """Yield the outputs of one answer as they are computed, in this thread, which must be the only one that runs.
+
+        Raises:
+            InputError: as `submit`.
+        """
+        stream = self.add(prompt_ids, params)
+        try:
+            while True:
+                for output in self.step():
+                    if output.request_id == stream.request_id:
+                        yield output
+                        if output.finish_reason is not None:
+                            return
+        finally:
+            self.cancel(stream.request_id)
 
     def cancel(self, request_id: str) -> bool:
         """End a request. Its blocks are free on return, or once the forward that is under way has ended.
@@ -157,9 +174,9 @@ class Engine:
             Whether there was such an unfinished request.
         """
         with self._lock:
-            found = self._core.cancel(request_id)
+            was_unfinished = self._core.cancel(request_id)
             self._deliver()
-            return found
+            return was_unfinished
 
     @property
     def has_work(self) -> bool:
@@ -262,11 +279,11 @@ class Engine:
                 request.deliver(output)
             except Exception as error:
                 log_fault(f"outputs of request {request.id} cannot be delivered", error)
-                request.deliver = _ignore
+                request.deliver = lambda _: None
                 self._core.cancel(request.id)
         return outputs
 
-    def _checked(self, prompt_ids: Sequence[int]) -> list[int]:
+    def _checked(self, prompt_ids: ArrayLike) -> NDArray[np.integer]:
         try:
             prompt = np.asarray(prompt_ids)
         except ValueError:  # lists of different lengths
@@ -285,9 +302,4 @@ class Engine:
             raise InputError(
                 "holds a token outside the vocabulary", where="prompt", expected=f"0 to {self._vocab_size - 1}"
             )
-        tokens: list[int] = prompt.tolist()
-        return tokens
-
-
-def _ignore(_: Output) -> None:
-    pass
+        return prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from telechat_mindie.engine.block_manager import RESERVED_BLOCKS
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.model_dir.layout import ModelDir
@@ -12,7 +13,7 @@ from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalEngine:
     """What `open_local` gives."""
 
     directory: ModelDir
@@ -20,7 +21,7 @@ class Local:
     engine: Engine
 
 
-def open_local(model_path: Path) -> Local:
+def open_local(model_path: Path) -> LocalEngine:
     """An engine for one request at a time, with a cache for the directory's longest sequence.
 
     Raises:
@@ -31,9 +32,7 @@ def open_local(model_path: Path) -> Local:
 
     directory = ModelDir.open(model_path)
     length, block_size = directory.serving.max_seq_len, directory.serving.block_size
-    # One block more than the sequence needs, since the engine keeps the last one for dummy batches.
-    blocks = -(-length // block_size) + 1
-    runner = open_runner(model_path, blocks, block_size)
+    runner = open_runner(model_path, -(-length // block_size) + RESERVED_BLOCKS, block_size)
     config = EngineConfig(
         max_seq_len=length,
         max_input_token_len=length,
@@ -43,4 +42,4 @@ def open_local(model_path: Path) -> Local:
         max_prefill_tokens=length,
         block_size=block_size,
     )
-    return Local(directory, runner.tokenizer, Engine(runner, runner.tokenizer, config))
+    return LocalEngine(directory, runner.tokenizer, Engine(runner, runner.tokenizer, config))

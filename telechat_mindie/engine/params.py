@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from telechat_mindie.errors import InputError
+
+if TYPE_CHECKING:
+    from telechat_mindie.model_dir.layout import ServingConfig
 
 MIN_TEMPERATURE = 1e-5
 """Below it the largest logit has all the probability that a float32 can express: the answer is greedy."""
 
+_SAMPLING = frozenset({"temperature", "top_k", "top_p"})  # to give one of these is to ask for sampling
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """Sampling, stopping and scheduling wishes of one request. The defaults give a plain greedy answer.
+    """How one answer is to be sampled, stopped and scheduled. The defaults give a plain greedy answer.
 
     Args:
         max_new_tokens: tokens of the answer; None for as many as the engine allows.
@@ -59,23 +65,39 @@ class GenerationParams:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "a number from 0 on", 0 <= self.temperature < math.inf)
-        _check("top_k", self.top_k, "a number from 0 on", self.top_k >= 0)
-        _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
-        _check("typical_p", self.typical_p, "above 0, at most 1", 0 < self.typical_p <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < math.inf)
-        _check("presence_penalty", self.presence_penalty, "-2 to 2", -2 <= self.presence_penalty <= 2)
-        _check("frequency_penalty", self.frequency_penalty, "-2 to 2", -2 <= self.frequency_penalty <= 2)
-        _check("priority", self.priority, "1 to 5", 1 <= self.priority <= 5)
-        if self.max_new_tokens is not None:
-            _check("max_new_tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1)
-        if self.seed is not None:
-            _check("seed", self.seed, "0 to 2**64 - 1", 0 <= self.seed < 2**64)
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, "a number from 0 on", self.logprobs >= 0)
-        if self.timeout is not None:
-            _check("timeout", self.timeout, "above 0 seconds", 0 < self.timeout < math.inf)
-        _check("stop", self.stop, "strings that are not empty", all(self.stop))
+        for name, holds, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
+            ("top_k", self.top_k >= 0, "a number from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0, at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "a number from 0 on"),
+            ("priority", 1 <= self.priority <= 5, "1 to 5"),
+            ("timeout", self.timeout is None or 0 < self.timeout < math.inf, "above 0 seconds"),
+        ):
+            if not holds:  # NaN fails every comparison, so it ends here as well
+                raise InputError("is out of range", where=name, expected=expected, found=getattr(self, name))
+
+    @classmethod
+    def with_defaults(cls, defaults: ServingConfig, **given: Any) -> GenerationParams:
+        """From what a caller gives; what is None or left out is as the model directory has it, or else as above.
+
+        As in MindIE's worker (mindie_llm/text_generator/utils/batch_context.py:440-510): who names temperature, top_k
+        or top_p but not do_sample wants to sample. A top_k of -1 stands for all.
+
+        Raises:
+            InputError: a value out of its range.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        values.setdefault("do_sample", defaults.do_sample or not _SAMPLING.isdisjoint(values))
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+            values.setdefault(name, getattr(defaults, name))
+        return cls(**values | {"top_k": 0 if values["top_k"] == -1 else values["top_k"]})
 
     @property
     def greedy(self) -> bool:
@@ -85,8 +107,3 @@ class GenerationParams:
     def penalised(self) -> bool:
         """Whether the logits depend on the tokens seen so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-def _check(name: str, value: object, expected: str, holds: bool) -> None:
-    if not holds:  # NaN fails every comparison, so it ends here as well
-        raise InputError("is out of range", where=name, expected=expected, found=value)

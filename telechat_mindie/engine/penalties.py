@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.engine.params import GenerationParams
 
@@ -13,11 +13,10 @@ from telechat_mindie.engine.params import GenerationParams
 class TokenCounts:
     """The distinct tokens of a prompt and its answer, and how often each is in the answer."""
 
-    def __init__(self, prompt_ids: Iterable[int]) -> None:
-        seen = dict.fromkeys(prompt_ids)
-        self._places = {token: place for place, token in enumerate(seen)}
-        self._ids = np.fromiter(seen, np.int64, len(seen))
-        self._counts = np.zeros(len(seen), np.float32)
+    def __init__(self, prompt_ids: ArrayLike) -> None:
+        self._ids: NDArray[np.int64] = np.unique(np.asarray(prompt_ids, np.int64))
+        self._counts = np.zeros(len(self._ids), np.float32)
+        self._places = {token: place for place, token in enumerate(self._ids.tolist())}
 
     def add(self, token: int) -> None:
         """One more token of the answer."""
@@ -58,9 +57,9 @@ def penalise(
     row = np.repeat(rows, sizes)
     token = np.concatenate([seen.ids for seen in counts])
     count = np.concatenate([seen.counts for seen in counts])
-    repetition = np.repeat(np.array([wish.repetition_penalty for wish in params], np.float32), sizes)
-    frequency = np.repeat(np.array([wish.frequency_penalty for wish in params], np.float32), sizes)
-    presence = np.repeat(np.array([wish.presence_penalty for wish in params], np.float32), sizes)
+    repetition = np.repeat(np.array([one.repetition_penalty for one in params], np.float32), sizes)
+    frequency = np.repeat(np.array([one.frequency_penalty for one in params], np.float32), sizes)
+    presence = np.repeat(np.array([one.presence_penalty for one in params], np.float32), sizes)
     values = logits[row, token]
     values = np.where(values < 0, values * repetition, values / repetition)
     logits[row, token] = values - frequency * count - presence * (count > 0)

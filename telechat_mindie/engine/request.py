@@ -16,7 +16,7 @@ class Request:
 
     Args:
         sequence: the prompt.
-        params: the request's wishes.
+        params: what the request asks of its answer.
         seed: of its draws.
         text: what turns its tokens into text.
         eos_ids: the model's ends of sequence.
@@ -66,7 +66,7 @@ class Request:
         if self.first_token is None:
             self.first_token = now
             self.cached_tokens = self.sequence.num_cached
-        self.sequence.token_ids.append(token)
+        self.sequence.append(token)
         self.sampling.observe(token)
         reason = FinishReason.EOS if token in self._eos_ids else None
         if reason is None and token in self.params.stop_token_ids:

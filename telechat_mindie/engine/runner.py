@@ -1,4 +1,10 @@
-"""The seam to the model: what the engine asks of a runner, and one step of it."""
+"""The seam to the model: what the engine asks of a runner, and a batch as the arguments of one step of it.
+
+They are the numpy arguments that MindIE-LLM v3.0.0.beta.2 passes to `ModelRunner.forward`. Sources there:
+tg_infer_context_store.py (plain prefill, decode, mixed batches), prefix_cache_preprocess.py and prefix_cache_plugin.py
+(prefix hits), mf_model_wrapper.py (keywords, flat shapes, swap). T new tokens, B sequences, W blocks of the longest
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.engine.model_input import forward_arguments, swap_arguments
 from telechat_mindie.engine.scheduler import Batch
 
 
@@ -21,7 +26,7 @@ class Runner(Protocol):
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """Takes keyword arguments; gives a two-dimensional tensor of logits, or a tuple with it as the first item."""
+        """Takes keyword arguments; gives logits, a two-dimensional array or tensor, or a tuple that begins so."""
 
     def swap(self, block_tables: NDArray[np.int64], swap_type: bool) -> None:
         """Copy block [0, 0] to block [0, 1]: device to host where `swap_type` is true, else host to device."""
@@ -31,14 +36,14 @@ def run(runner: Runner, batch: Batch, tables: NDArray[np.int32], block_size: int
     """Make the batch's block copies, then its forward.
 
     Returns:
-        [B, vocabulary]: logits after each sequence's last new token.
+        [B, vocabulary]: logits after each sequence's last new token; what the runner gave itself, if that is an array.
 
     Raises:
         Exception: whatever the runner raises.
         RuntimeError: it returned something of another shape.
     """
-    for swap in batch.swaps:
-        runner.swap(*swap_arguments(*swap))
+    for to_host, source, target in batch.swaps:
+        runner.swap(np.array([[source, target]], np.int64), to_host)
     result = runner.forward(**forward_arguments(batch, tables, block_size))
     tensor = result[0] if isinstance(result, tuple) else result
     logits = np.asarray(tensor.asnumpy() if hasattr(tensor, "asnumpy") else tensor)
@@ -46,3 +51,52 @@ def run(runner: Runner, batch: Batch, tables: NDArray[np.int32], block_size: int
     if logits.shape != expected:
         raise RuntimeError(f"forward returned logits of shape {list(logits.shape)} instead of {list(expected)}")
     return logits.astype(np.float32, copy=False)
+
+
+def forward_arguments(batch: Batch, tables: NDArray[np.int32], block_size: int) -> dict[str, Any]:
+    """All keyword arguments of one forward.
+
+    `spec_mask` is None even after a prefix hit. The plugin passes a triangle [T, context] of float64 there, 512 MiB for
+    8192 tokens on 8192, which says what positions and lengths say already; the runner accepts it and does not read it.
+
+    Args:
+        batch: what the scheduler chose.
+        tables: [rows, blocks] block tables, row `sequence.row`, -1 where unused.
+        block_size: tokens of a block.
+    """
+    sequences, prefill = batch.sequences, batch.is_prefill
+    rows = np.array([sequence.row for sequence in sequences])
+    starts = np.array([sequence.num_computed for sequence in sequences], np.int32)
+    query_lens = np.array(batch.query_lens, np.int32)
+    context_lens = starts + query_lens
+    ends = np.cumsum(query_lens, dtype=np.int64)  # of each sequence's new tokens among the T
+    block_tables = tables[rows, : -(-int(context_lens.max()) // block_size)]  # [B, W]
+    positions: NDArray[np.signedinteger[Any]] = starts  # [T], of each new token in its sequence
+    if prefill:
+        token_ids = np.concatenate(
+            [
+                sequence.token_ids[sequence.num_computed : sequence.num_computed + query_len]
+                for sequence, query_len in zip(sequences, batch.query_lens, strict=True)
+            ]
+        )
+        positions = np.arange(ends[-1]) - np.repeat(ends - context_lens, query_lens)
+        rows = np.repeat(rows, query_lens)  # [T]
+    else:
+        token_ids = np.array([sequence.last_token for sequence in sequences], np.int64)
+    slots = tables[rows, positions // block_size] * np.int64(block_size) + positions % block_size
+    is_hit = any(0 < sequence.num_computed == sequence.num_cached for sequence in sequences[batch.num_decodes :])
+    index_dtype = np.int64 if is_hit else np.int32  # the prefix cache plugin rebuilds these two as int64
+    return {
+        "input_ids": token_ids,
+        "valid_length_each_example": context_lens,
+        "block_tables": block_tables,
+        "slot_mapping": slots.astype(index_dtype, copy=False),
+        "prefill": prefill,
+        "position_ids": positions.astype(index_dtype, copy=False),
+        "adapter_ids": [None] * len(sequences) if is_hit or not batch.chunked else None,
+        "prefill_head_indices": ends - 1 if prefill else None,
+        "key_cache": None,
+        "value_cache": None,
+        "spec_mask": None,
+        "q_seq_lens": list(batch.query_lens) if is_hit or batch.chunked else None,
+    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.engine.penalties import TokenCounts, penalise
@@ -31,12 +31,12 @@ class SamplingState:
     """What the sampler needs to know of one request.
 
     Args:
-        params: the request's wishes.
+        params: the request's draws.
         seed: of its draws, 64 bits; draw number n is a function of seed and n alone.
         prompt_ids: tokens that the repetition penalty counts as seen.
     """
 
-    def __init__(self, params: GenerationParams, seed: int, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, params: GenerationParams, seed: int, prompt_ids: ArrayLike = ()) -> None:
         self.params = params
         self.seed = seed
         self.num_draws = 0
@@ -60,8 +60,8 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wishes:
-    """What R requests ask of one draw, an array [R] each; `points` in [0, 1) say where in the mass it falls."""
+class _DrawParameters:
+    """Of one draw for each of R requests, an array [R] each; `points` in [0, 1) say where in the mass it falls."""
 
     temperature: Floats
     top_k: Indices
@@ -70,13 +70,13 @@ class _Wishes:
     points: Doubles
 
     @classmethod
-    def of(cls, states: Sequence[SamplingState]) -> _Wishes:
+    def of(cls, states: Sequence[SamplingState]) -> _DrawParameters:
         params = [state.params for state in states]
         return cls(
-            temperature=np.array([wish.temperature for wish in params], np.float32),
-            top_k=np.array([wish.top_k for wish in params]),
-            top_p=np.array([wish.top_p for wish in params]),
-            typical_p=np.array([wish.typical_p for wish in params]),
+            temperature=np.array([one.temperature for one in params], np.float32),
+            top_k=np.array([one.top_k for one in params]),
+            top_p=np.array([one.top_p for one in params]),
+            typical_p=np.array([one.typical_p for one in params]),
             points=uniforms(
                 np.array([state.seed for state in states], np.uint64),
                 np.array([state.num_draws for state in states], np.uint64),
@@ -108,9 +108,9 @@ def sample(logits: Floats, states: Sequence[SamplingState]) -> tuple[list[int], 
         for rows in _slabs(np.flatnonzero(is_short), vocab_size, _SHORT_SLAB):
             first, last = rows[[0, -1]]
             listed = scores[first : last + 1] if last - first < len(rows) else scores[rows]  # a view, if it can be one
-            tokens[rows] = _draw_from_top_k(listed, peaks[rows], _Wishes.of([states[row] for row in rows]))
+            tokens[rows] = _draw_from_top_k(listed, peaks[rows], _DrawParameters.of([states[row] for row in rows]))
         for rows in _slabs(np.flatnonzero(is_drawn & ~is_short), vocab_size):
-            tokens[rows] = _draw(scores[rows], peaks[rows], _Wishes.of([states[row] for row in rows]))
+            tokens[rows] = _draw(scores[rows], peaks[rows], _DrawParameters.of([states[row] for row in rows]))
         tokens[~usable] = NO_TOKEN
         token_ids: list[int] = tokens.tolist()
         return token_ids, _logprobs(logits, token_ids, states)
@@ -130,21 +130,21 @@ def _penalised(logits: Floats, states: Sequence[SamplingState]) -> Floats:
     return penalise(logits, rows, params, seen)
 
 
-def _draw_from_top_k(scores: Floats, peaks: Floats, wishes: _Wishes) -> Indices:
+def _draw_from_top_k(scores: Floats, peaks: Floats, draws: _DrawParameters) -> Indices:
     """[R] tokens drawn from the top_k of each row of scores [R, V]; `peaks` [R] are their maxima."""
-    values, indices = top_n(scores, wishes.top_k)  # before the temperature, which changes no order
-    weights = np.exp((values - peaks[:, None]) / wishes.temperature[:, None], dtype=np.float64)
+    values, indices = top_n(scores, draws.top_k)  # before the temperature, which changes no order
+    weights = np.exp((values - peaks[:, None]) / draws.temperature[:, None], dtype=np.float64)
     reached = weights.cumsum(axis=1)
-    weights = _restricted(weights, reached, wishes.top_p * reached[:, -1], wishes.typical_p)
-    drawn: Indices = indices[np.arange(len(scores)), _invert(weights, wishes.points)]
+    weights = _restricted(weights, reached, draws.top_p * reached[:, -1], draws.typical_p)
+    drawn: Indices = indices[np.arange(len(scores)), _invert(weights, draws.points)]
     return drawn
 
 
-def _draw(scores: Floats, peaks: Floats, wishes: _Wishes) -> Indices:
+def _draw(scores: Floats, peaks: Floats, draws: _DrawParameters) -> Indices:
     """[R] tokens drawn from scores [R, V], which are overwritten, without top_k; `peaks` [R] are their maxima."""
     scores -= peaks[:, None]
-    scores /= wishes.temperature[:, None]
-    top_p, typical_p, points = wishes.top_p, wishes.typical_p, wishes.points
+    scores /= draws.temperature[:, None]
+    top_p, typical_p, points = draws.top_p, draws.typical_p, draws.points
     is_free = (top_p == 1) & (typical_p == 1)
     if is_free.all():
         return _draw_from_all(scores, points)

@@ -50,7 +50,7 @@ class Scheduler:
         self._queues = {Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.SWAPPED: self.swapped}
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of admitted sequences
-        self.num_cached_tokens = 0  # of these, found in the prefix cache
+        self.num_cached_tokens = 0  # of these, taken from the prefix cache
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_BY_URGENCY)
@@ -166,20 +166,3 @@ class Scheduler:
         self._queues[sequence.status].remove(sequence)
         sequence.status = status
         insort(self._queues[status], sequence, key=_BY_URGENCY)
-
-    def check_invariants(self) -> None:
-        """Check the queues against each other and the block manager against them.
-
-        Raises:
-            RuntimeError: a sequence is in the wrong queue or out of order, a limit is exceeded, or blocks are lost.
-        """
-        for status, queue in self._queues.items():
-            if any(sequence.status is not status for sequence in queue):
-                raise RuntimeError(f"a sequence is {status.value} by its queue but not by its status")
-            if [s.order for s in queue] != sorted(s.order for s in queue):
-                raise RuntimeError(f"the {status.value} sequences are out of order")
-        if len(self.running) > self.config.max_batch_size:
-            raise RuntimeError("more sequences run than max_batch_size")
-        if any(sequence.num_computed for sequence in self.waiting):
-            raise RuntimeError("a waiting sequence has computed tokens")
-        self.blocks.check_invariants([*self.waiting, *self.running, *self.swapped])

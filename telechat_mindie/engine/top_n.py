@@ -19,7 +19,7 @@ def top_n(scores: NDArray[np.float32], counts: NDArray[np.int64]) -> tuple[NDArr
 
     Args:
         scores: [R, V], without NaN.
-        counts: [R], at least 1; at most V are found.
+        counts: [R], at least 1; above V it means V.
 
     Returns:
         Values [R, W] padded with -inf, and their indices [R, W]; W is the largest count.
@@ -32,9 +32,9 @@ def top_n(scores: NDArray[np.float32], counts: NDArray[np.int64]) -> tuple[NDArr
     heads = scores[:, :dealt].reshape(size, -1, groups).max(axis=1)
     bounds = np.sort(heads, axis=1)[np.arange(size), groups - counts]
     row, column = _reaching(scores, heads, bounds, dealt)
-    found = np.bincount(row, minlength=size)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(found) - found, found)
-    values = np.full((size, found.max()), -np.inf, scores.dtype)
+    per_row = np.bincount(row, minlength=size)  # candidates
+    place = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+    values = np.full((size, per_row.max()), -np.inf, scores.dtype)
     indices = np.zeros(values.shape, np.int64)
     values[row, place] = scores[row, column]
     indices[row, place] = column

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.model_dir.layout import ServingConfig
@@ -23,9 +23,8 @@ def generation_params(
 ) -> GenerationParams:
     """What the engine is to do for a request.
 
-    As in MindIE's worker (mindie_llm/text_generator/utils/batch_context.py:440-510): a request that names temperature,
-    top_k or top_p but not do_sample wants to sample; what it leaves out is as the model directory has it; a temperature
-    of 0 means greedy whatever do_sample says; and several sequences are always sampled.
+    What the request leaves out is as the model directory has it (`GenerationParams.with_defaults`), and several
+    sequences are always sampled.
 
     Args:
         body: the request, or its `parameters`; fields that a format does not have count as left out.
@@ -35,37 +34,23 @@ def generation_params(
         count: sequences that are sampled.
         logprobs: how many of the most likely tokens are to be reported.
     """
-
-    def given(name: str) -> Any:
-        return getattr(body, name, None)
-
-    def wanted(name: str, otherwise: Any) -> Any:
-        return otherwise if given(name) is None else given(name)
-
-    draws = any(given(name) is not None for name in ("temperature", "top_k", "top_p"))
-    stop = given("stop")
-    stop_ids = given("stop_token_ids")
-    return GenerationParams(
-        max_new_tokens=max_new_tokens,
-        do_sample=count > 1 or wanted("do_sample", draws or defaults.do_sample),
-        temperature=wanted("temperature", defaults.temperature),
-        top_k=max(0, wanted("top_k", defaults.top_k)),  # -1 stands for all
-        top_p=wanted("top_p", defaults.top_p),
-        typical_p=wanted("typical_p", 1.0),
-        repetition_penalty=min(
-            max(wanted("repetition_penalty", defaults.repetition_penalty), _LEAST_PENALTY), _MOST_PENALTY
-        ),
-        presence_penalty=wanted("presence_penalty", 0.0),
-        frequency_penalty=wanted("frequency_penalty", 0.0),
-        seed=given("seed"),
-        stop=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
-        stop_token_ids=tuple(stop_ids or ()),
-        ignore_eos=wanted("ignore_eos", False),
-        # MindIE reads it only beside something to stop at (utils/infer_param.cpp, AssignIncludeStopStrInOutput).
-        include_stop_str_in_output=wanted("include_stop_str_in_output", False)
-        and (stop is not None or stop_ids is not None),
-        skip_special_tokens=wanted("skip_special_tokens", False),
-        logprobs=logprobs if logprobs is not None or count == 1 else 0,  # several answers are ranked by theirs
-        priority=wanted("priority", 5),
-        timeout=timeout,
+    given = {field.name: getattr(body, field.name, None) for field in fields(GenerationParams)}
+    stop, stop_ids = given["stop"], given["stop_token_ids"]
+    penalty = defaults.repetition_penalty if given["repetition_penalty"] is None else given["repetition_penalty"]
+    return GenerationParams.with_defaults(
+        defaults,
+        **given
+        | {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": True if count > 1 else given["do_sample"],
+            "repetition_penalty": min(max(penalty, _LEAST_PENALTY), _MOST_PENALTY),
+            "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            "stop_token_ids": tuple(stop_ids or ()),
+            # MindIE reads it only beside something to stop at (utils/infer_param.cpp, AssignIncludeStopStrInOutput).
+            "include_stop_str_in_output": bool(given["include_stop_str_in_output"])
+            and (stop is not None or stop_ids is not None),
+            "skip_special_tokens": bool(given["skip_special_tokens"]),
+            "logprobs": logprobs if logprobs is not None or count == 1 else 0,  # several answers are ranked by theirs
+            "timeout": timeout,
+        },
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from helpers.engine_checks import check_blocks, check_pool
 
-from telechat_mindie.engine.block_manager import BlockManager
-from telechat_mindie.engine.block_pool import BlockPool
+from telechat_mindie.engine.block_manager import BlockManager, BlockPool
 from telechat_mindie.engine.sequence import Sequence, Status
 
 BLOCK = 4
@@ -37,7 +38,7 @@ def test_allocate_gives_a_block_for_every_started_block_of_tokens() -> None:
     sequence = admit(blocks, "a", list(range(9)))
     assert len(table(blocks, sequence)) == 3
     assert blocks.pool.num_free == 5
-    blocks.check_invariants([sequence])
+    check_blocks(blocks, [sequence])
 
 
 def test_can_allocate_counts_cached_blocks_once_and_keeps_the_reserve() -> None:
@@ -56,19 +57,32 @@ def test_can_allocate_counts_cached_blocks_once_and_keeps_the_reserve() -> None:
 def test_append_takes_a_block_only_where_the_last_one_is_full() -> None:
     blocks = manager(num_blocks=2)
     sequence = admit(blocks, "a", [1, 2, 3])
-    sequence.token_ids.append(4)
+    sequence.append(4)
     assert blocks.can_append(sequence)
     blocks.append(sequence)
     assert len(table(blocks, sequence)) == 1
     sequence.num_computed += 1
-    sequence.token_ids.append(5)
+    sequence.append(5)
     blocks.append(sequence)
     blocks.append(sequence)  # again changes nothing: a step that was interrupted is repeated
     assert len(table(blocks, sequence)) == 2
     sequence.num_computed += 1
-    sequence.token_ids += [6, 7, 8, 9]
+    for token in (6, 7, 8, 9):
+        sequence.append(token)
     sequence.num_computed += 3
     assert not blocks.can_append(sequence)
+
+
+def test_a_sequence_is_one_array_that_is_seldom_moved() -> None:
+    sequence = Sequence("a", [1, 2, 3])
+    buffers = set()
+    for token in range(10_000):
+        sequence.append(token)
+        buffers.add(sequence.token_ids.ctypes.data)
+    assert sequence.token_ids.dtype == np.int64
+    assert sequence.token_ids.tolist() == [1, 2, 3, *range(10_000)]
+    assert (sequence.last_token, sequence.num_tokens, sequence.num_generated) == (9_999, 10_003, 10_000)
+    assert len(buffers) < 12
 
 
 def test_equal_prefixes_share_blocks_until_the_first_difference() -> None:
@@ -78,10 +92,10 @@ def test_equal_prefixes_share_blocks_until_the_first_difference() -> None:
     assert table(blocks, first)[:2] == table(blocks, second)[:2]
     assert table(blocks, first)[2] != table(blocks, second)[2]
     assert second.num_cached == 8
-    blocks.check_invariants([first, second])
+    check_blocks(blocks, [first, second])
     blocks.free(first)
     first.status = Status.FINISHED
-    blocks.check_invariants([second])
+    check_blocks(blocks, [second])
 
 
 def test_a_block_in_the_middle_is_found_only_with_the_same_beginning() -> None:
@@ -112,7 +126,7 @@ def test_the_answer_is_found_as_the_next_prompts_prefix() -> None:
     blocks = manager()
     sequence = admit(blocks, "a", [1, 2, 3])
     for token in (4, 5):
-        sequence.token_ids.append(token)
+        sequence.append(token)
         blocks.append(sequence)
         sequence.num_computed += 1
         blocks.publish(sequence)
@@ -128,7 +142,7 @@ def test_eviction_takes_the_blocks_held_longest_ago_and_ends_first() -> None:
     assert len(blocks.match(Sequence("x", [1] * 9))) == 1  # the end went first, the beginning is of use alone
     assert len(blocks.match(Sequence("y", [2] * 9))) == 2
     taker.status = Status.RUNNING
-    blocks.check_invariants([taker])
+    check_blocks(blocks, [taker])
 
 
 def test_without_prefix_cache_nothing_is_found() -> None:
@@ -141,13 +155,13 @@ def test_swap_copies_what_is_computed_there_and_back() -> None:
     blocks = manager(num_blocks=4, host=3)
     sequence = admit(blocks, "a", list(range(6)))
     before = table(blocks, sequence)
-    sequence.token_ids.append(9)
+    sequence.append(9)
     assert blocks.can_swap_out(sequence)
     out = blocks.swap_out(sequence)
     sequence.status = Status.SWAPPED
     assert [device for device, _ in out] == before
     assert blocks.pool.num_free == 4 and blocks.host_pool.num_free == 1
-    blocks.check_invariants([sequence])
+    check_blocks(blocks, [sequence])
     other = admit(blocks, "b", [7] * 5)
     assert not blocks.can_swap_out(other)  # two blocks, and one host block is left
     assert blocks.can_swap_in(sequence)
@@ -156,7 +170,7 @@ def test_swap_copies_what_is_computed_there_and_back() -> None:
     assert [host for host, _ in back] == [host for _, host in out]
     assert [device for _, device in back] == table(blocks, sequence)
     assert sequence.num_computed == 6
-    blocks.check_invariants([sequence, other])
+    check_blocks(blocks, [sequence, other])
 
 
 def test_a_prefix_is_found_again_after_a_swap_though_its_old_blocks_are_gone() -> None:
@@ -172,7 +186,7 @@ def test_a_prefix_is_found_again_after_a_swap_though_its_old_blocks_are_gone() -
 def test_swap_in_waits_for_room_for_the_next_token() -> None:
     blocks = manager(num_blocks=3, host=2)
     sequence = admit(blocks, "a", list(range(8)))
-    sequence.token_ids.append(9)
+    sequence.append(9)
     blocks.swap_out(sequence)
     admit(blocks, "b", [7])
     assert not blocks.can_swap_in(sequence)
@@ -185,7 +199,7 @@ def test_a_shared_block_survives_the_swap_of_one_holder() -> None:
     blocks.swap_out(first)
     first.status = Status.SWAPPED
     assert blocks.pool.holders(shared) == 1
-    blocks.check_invariants([first, second])
+    check_blocks(blocks, [first, second])
 
 
 def test_free_gives_back_host_blocks_too() -> None:
@@ -196,7 +210,7 @@ def test_free_gives_back_host_blocks_too() -> None:
     sequence.status = Status.FINISHED
     assert blocks.host_pool.num_free == 4
     assert sequence.num_computed == 0
-    blocks.check_invariants([])
+    check_blocks(blocks, [])
 
 
 def test_a_pool_gives_out_every_block_once() -> None:
@@ -213,7 +227,7 @@ def test_the_first_of_two_equal_blocks_stays_the_known_one() -> None:
     pool.publish(second, b"digest")
     pool.release(second)
     assert pool.find(b"digest") == first
-    pool.check_invariants([1, 0])
+    check_pool(pool, [1, 0])
 
 
 def broken_by_leak(blocks: BlockManager, sequence: Sequence) -> None:
@@ -251,10 +265,10 @@ def broken_by_shared_write(blocks: BlockManager, sequence: Sequence) -> None:
         broken_by_shared_write,
     ],
 )
-def test_check_invariants_notices(damage: object) -> None:
+def test_the_checks_notice(damage: object) -> None:
     blocks = manager()
     sequence = admit(blocks, "a", list(range(6)))
-    blocks.check_invariants([sequence])
+    check_blocks(blocks, [sequence])
     damage(blocks, sequence)  # type: ignore[operator]
     with pytest.raises(RuntimeError):
-        blocks.check_invariants([sequence])
+        check_blocks(blocks, [sequence])

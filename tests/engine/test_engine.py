@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.checkpoints import make_checkpoint
+from helpers.engine_checks import check_scheduler
 from helpers.null_model import EOS_ID, ByteTokenizer, Call, NullRunner
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.engine import core
 from telechat_mindie.engine.answer_text import AnswerText
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine, EngineBusyError, EngineStoppedError
-from telechat_mindie.engine.generate import generate
 from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError
@@ -79,11 +80,11 @@ def run_all(made: Engine) -> dict[str, Answer]:
     outputs: list[Output] = []
     while made.has_work:
         outputs += made.step()
-        made._core.scheduler.check_invariants()
+        check_scheduler(made._core.scheduler)
     return collect(outputs)
 
 
-def answer_alone(prompt: Sequence[int], params: GenerationParams) -> Answer:
+def answer_alone(prompt: ArrayLike, params: GenerationParams) -> Answer:
     made = engine()
     made.add(prompt, params, "alone")
     return run_all(made)["alone"]
@@ -181,6 +182,44 @@ def test_forward_gets_what_mindie_passes() -> None:
         Call("decode", (1, 1), (11, 14)),
         Call("decode", (1,), (12,)),
     ]
+
+
+def test_a_prefix_hit_builds_no_mask() -> None:
+    """One of float64 [new tokens, context] would have half a GiB for 8192 tokens, and nobody reads it."""
+    runner = NullRunner()
+    calls: list[dict[str, Any]] = []
+    runner.before_forward = calls.append
+    made = engine(runner, prefix_cache=True)
+    for own in ([7] * 3, [8] * 3):
+        made.add([9] * 2 * BLOCK + own, GenerationParams(max_new_tokens=1))
+        made.step()
+    assert [call["position_ids"][0] for call in calls] == [0, 2 * BLOCK]
+    assert [call["spec_mask"] for call in calls] == [None, None]
+
+
+def test_logits_are_not_copied_on_their_way_to_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = NullRunner()
+    given: list[NDArray[np.float32]] = []
+    runner.after_forward = lambda arguments, logits: given.append(logits)
+    honest = core.sample
+
+    def sample(logits: NDArray[np.float32], states: Sequence[Any]) -> Any:
+        assert np.shares_memory(logits, given[-1])
+        return honest(logits, states)
+
+    monkeypatch.setattr(core, "sample", sample)
+    made = engine(runner)
+    for first in (5, 6):
+        made.add([first, 7], GenerationParams(max_new_tokens=3))
+    assert {answer.reason for answer in run_all(made).values()} == {FinishReason.LENGTH}
+
+
+def test_a_prompt_may_be_any_array_of_integers_and_stays_the_callers() -> None:
+    expected = answer_alone([5, 6, 7], GenerationParams(max_new_tokens=9)).tokens
+    for dtype in (np.int32, np.int64, np.uint16):
+        prompt = np.array([5, 6, 7], dtype)
+        assert answer_alone(prompt, GenerationParams(max_new_tokens=9)).tokens == expected
+        assert prompt.tolist() == [5, 6, 7]
 
 
 def test_chunks_and_decodes_share_a_forward() -> None:
@@ -307,7 +346,7 @@ def test_cancel_frees_blocks_at_once_in_every_state() -> None:
     assert made.stats().running and made.stats().waiting
     for stream in streams:
         assert made.cancel(stream.request_id)
-        made._core.scheduler.check_invariants()
+        check_scheduler(made._core.scheduler)
         assert not made.cancel(stream.request_id)
     assert (made.stats().blocks_used, made.stats().host_blocks_used) == (0, 0)
     assert [collect(stream)[stream.request_id].reason for stream in streams] == [FinishReason.CANCELLED] * 4
@@ -583,14 +622,12 @@ def test_each_token_is_a_draw_of_its_own_and_seen_by_the_next() -> None:
     assert answers["penalised"].tokens == list(range(30))
 
 
-def test_generate_answers_over_a_runner_and_over_an_engine() -> None:
+def test_generate_answers_in_this_thread_and_cleans_up_when_left() -> None:
     params = GenerationParams(max_new_tokens=5)
-    expected = answer_alone([5, 6], params).tokens
-    over_runner = collect(generate(NullRunner(block_size=128), TOKENIZER, [5, 6], params))
     made = engine()
-    over_engine = collect(generate(made, TOKENIZER, [5, 6], params))
-    assert [answer.tokens for answer in (*over_runner.values(), *over_engine.values())] == [expected, expected]
-    unfinished = generate(made, TOKENIZER, [5, 6], params)
+    (answer,) = collect(made.generate([5, 6], params)).values()
+    assert answer.tokens == answer_alone([5, 6], params).tokens
+    unfinished = made.generate([5, 6], params)
     next(unfinished)
     unfinished.close()
     assert not made.has_work

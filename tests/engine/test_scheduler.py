@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.engine_checks import check_scheduler
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -47,7 +48,7 @@ def step(of: Scheduler) -> list[tuple[str, int]]:
     batch = of.schedule()
     names = [(sequence.id, count) for sequence, count in zip(batch.sequences, batch.query_lens, strict=True)]
     settle(of, batch)
-    of.check_invariants()
+    check_scheduler(of)
     return names
 
 
@@ -55,7 +56,7 @@ def settle(of: Scheduler, batch: Batch) -> None:
     of.complete(batch)
     for sequence in batch.sequences:
         if not sequence.num_uncomputed:
-            sequence.token_ids.append(7)
+            sequence.append(7)
 
 
 def test_prompts_are_prefilled_together_within_the_budget_then_all_decode() -> None:
@@ -121,7 +122,7 @@ def test_preemption_swaps_where_host_blocks_and_the_limit_allow() -> None:
     assert third.status is Status.SWAPPED
     assert [to_host for to_host, _, _ in batch.swaps] == [True, True]
     settle(sched, batch)
-    sched.check_invariants()
+    check_scheduler(sched)
     sched.remove(first)
     batch = sched.schedule()
     assert [to_host for to_host, _, _ in batch.swaps] == [False, False]
@@ -221,19 +222,19 @@ def test_remove_frees_blocks_whatever_the_sequence_is_doing() -> None:
     ]
     for sequence in sequences:
         sched.remove(sequence)
-        sched.check_invariants()
+        check_scheduler(sched)
     assert sched.blocks.pool.num_free == 7 and sched.blocks.host_pool.num_free == 8
     assert sched.schedule().sequences == []
 
 
 @pytest.mark.parametrize("queue", ["waiting", "running", "swapped"])
-def test_check_invariants_notices_a_sequence_in_the_wrong_queue(queue: str) -> None:
+def test_the_checks_notice_a_sequence_in_the_wrong_queue(queue: str) -> None:
     sched = scheduler()
     stranger = Sequence("x", [1])
     stranger.status = Status.FINISHED
     getattr(sched, queue).append(stranger)
     with pytest.raises(RuntimeError):
-        sched.check_invariants()
+        check_scheduler(sched)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sched.complete(batch)
         for sequence in batch.sequences:
             if not sequence.num_uncomputed:
-                sequence.token_ids.append(token)
+                sequence.append(token)
                 if sequence.num_tokens >= self.sched.config.max_seq_len:
                     self.finish(sequence)
 
@@ -350,7 +351,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         if hasattr(self, "sched"):
-            self.sched.check_invariants()
+            check_scheduler(self.sched)
             queued = [*self.sched.waiting, *self.sched.running, *self.sched.swapped]
             assert sorted(s.id for s in queued) == sorted(self.alive)
 
@@ -362,7 +363,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.alive:
                 break
             self.step(token=1, keep=True)
-            self.sched.check_invariants()
+            check_scheduler(self.sched)
         assert not self.alive
         assert self.sched.blocks.pool.num_free == self.sched.blocks.pool.num_blocks
         assert self.sched.blocks.host_pool.num_free == self.sched.blocks.host_pool.num_blocks

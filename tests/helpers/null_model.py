@@ -159,16 +159,10 @@ class NullRunner:
             _require(heads.dtype == np.int64 and heads.tolist() == (np.cumsum(query_lens) - 1).tolist(), "head indices")
         else:
             _require(heads is None, "head indices of a decode")
-        if form == "hit":
-            self._check_mask(arguments["spec_mask"], query_lens, context_lens)
+        # The engine sends no mask even after a hit: the plugin's says only what positions and lengths say already.
+        _require(arguments["spec_mask"] is None, "spec_mask")
         self._check_places(query_lens, **arguments)
         return query_lens
-
-    def _check_mask(self, mask: NDArray[np.float64], query_lens: Any, context_lens: Any) -> None:
-        lowest = np.finfo(np.float32).min
-        triangle = np.where(np.tri(int(context_lens.max())) > 0, 0, lowest)
-        rows = [triangle[end - count : end] for count, end in zip(query_lens, context_lens, strict=True)]
-        _require(mask.dtype == np.float64 and np.array_equal(mask, np.concatenate(rows)), "spec_mask")
 
     def _check_places(self, query_lens: NDArray[np.int64], **arguments: Any) -> None:
         """Positions follow on the history, slots are where the tables say, and nobody writes to another's block."""
@@ -225,9 +219,9 @@ class _ByteDecoder:
 def _form(arguments: dict[str, Any]) -> str:
     if not arguments["prefill"]:
         return "decode"
-    if arguments["spec_mask"] is not None:
-        return "hit"
-    return "prefill" if arguments["q_seq_lens"] is None else "mixed"
+    if arguments["q_seq_lens"] is None:
+        return "prefill"
+    return "mixed" if arguments["adapter_ids"] is None else "hit"
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
