@@ -100,11 +100,11 @@ class CpuModel(DeviceModel):
         self.kernels = kernels(config, rank.world_size, cache, self.rotary)
         self.network = self.decoder = self.load(self.kernels, cache, kernels.weight_dtype(stored))
         # The ranks of several exchange sums between operators, which only a graph can.
-        self._whole = self.kernels.whole(self.decoder) if rank.world_size == 1 else None
+        self._alone = self.kernels.single_rank_decoder(self.decoder) if rank.world_size == 1 else None
 
     def run(self, batch: RaggedBatch, caches: Any) -> np.ndarray:
-        if self._whole is not None:
-            logits: np.ndarray = self._whole.logits(batch, caches)
+        if self._alone is not None:
+            logits: np.ndarray = self._alone.logits(batch, caches)
             return logits
         if caches is None:
             return super().run(batch, None)

@@ -5,132 +5,72 @@ Attribute names make the parameter names, and those are mindformers' (`model.lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mindspore import Parameter, Tensor, nn, ops
 
-from telechat_mindie.checkpoint.sharding import Role, rank_shape
+from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.model.kernels.interface import Kernels
 from telechat_mindie.model.kv_cache import KVCache
+from telechat_mindie.model.layers import Embedding, Parts, RowLinear, Take, Weight
+from telechat_mindie.model.moe import MoE
 from telechat_mindie.model.parallel import TensorParallel
-
-Take = Callable[[str, tuple[int, ...]], Parameter]
-"""Gives the parameter of a name and shape: from a model directory, or empty ones for an export."""
-
-
-class Weight(nn.Cell):
-    """The parameters of one linear layer or norm."""
-
-    def __init__(self, take: Take, name: str, shape: tuple[int, ...], bias: int = 0) -> None:
-        super().__init__()
-        self.weight = take(f"{name}.weight", shape)
-        if bias:
-            self.bias = take(f"{name}.bias", (bias,))
 
 
 class Attention(nn.Cell):
-    def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
-    ) -> None:
+    def __init__(self, parts: Parts, name: str) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.parallel = parallel
-        hidden, packed = config.hidden_size, config.hidden_size + 2 * config.kv_size
-        self.w_qkv = Weight(take, f"{name}.w_qkv", rank_shape((packed, hidden), Role.COLUMN, parallel.size))
-        self.wo = Weight(take, f"{name}.wo", rank_shape((hidden, hidden), Role.ROW, parallel.size), bias=hidden)
+        hidden, packed = parts.config.hidden_size, parts.config.hidden_size + 2 * parts.config.kv_size
+        self.kernels = parts.kernels
+        self.w_qkv = Weight(parts, f"{name}.w_qkv", (packed, hidden), Role.COLUMN)
+        self.wo = RowLinear(parts, f"{name}.wo", (hidden, hidden))
 
     def construct(
         self, x: Tensor, norm_weight: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]
     ) -> Tensor:
         qkv = self.kernels.norm_linear(x, norm_weight, self.w_qkv.weight)
-        attended = self.kernels.attention(qkv, key_cache, value_cache, inputs)
-        return row_linear(self.kernels, self.parallel, attended, self.wo.weight, self.wo.bias, x)
+        return self.wo(self.kernels.attention(qkv, key_cache, value_cache, inputs), x)
 
 
 class FeedForward(nn.Cell):
-    def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
-    ) -> None:
+    def __init__(self, parts: Parts, name: str) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.parallel = parallel
-        hidden, ffn = config.hidden_size, config.ffn_size
-        gate_up = rank_shape((2 * ffn, hidden), Role.COLUMN, parallel.size)
-        self.w_gate_hidden = Weight(take, f"{name}.w_gate_hidden", gate_up)
-        self.w2 = Weight(take, f"{name}.w2", rank_shape((hidden, ffn), Role.ROW, parallel.size), bias=hidden)
+        hidden, ffn = parts.config.hidden_size, parts.config.ffn_size
+        self.kernels = parts.kernels
+        self.w_gate_hidden = Weight(parts, f"{name}.w_gate_hidden", (2 * ffn, hidden), Role.COLUMN)
+        self.w2 = RowLinear(parts, f"{name}.w2", (hidden, ffn))
 
     def construct(self, x: Tensor, norm_weight: Tensor) -> Tensor:
-        gated = self.kernels.norm_swiglu(x, norm_weight, self.w_gate_hidden.weight)
-        return row_linear(self.kernels, self.parallel, gated, self.w2.weight, self.w2.bias, x)
-
-
-def row_linear(
-    kernels: nn.Cell, parallel: TensorParallel, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
-) -> Tensor:
-    """residual + bias + the sum over ranks of x @ weight^T; the bias is added once, after the sum."""
-    if parallel.size == 1:
-        return kernels.linear_add(x, weight, bias, residual)
-    return parallel.sum(kernels.linear(x, weight)) + bias + residual
+        return self.w2(self.kernels.norm_swiglu(x, norm_weight, self.w_gate_hidden.weight), x)
 
 
 class Layer(nn.Cell):
-    def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
-    ) -> None:
+    def __init__(self, parts: Parts, name: str) -> None:
         super().__init__()
-        self.attention_norm = Weight(take, f"{name}.attention_norm", (config.hidden_size,))
-        self.attention = Attention(config, take, f"{name}.attention", kernels, parallel)
-        self.ffn_norm = Weight(take, f"{name}.ffn_norm", (config.hidden_size,))
-        if config.is_moe:
-            from telechat_mindie.model.moe import KernelRoutedMoE, MoE
-
-            kind = KernelRoutedMoE if kernels.routes_experts else MoE
-            self.feed_forward = kind(config, take, f"{name}.feed_forward", kernels, parallel)
-        else:
-            self.feed_forward = FeedForward(config, take, f"{name}.feed_forward", kernels, parallel)
+        hidden = parts.config.hidden_size
+        self.attention_norm = Weight(parts, f"{name}.attention_norm", (hidden,))
+        self.attention = Attention(parts, f"{name}.attention")
+        self.ffn_norm = Weight(parts, f"{name}.ffn_norm", (hidden,))
+        feed_forward = MoE if parts.config.is_moe else FeedForward
+        self.feed_forward = feed_forward(parts, f"{name}.feed_forward")
 
     def construct(self, x: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         x = self.attention(x, self.attention_norm.weight, key_cache, value_cache, inputs)
         return self.feed_forward(x, self.ffn_norm.weight)
 
 
-class Embedding(nn.Cell):
-    """Rows of the vocabulary; each rank holds a range of them and the ranks' sum is the lookup."""
-
-    def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
-    ) -> None:
-        super().__init__()
-        self.kernels = kernels
-        self.parallel = parallel
-        shape = rank_shape((config.vocab_size, config.hidden_size), Role.COLUMN, parallel.size)
-        self.embedding_weight = take(f"{name}.embedding_weight", shape)
-        self.rows = shape[0]
-        self.first = parallel.rank * shape[0]
-
-    def construct(self, token_ids: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            return self.kernels.embed(token_ids, self.embedding_weight)
-        local = token_ids - self.first
-        inside = ops.logical_and(local >= 0, local < self.rows)
-        found = self.kernels.embed(ops.select(inside, local, ops.zeros_like(local)), self.embedding_weight)
-        return self.parallel.sum(found * ops.cast(inside, found.dtype).expand_dims(-1))
-
-
 class Backbone(nn.Cell):
-    def __init__(
-        self, config: TelechatConfig, take: Take, name: str, kernels: nn.Cell, parallel: TensorParallel
-    ) -> None:
+    def __init__(self, parts: Parts, name: str) -> None:
         super().__init__()
-        self.kernels = kernels
+        config = parts.config
+        self.kernels = parts.kernels
         self.embed_layernorm = config.embed_layernorm
-        self.tok_embeddings = Embedding(config, take, f"{name}.tok_embeddings", kernels, parallel)
+        self.tok_embeddings = Embedding(parts, f"{name}.tok_embeddings")
         if config.embed_layernorm:
-            self.embedding_norm = Weight(take, f"{name}.embedding_norm", (config.hidden_size,))
-        self.layers = nn.CellList(
-            [Layer(config, take, f"{name}.layers.{index}", kernels, parallel) for index in range(config.num_layers)]
-        )
-        self.norm_out = Weight(take, f"{name}.norm_out", (config.hidden_size,))
+            self.embedding_norm = Weight(parts, f"{name}.embedding_norm", (config.hidden_size,))
+        self.layers = nn.CellList([Layer(parts, f"{name}.layers.{index}") for index in range(config.num_layers)])
+        self.norm_out = Weight(parts, f"{name}.norm_out", (config.hidden_size,))
 
     def construct(
         self, token_ids: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], inputs: tuple[Tensor, ...]
@@ -149,22 +89,22 @@ class TelechatForCausalLM(nn.Cell):
     Args:
         config: the model's shape; every rank gets the same.
         take: gives each parameter, by mindformers name and this rank's shape.
-        kernels: how the layers compute, see `telechat_mindie.model.kernels`.
+        kernels: how the layers compute, see `telechat_mindie.model.kernels.interface`.
         parallel: this rank's place among the ranks.
         cache: this rank's key/value cache, written in place.
     """
 
     def __init__(
-        self, config: TelechatConfig, take: Take, kernels: nn.Cell, parallel: TensorParallel, cache: KVCache
+        self, config: TelechatConfig, take: Take, kernels: Kernels, parallel: TensorParallel, cache: KVCache
     ) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
         self.parallel = parallel
         self.cache = cache
-        self.model = Backbone(config, take, "model", kernels, parallel)
-        shape = rank_shape((config.vocab_size, config.hidden_size), Role.COLUMN, parallel.size)
-        self.lm_head = Weight(take, "lm_head", shape)
+        parts = Parts(config, take, kernels, parallel)
+        self.model = Backbone(parts, "model")
+        self.lm_head = Weight(parts, "lm_head", (config.vocab_size, config.hidden_size), Role.COLUMN)
         self.gather = ops.Gather()
 
     def construct(

@@ -212,10 +212,10 @@ def test_the_ranks_parts_of_the_experts_add_up() -> None:
 
     x, router, bias = tensor(7, 64), tensor(6, 64), tensor(1, 6, 1, 64)
     gate, up, down = tensor(6, 64, 48), tensor(6, 64, 48), tensor(6, 48, 64)
-    whole = emulate(_kernels(MOE)).experts(x, router, gate, up, down, bias).asnumpy()
+    whole = emulate(_kernels(MOE)).routed_experts(x, router, gate, up, down, bias).asnumpy()
     half = emulate(AscendKernels(MOE, 2, _cache(MOE), RotaryTable(16)))
     parts = [
-        half.experts(x, router, gate[:, :, part], up[:, :, part], down[:, part], bias).asnumpy()
+        half.routed_experts(x, router, gate[:, :, part], up[:, :, part], down[:, part], bias).asnumpy()
         for part in (slice(0, 24), slice(24, 48))
     ]
     assert np.abs(whole).max() > 0.1
@@ -355,10 +355,10 @@ class TestMisuse:
             (6, 48, 64),
             (1, 6, 1, 64),
         ]
-        _trace(Probe(_kernels(MOE), "experts"), *(_dynamic(*sizes) for sizes in shapes))
+        _trace(Probe(_kernels(MOE), "routed_experts"), *(_dynamic(*sizes) for sizes in shapes))
         shapes[odd] = shape
         with pytest.raises(InputError, match=message):
-            _trace(Probe(_kernels(MOE), "experts"), *(_dynamic(*sizes) for sizes in shapes))
+            _trace(Probe(_kernels(MOE), "routed_experts"), *(_dynamic(*sizes) for sizes in shapes))
 
 
 class TestLimits:

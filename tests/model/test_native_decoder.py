@@ -59,7 +59,7 @@ class Model:
         rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen)
         self.kernels = kernels(config, 1, cache, rotary)
         self._decoder = TelechatForCausalLM(config, take, self.kernels, TensorParallel(), cache)
-        self.whole = self.kernels.whole(self._decoder)
+        self.single_rank = self.kernels.single_rank_decoder(self._decoder)
 
     def logits(self, batch: RaggedBatch) -> np.ndarray:
         """From the graph; the same without one, where there is that."""
@@ -67,8 +67,8 @@ class Model:
         for call in self.kernels.calls(batch):
             found = self._decoder(call.token_ids, call.logits_rows, call.inputs).asnumpy()
             out[call.rows] = found[: len(call.rows)]
-        if self.whole is not None:
-            np.testing.assert_allclose(self.whole.logits(batch), out, rtol=0, atol=TOLERANCE)
+        if self.single_rank is not None:
+            np.testing.assert_allclose(self.single_rank.logits(batch), out, rtol=0, atol=TOLERANCE)
         return out
 
 
@@ -217,13 +217,13 @@ def test_unusable_arguments_end_in_an_error_not_in_a_crash(
     with pytest.raises(RuntimeError, match="telechat_attention"):
         models[0].logits(wrong)
     assert "lies outside the cache" in capfd.readouterr().err
-    assert models[0].whole is not None
+    assert models[0].single_rank is not None
     for unusable, reason in (
         (wrong, "outside the cache"),
         (replace(batch, token_ids=batch.token_ids + 96), "token id"),
     ):
         with pytest.raises(TelechatMindieError, match="standard error"):
-            models[0].whole.logits(unusable)
+            models[0].single_rank.logits(unusable)
         assert reason in capfd.readouterr().err
     agree(models, Traffic(np.random.default_rng(5)).step([], [3]))
 

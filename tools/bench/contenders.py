@@ -83,7 +83,7 @@ class Ours:
         cache = KVCache(config.num_layers, self._limits.num_blocks, BLOCK_SIZE, config.kv_size, dtype)
         self._kernels = chosen(config, 1, cache, RotaryTable(config.head_dim))
         self._model = TelechatForCausalLM(config, take, self._kernels, TensorParallel(), cache)
-        self._whole = self._kernels.whole(self._model)
+        self._whole = self._kernels.single_rank_decoder(self._model)
         self._length = 0
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:

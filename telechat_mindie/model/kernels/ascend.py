@@ -21,7 +21,7 @@ from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels.ascend_graphs import DECODE_INPUTS, TRIANGLE, AscendCache, CallShape
 from telechat_mindie.model.kernels.checks import traced_check
-from telechat_mindie.model.kernels.cpu import Call
+from telechat_mindie.model.kernels.interface import Call
 from telechat_mindie.model.rope import RotaryTable
 
 """PagedAttention and FlashAttentionScore know no other."""
@@ -40,7 +40,7 @@ INDICES = ("int32",)
 
 
 class AscendKernels(nn.Cell):
-    """See the package's docstring for the interface.
+    """See `interface.Kernels`.
 
     A call is one run: a batch without history goes through FlashAttentionScore, any other through PagedAttention.
     Everything that depends on the batch is made on the host in `calls`; nothing in the graph waits for the device.
@@ -190,7 +190,7 @@ class AscendKernels(nn.Cell):
         else:
             traced_check("FlashAttentionScore: attn_mask", mask.shape, mask.dtype, (TRIANGLE, TRIANGLE), self.dtypes)
 
-    def experts(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+    def routed_experts(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
         """This rank's part of the chosen experts' weighted sum: [T, h].
 
         `router` is [E, h]; `gate` and `up` [E, h, f], `down` [E, f, h]; `bias` [1, E, 1, h], down's, of which a rank

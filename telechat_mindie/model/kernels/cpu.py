@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from mindspore import Tensor, mutable, nn, ops
 
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.batch import RaggedBatch
+from telechat_mindie.model.kernels.interface import Call
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.rope import RotaryTable
 
@@ -19,18 +18,8 @@ BLOCKED = np.float32(-1e30)
 """Added to a score that a token may not see; finite, so that a row of nothing else stays finite too."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One run of the decoder: its inputs, and which rows of the batch's logits it gives (in its first rows)."""
-
-    token_ids: Tensor  # [T]
-    logits_rows: Tensor  # [R]
-    inputs: tuple[Tensor, ...]
-    rows: np.ndarray  # [R'] with R' <= R: destinations
-
-
 class CpuKernels(nn.Cell):
-    """See the package's docstring for the interface.
+    """See `interface.Kernels`.
 
     A graph is compiled for each shape, so shapes come in buckets: B sequences and Q new tokens each, both padded to a
     power of two, over a context padded to L. Sequences with one new token (decode) run together, any other alone.
@@ -68,7 +57,12 @@ class CpuKernels(nn.Cell):
         return "float32"
 
     @staticmethod
-    def whole(decoder: nn.Cell) -> None:
+    def describe(stored: str, tp: int = 1) -> str:
+        """One line for a person: the weights' dtype."""
+        return f"MindSpore ({CpuKernels.weight_dtype(stored)} weights)"
+
+    @staticmethod
+    def single_rank_decoder(decoder: nn.Cell) -> None:
         """Nothing here runs a decoder but its graph."""
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:

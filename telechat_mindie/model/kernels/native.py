@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
@@ -12,13 +11,10 @@ from mindspore import Tensor, mutable, nn, ops
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels import native_build
-from telechat_mindie.model.kernels.cpu import Call
+from telechat_mindie.model.kernels.interface import Call
 from telechat_mindie.model.kernels.native_decoder import NativeDecoder
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.rope import RotaryTable
-
-if TYPE_CHECKING:
-    from telechat_mindie.model.decoder import TelechatForCausalLM
 
 MAX_TOKENS = 512
 """New tokens in one run of the decoder, over all sequences; more of them go in several runs."""
@@ -29,12 +25,12 @@ _LEAST_BLOCKS = 64
 
 
 class NativeKernels(nn.Cell):
-    """See the package's docstring for the interface.
+    """See `interface.Kernels`.
 
-    A graph is compiled for each shape, so its tokens come in buckets; a single rank needs no graph, see `whole`. Which
-    tokens belong to which sequence is data: prefill, decode, chunks, prefix hits and drafts run together. The library
-    checks shapes, dtypes, ids and slots itself, as the last guard: MindSpore does not run a graph again after a kernel
-    has refused its inputs.
+    A graph is compiled for each shape, so its tokens come in buckets; a single rank needs none, see `native_decoder`.
+    Which tokens belong to which sequence is data: prefill, decode, chunks, prefix hits and drafts run together. The
+    library checks shapes, dtypes, ids and slots itself, as the last guard: MindSpore does not run a graph again after
+    a kernel has refused its inputs.
 
     Raises:
         NativeUnavailable: the library cannot be had on this machine.
@@ -81,9 +77,8 @@ class NativeKernels(nn.Cell):
         name = native_build.library().instruction_set.name
         return f"native {name} ({stored} weights), {threads} thread{'s' if threads > 1 else ''}"
 
-    def whole(self, decoder: TelechatForCausalLM) -> NativeDecoder:
-        """What runs the decoder of a single rank in one call."""
-        return NativeDecoder(decoder, self)
+    def single_rank_decoder(self, decoder: nn.Cell) -> NativeDecoder:
+        return NativeDecoder(decoder, self.library, self.runs)
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return self.embed_op(weight, token_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from telechat_mindie.model.batch import RaggedBatch
 
 if TYPE_CHECKING:
     from telechat_mindie.model.decoder import Layer, TelechatForCausalLM
-    from telechat_mindie.model.kernels.native import NativeKernels
 
 
 class NativeDecoder:
@@ -26,19 +25,26 @@ class NativeDecoder:
 
     Args:
         decoder: whose parameters it reads, and whose cache it writes in place.
-        kernels: the decoder's.
+        library: the loaded native library.
+        runs: cuts a batch into what the library takes at a time, see `NativeKernels.runs`.
     """
 
-    def __init__(self, decoder: TelechatForCausalLM, kernels: NativeKernels) -> None:
+    def __init__(
+        self,
+        decoder: TelechatForCausalLM,
+        library: ctypes.CDLL,
+        runs: Callable[[RaggedBatch], Iterator[tuple[list[np.ndarray], np.ndarray]]],
+    ) -> None:
         config = decoder.config
-        self._kernels = kernels
+        self._runs = runs
         self._vocab_size = config.vocab_size
-        self._function = kernels.library.telechat_decoder
+        self._function = library.telechat_decoder
         experts = config.experts_per_token if config.is_moe else 0
         form = np.array([config.num_layers, experts, config.embed_layernorm], np.int32)
-        self._keep = decoder, form  # the arguments point to their memory
+        eps, block_size = np.array([config.norm_eps], np.float32), np.array([decoder.cache.block_size], np.int32)
+        self._keep = decoder, form, eps, block_size  # the arguments point to their memory
         model = decoder.model
-        arguments = [form, kernels.eps, kernels.block_size, model.tok_embeddings.embedding_weight]
+        arguments = [form, eps, block_size, model.tok_embeddings.embedding_weight]
         if config.embed_layernorm:
             arguments.append(model.embedding_norm.weight)
         self._cache_places = []
@@ -64,12 +70,12 @@ class NativeDecoder:
                 self._arguments.set(place, layer, address, self._cache_width)
             self._used = caches
         out = np.empty((len(batch.logits_rows), self._vocab_size), np.float32)
-        for inputs, wanted in self._kernels.runs(batch):
-            whole = len(wanted) == len(out)
-            found = out if whole else np.empty((len(inputs[1]), self._vocab_size), np.float32)
+        for inputs, wanted in self._runs(batch):
+            everything = len(wanted) == len(out)
+            found = out if everything else np.empty((len(inputs[1]), self._vocab_size), np.float32)
             if self._function(*self._arguments.followed_by([*inputs, found]), None, None):
                 raise TelechatMindieError("the native kernels refused a call; what they found is on standard error")
-            if not whole:
+            if not everything:
                 out[wanted] = found[: len(wanted)]
         return out
 

@@ -46,10 +46,7 @@ def describe_cpu_kernels(stored: str, tp: int = 1) -> str:
     Raises:
         InputError, NativeUnavailable: as `select_cpu_kernels` says.
     """
-    kernels = select_cpu_kernels()
-    if hasattr(kernels, "describe"):
-        return str(kernels.describe(stored, tp))
-    return f"MindSpore ({kernels.weight_dtype(stored)} weights)"
+    return select_cpu_kernels().describe(stored, tp)
 
 
 @lru_cache(maxsize=1)
