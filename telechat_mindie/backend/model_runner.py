@@ -148,7 +148,7 @@ class ModelRunner:
             spec_mask=spec_mask,
             q_seq_lens=q_seq_lens,
         )
-        return ms.Tensor(self._device.run(batch, caches))
+        return ms.Tensor.from_numpy(self._device.run(batch, caches))  # the same memory, and asnumpy gives it again
 
     def swap(self, block_tables: np.ndarray, swap_type: bool) -> None:
         """Copy cache blocks between device and host memory.
@@ -168,22 +168,12 @@ class ModelRunner:
 
 
 class MindIEModelRunner(ModelRunner):
-    """The same, constructed positionally with the yaml's path second, as mindformers' `model.arch.type` hook does."""
+    """The same, constructed positionally with the yaml's path second, as mindformers' `model.arch.type` hook does.
 
-    def __init__(
-        self,
-        model_path: str,
-        config_path: str,
-        npu_mem_size: int,
-        cpu_mem_size: int,
-        block_size: int,
-        rank_id: int = 0,
-        world_size: int = 1,
-        npu_device_ids: Sequence[int] | None = None,
-        plugin_params: str | None = None,
-    ) -> None:
+    What follows the two paths are ModelRunner's arguments after its `model_path`.
+    """
+
+    def __init__(self, model_path: str, config_path: str, *arguments: Any, **keywords: Any) -> None:
         if Path(config_path).parent.resolve() != Path(model_path).resolve():
             raise ModelDirError("yaml lies outside the model directory", where=config_path, expected=f"in {model_path}")
-        super().__init__(
-            model_path, npu_mem_size, cpu_mem_size, block_size, rank_id, world_size, npu_device_ids, plugin_params
-        )
+        super().__init__(model_path, *arguments, **keywords)

@@ -81,7 +81,13 @@ class MultiRankRunner:
         self.cpu_num_blocks = min(answer["cpu_num_blocks"] for answer in ready)
 
     def forward(self, **arguments: Any) -> np.ndarray:
-        """`ModelRunner.forward` on every rank; rank 0's logits, float32 [rows, vocabulary]."""
+        """`ModelRunner.forward` on every rank; rank 0's logits, float32 [rows, vocabulary].
+
+        A prefill's mask stays here: it says what causality says, `ragged_batch` leaves it unread, and its floats,
+        new tokens x context, can be gigabytes.
+        """
+        if arguments.get("prefill", True):
+            arguments["spec_mask"] = None
         logits: np.ndarray = self._call({"method": "forward", **arguments})[0]["logits"]
         return logits
 

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 from typing import Any
 
 import numpy as np
 
+from telechat_mindie.dtypes import DTYPES
+from telechat_mindie.errors import InputError
+from telechat_mindie.units import format_bytes
+
 MAX_HEAD_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 1 << 31
 _LENGTH = struct.Struct("<I")
-_DTYPES = ("int32", "int64", "float32", "float64", "bool")
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
     """Send a flat dictionary of JSON values and arrays.
 
     Raises:
+        InputError: an array is larger than `receive` takes, or of a dtype that it does not know. Nothing was sent.
         OSError: the other side has gone.
     """
-    arrays = {key: np.ascontiguousarray(value) for key, value in message.items() if isinstance(value, np.ndarray)}
+    arrays = {key: value for key, value in message.items() if isinstance(value, np.ndarray)}
+    for key, array in arrays.items():
+        if array.nbytes > MAX_ARRAY_BYTES:
+            raise InputError(
+                "is too large for the ranks' socket",
+                where=key,
+                expected=f"at most {format_bytes(MAX_ARRAY_BYTES)}",
+                found=f"{format_bytes(array.nbytes)}, {array.dtype} {list(array.shape)}",
+            )
+        if array.dtype.name not in DTYPES:
+            raise InputError("cannot go to the ranks", where=key, expected=" or ".join(DTYPES), found=array.dtype)
     head = {
         "values": {key: value for key, value in message.items() if key not in arrays},
         "arrays": [[key, array.dtype.name, list(array.shape)] for key, array in arrays.items()],
@@ -29,7 +44,7 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
     text = json.dumps(head).encode()
     connection.sendall(_LENGTH.pack(len(text)) + text)
     for array in arrays.values():
-        connection.sendall(array.reshape(-1).view(np.uint8).data)
+        connection.sendall(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
@@ -45,11 +60,11 @@ def receive(connection: socket.socket) -> dict[str, Any]:
     head = json.loads(bytes(_exactly(connection, length)))
     message: dict[str, Any] = head["values"]
     for key, dtype, shape in head["arrays"]:
-        count = int(np.prod(shape, dtype=np.int64))
-        if dtype not in _DTYPES or count < 0 or count * np.dtype(dtype).itemsize > MAX_ARRAY_BYTES:
+        known = DTYPES.get(dtype)
+        size = math.prod(shape) * known.itemsize if known else -1
+        if known is None or not 0 <= size <= MAX_ARRAY_BYTES:
             raise ValueError(f"array {key} of {dtype} {shape}")
-        data = _exactly(connection, count * np.dtype(dtype).itemsize)
-        message[key] = np.frombuffer(data, dtype).reshape(shape)
+        message[key] = np.frombuffer(_exactly(connection, size), known.numpy).reshape(shape)
     return message
 
 

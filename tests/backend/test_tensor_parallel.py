@@ -88,6 +88,35 @@ def test_what_is_refused_leaves_the_ranks_in_step(two_ranks):
     assert two_ranks.num_kv_heads == 2 and two_ranks.npu_num_blocks == NUM_BLOCKS
 
 
+def test_a_prefills_mask_does_not_travel(two_ranks):
+    """A prefix hit as MindIE and the engine make it; its mask says no more than causality, in terabytes here."""
+    driver = Driver(two_ranks, BLOCK, NUM_BLOCKS)
+    table = driver.table(24)
+    ids = np.arange(4, 28)
+    plain = driver.prefill([ids], [table])
+    hit = {
+        "input_ids": ids[16:],
+        "valid_length_each_example": np.int32([24]),
+        "slot_mapping": driver.slots(table, np.arange(16, 24)),
+        "position_ids": np.arange(16, 24),
+        "prefill_head_indices": np.array([7]),
+        "q_seq_lens": [8],
+        "spec_mask": np.broadcast_to(0.0, (8, 1 << 38)),
+    }
+    np.testing.assert_allclose(driver.prefill([ids], [table], **hit), plain, atol=1e-4)
+
+
+def test_what_is_too_large_for_the_ranks_is_refused_before_it_is_sent(two_ranks):
+    driver = Driver(two_ranks, BLOCK, NUM_BLOCKS)
+    table = driver.table(16)
+    before = driver.prefill([np.arange(4, 12)], [table])
+    with pytest.raises(InputError, match=r"spec_mask: is too large .* found 16.0 GiB, float64"):
+        driver.decode([5], [8], [table], spec_mask=np.broadcast_to(0.0, (1, 1 << 31)), q_seq_lens=[1])
+    with pytest.raises(InputError, match="spec_mask: cannot go to the ranks"):
+        driver.decode([5], [8], [table], spec_mask=np.zeros((1, 16), complex), q_seq_lens=[1])
+    np.testing.assert_array_equal(driver.prefill([np.arange(4, 12)], [table]), before)
+
+
 def test_swap_on_every_rank(two_ranks):
     driver = Driver(two_ranks, BLOCK, NUM_BLOCKS)
     table = driver.table(16)
