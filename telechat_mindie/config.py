@@ -11,8 +11,29 @@ from typing import Any
 from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.reading import read_json
+from telechat_mindie.units import INT32_MAX
 
 MAX_RANKS = 1024
+"""Far beyond any split: tp divides the kv heads."""
+
+LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "ffn_size": 1 << 24,
+    "moe_ffn_size": 1 << 24,
+    "num_experts": 1 << 10,
+}
+"""The largest sizes that are believed; what is not named here goes up to INT32_MAX.
+
+Whoever plans, converts or checks a model lists its layers, experts and ranks before it looks at a weight, so a
+config.json must not make these lists long. Each limit is eight times and more what any published model has (126 layers,
+512 experts, 262,144 tokens, 18,432 wide, 128 heads)."""
+
+MAX_STACKS = 1 << 15
+"""Layers times experts at most, for the same reason: the largest published model has 61 x 384."""
 
 MODEL_TYPES = ("telechat", "telechat2", "telechat2_moe")
 ARCHITECTURES = ("telechatforcausallm", "telechat2forcausallm", "telechatmoeforcausallm", "telechat2moeforcausallm")
@@ -102,6 +123,13 @@ class TelechatConfig:
                 where="num_experts_per_tok",
                 expected=f"at most {self.num_experts}",
                 found=self.experts_per_token,
+            )
+        if self.num_layers * self.num_experts > MAX_STACKS:
+            raise ConfigError(
+                "has more layers times experts than any model",
+                where="n_layer, num_local_experts",
+                expected=f"at most {MAX_STACKS}",
+                found=f"{self.num_layers} x {self.num_experts}",
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
@@ -201,11 +229,7 @@ class TelechatConfig:
         """
         _check_family(data)
         _check_fixed(data)
-        values: dict[str, Any] = {}
-        for name, keys in SPELLINGS.items():
-            found = _one_value(data, keys)
-            if found is not None:
-                values[name] = found
+        values = {name: value for name in SPELLINGS if (value := _one_value(data, name)) is not None}
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
             if name not in values:
                 raise ConfigError("key is missing", where=" / ".join(SPELLINGS[name]))
@@ -256,33 +280,32 @@ def _check_fixed(data: Mapping[str, Any]) -> None:
             )
 
 
-def _one_value(data: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """The value that the spellings `keys` agree on, or None where none is given."""
-    given = {key: data[key] for key in keys if data.get(key) is not None}
-    if not given:
-        return None
-    first, value = next(iter(given.items()))
-    for key, other in given.items():
-        _check_type(key, other)
-        if other != value:
-            raise ConfigError(f"contradicts {first}", where=key, expected=value, found=other)
-    return value
+def _one_value(data: Mapping[str, Any], name: str) -> Any:
+    """The value that the spellings of a field agree on, or None where none is given."""
+    given = {key: data[key] for key in SPELLINGS[name] if data.get(key) is not None}
+    first = next(iter(given), "")
+    for key, value in given.items():
+        _check_value(name, key, value)
+        if value != given[first]:
+            raise ConfigError(f"contradicts {first}", where=key, expected=given[first], found=value)
+    return given.get(first)
 
 
-def _check_type(key: str, value: Any) -> None:
-    kind: type = int
-    if key in SPELLINGS["norm_eps"]:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1:
-            return
-        raise ConfigError("is not a small positive number", where=key, found=value)
-    if key in SPELLINGS["tie_word_embeddings"] + SPELLINGS["embed_layernorm"]:
-        kind = bool
-    elif key in SPELLINGS["torch_dtype"]:
+def _check_value(name: str, key: str, value: Any) -> None:
+    """Refuse a value of the wrong type or size for the field `name`, which the file calls `key`."""
+    if name == "norm_eps":
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
+            raise ConfigError("is not a small positive number", where=key, found=repr(value))
+    elif name == "torch_dtype":
         if not isinstance(value, str) or value not in WEIGHT_DTYPES:
             raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(WEIGHT_DTYPES)}", found=value)
-        return
-    if type(value) is not kind:
-        raise ConfigError("has the wrong type", where=key, expected=kind.__name__, found=repr(value))
-    minimum = 0 if key.endswith("token_id") or "expert" in key else 1
-    if isinstance(value, int) and kind is int and not minimum <= value <= 1 << 31:
-        raise ConfigError("is out of range", where=key, expected=f"{minimum} to 2^31", found=value)
+    elif name in ("tie_word_embeddings", "embed_layernorm"):
+        if type(value) is not bool:
+            raise ConfigError("has the wrong type", where=key, expected="bool", found=repr(value))
+    elif type(value) is not int:
+        raise ConfigError("has the wrong type", where=key, expected="int", found=repr(value))
+    else:
+        lowest = 0 if name.endswith("token_id") or "expert" in name else 1
+        highest = LIMITS.get(name, INT32_MAX)
+        if not lowest <= value <= highest:
+            raise ConfigError("is out of range", where=key, expected=f"{lowest} to {highest}", found=value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from telechat_mindie.model_dir.layout import config_json_from_yaml, find_yaml
+from telechat_mindie.model_dir.serving import config_json_from_yaml, find_yaml
 from telechat_mindie.scripts import run
 from telechat_mindie.staging import dump_json, write_file
 

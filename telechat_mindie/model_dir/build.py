@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -18,19 +19,17 @@ from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dt
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, TokenizerError
-from telechat_mindie.model_dir.layout import MANIFEST
+from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
+from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.model_dir.modules import OWN_MODULES
+from telechat_mindie.model_dir.serving import MAX_BLOCK_SIZE, MAX_SEQ_LEN
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
+from telechat_mindie.text.settings import BARE_PROMPT_MODES, constructor_arguments
 from telechat_mindie.variants import label_for
 
-BARE_PROMPTS = ("chat", "raw")
-
-_MODULES = ("telechat.py", "telechat_config.py", "telechat_tokenizer.py")
 _TOKENIZER_BYTES = 64 << 20
-
-# MindIE clamps a request's top_k to this by default (maxTopK), and warms up with it.
-_TOP_K_LIMIT = 1000
 
 _GENERATION_DEFAULTS: dict[str, Any] = {
     "do_sample": False,
@@ -39,6 +38,7 @@ _GENERATION_DEFAULTS: dict[str, Any] = {
     "top_p": 1.0,
     "repetition_penalty": 1.0,
 }
+_MAX_NEW_TOKENS = 512
 _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_name_or_path")
 
 
@@ -71,6 +71,8 @@ def build(
         OutputError: the target exists, cannot be written, or the disk is too small.
         InputError: an option is out of range.
     """
+    from telechat_mindie.text.tokenizer import TelechatTokenizer
+
     options = options or BuildOptions()
     source = open_checkpoint(checkpoint)
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
@@ -91,48 +93,61 @@ def build(
             write_file(staged.path / name, data)
             records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
         write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, written)))
+        # What the runner and MindIE would refuse must not appear under its name.
+        ModelDir.open(staged.path)
+        TelechatTokenizer.from_pretrained(staged.path)
         staged.commit()
     return plan
 
 
 def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     max_seq_len = config.seq_length if options.max_seq_len is None else options.max_seq_len
-    if not 1 <= max_seq_len <= 1 << 20:
-        raise InputError("is out of range", where="--max-seq-len", expected="1 to 1048576", found=max_seq_len)
-    if not 1 <= options.block_size <= 1024:
-        raise InputError("is out of range", where="--block-size", expected="1 to 1024", found=options.block_size)
-    if options.bare_prompt not in BARE_PROMPTS:
-        raise InputError(
-            "unknown choice", where="--bare-prompt", expected=" or ".join(BARE_PROMPTS), found=options.bare_prompt
-        )
+    for flag, value, limit in (
+        ("--max-seq-len", max_seq_len, MAX_SEQ_LEN),
+        ("--block-size", options.block_size, MAX_BLOCK_SIZE),
+    ):
+        if not 1 <= value <= limit:
+            raise InputError("is out of range", where=flag, expected=f"1 to {limit}", found=value)
+    if options.bare_prompt not in BARE_PROMPT_MODES:
+        expected = " or ".join(BARE_PROMPT_MODES)
+        raise InputError("unknown choice", where="--bare-prompt", expected=expected, found=options.bare_prompt)
     return max_seq_len
 
 
 def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
-    """tokenizer.model as it is, and tokenizer_config.json with our switches; refused if it does not fit."""
+    """tokenizer.model as it is, and tokenizer_config.json with our switches; refused where no tokenizer comes of it."""
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 
-    path = checkpoint / "tokenizer.model"
+    path, config_path = checkpoint / "tokenizer.model", checkpoint / "tokenizer_config.json"
     if not path.is_file():
         raise TokenizerError("file is missing", where=path, advice="Copy it from the published checkpoint.")
     if path.stat().st_size > _TOKENIZER_BYTES:
         raise TokenizerError("is too large", where=path, expected=f"at most {_TOKENIZER_BYTES} bytes")
-    TelechatTokenizer(str(path), vocab_size=config.vocab_size)
-    config_path = checkpoint / "tokenizer_config.json"
-    settings = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
-    settings = {key: value for key, value in settings.items() if key != "auto_map"}
-    settings = {"control_tokens": "ids", "turn_tokens": "hide"} | settings | {"bare_prompt": bare_prompt}
+    given = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
+    given = {key: value for key, value in given.items() if value is not None and key != "auto_map"}
+    settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}
+    TelechatTokenizer(path, vocab_size=config.vocab_size)
+    try:
+        arguments = constructor_arguments(settings, config_path)
+        tokenizer = TelechatTokenizer(path, vocab_size=config.vocab_size, **arguments)
+        with contextlib.suppress(InputError):  # a template may refuse this conversation and take others
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except TokenizerError as error:
+        raise TokenizerError(str(error), where=config_path) from None
     return path.read_bytes(), settings
 
 
 def _generation(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "generation_config.json"
-    given = read_json(path) if path.exists() else {}
-    for key, default in _GENERATION_DEFAULTS.items():
+    written = read_json(path) if path.exists() else {}
+    given = {key: value for key, value in written.items() if value is not None}
+    for key, default in (_GENERATION_DEFAULTS | {"max_new_tokens": _MAX_NEW_TOKENS}).items():
         value = given.get(key, default)
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
             raise ConfigError("has the wrong type", where=f"{path}: {key}", found=repr(value))
+    if given.get("max_new_tokens", 1) < 1:
+        raise ConfigError("must be positive", where=f"{path}: max_new_tokens", found=given["max_new_tokens"])
     return _GENERATION_DEFAULTS | given
 
 
@@ -154,11 +169,10 @@ def _render(
         "kept": _kept(config),
         "generation": generation,
         "tokenizer": tokenizer,
-        "top_k_limit": min(_TOP_K_LIMIT, config.vocab_size),
-        "norm_eps": f"{config.norm_eps:.1e}",
+        "top_k_limit": min(TOP_K_LIMIT, config.vocab_size),
         "qkv_concat": options.qkv_concat,
         "max_seq_len": max_seq_len,
-        "max_new_tokens": min(int(generation.get("max_new_tokens", 512)), max_seq_len),
+        "max_new_tokens": min(generation.get("max_new_tokens", _MAX_NEW_TOKENS), max_seq_len),
         "block_size": options.block_size,
         "num_blocks": -(-max_seq_len // options.block_size),
     }
@@ -166,7 +180,7 @@ def _render(
         "config.json": "config.json.j2",
         "generation_config.json": "generation_config.json.j2",
         f"predict_telechat2_{label}.yaml": "predict.yaml.j2",
-        **{name: f"{name}.j2" for name in _MODULES},
+        **{f"{name}.py": f"{name}.py.j2" for name in OWN_MODULES},
     }
     texts = {name: render(template, **shared) for name, template in outputs.items()}
     for name in ("config.json", "generation_config.json"):

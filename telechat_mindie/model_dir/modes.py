@@ -7,20 +7,50 @@ generation_config.json, and conf/config.json; MindIE's documents ask for the sam
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING
 
 from telechat_mindie.errors import name_some
 from telechat_mindie.findings import Finding, Severity, error, ok
-from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.schema.base import ModelPath
 from telechat_mindie.staging import DIR_MODE, FILE_MODE
+
+if TYPE_CHECKING:
+    from typing_extensions import LiteralString
 
 SKIP_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 MAX_ENTRIES = 10_000  # of a model directory; a sane one has tens
+
+
+@dataclass(frozen=True)
+class User:
+    """Who MindIE runs as.
+
+    Attributes:
+        uid: MindIE looks at owners and modes for any user but root.
+        exempt: MINDIE_CHECK_INPUTFILES_PERMISSION is 0 for it.
+    """
+
+    uid: int
+    exempt: bool = False
+
+
+def path_fault(value: str) -> LiteralString:
+    """What MindIE takes for a `modelWeightPath` where it does not take `value`, empty where it does.
+
+    src/utils/safe_path.cpp:141-179, 375-403: made absolute and normal first, then characters, lengths and depth.
+    """
+    normal = posixpath.normpath(value) if value else ""
+    if not re.fullmatch(r"[a-zA-Z0-9_./-]+", normal) or ".." in normal:
+        return "letters, digits, `_`, `-`, `.` and `/` only, without `..` inside a name"
+    names = [name for name in normal.split("/") if name]
+    if len(normal) > 4096 or len(names) > 31 or any(len(name) > 255 for name in names):
+        return "at most 4096 characters, 31 folders deep, 255 characters a name"
+    return ""
 
 
 def tree(root: Path) -> list[Path]:
@@ -33,35 +63,32 @@ def tree(root: Path) -> list[Path]:
     return entries[:MAX_ENTRIES]
 
 
-def check_files(root: Path, options: CheckOptions) -> Iterator[Finding]:
+def check_tree(root: Path, user: User) -> Iterator[Finding]:
     """The file rules for a model directory."""
     entries = tree(root)
     if len(entries) == MAX_ENTRIES:
         yield error(
             "too-many-files", root, f"holds {MAX_ENTRIES} files or more", "Only the first were looked at; clean it up."
         )
-    found = [*path_findings(entries), *link_findings(entries), *permission_findings(entries, options)]
+    found = [*path_findings(entries), *link_findings(entries), *permission_findings(entries, user)]
     yield from found
     if not found:
         yield ok("files", root, f"{len(entries)} files and folders as MindIE wants them: owner, modes, paths, no links")
 
 
-def check_file(path: Path, options: CheckOptions) -> Iterator[Finding]:
+def check_file(path: Path, user: User) -> Iterator[Finding]:
     """The file rules for a single file."""
     yield from path_findings([path])
     yield from link_findings([path])
-    yield from permission_findings([path], options)
+    yield from permission_findings([path], user)
 
 
 def path_findings(entries: list[Path]) -> Iterator[Finding]:
     """Characters, length and depth, by the rule of `modelWeightPath`."""
-    adapter = TypeAdapter(ModelPath)
     refused: dict[str, list[str]] = {}
     for entry in entries:
-        try:
-            adapter.validate_python(str(entry))
-        except ValidationError as failure:
-            refused.setdefault(failure.errors()[0]["msg"], []).append(repr(str(entry)))
+        if rule := path_fault(str(entry)):
+            refused.setdefault(rule, []).append(repr(str(entry)))
     for rule, names in refused.items():
         yield error(
             "path", entries[0], f"MindIE refuses the path of {name_some(names)}: it takes {rule}", "Rename or move it."
@@ -84,7 +111,7 @@ def link_findings(entries: list[Path]) -> Iterator[Finding]:
             yield error("special-file", entry, "is neither a file nor a folder", f"Remove it: rm {entry}")
 
 
-def permission_findings(entries: list[Path], options: CheckOptions) -> Iterator[Finding]:
+def permission_findings(entries: list[Path], user: User) -> Iterator[Finding]:
     """Owner, readability, and modes of at most 0640 and 0750: CheckOwner, CheckMode, CheckMaxPermission."""
     foreign, files, folders, unreadable = [], [], [], []
     for entry in entries:
@@ -92,7 +119,7 @@ def permission_findings(entries: list[Path], options: CheckOptions) -> Iterator[
             continue
         mode = stat.S_IMODE(status.st_mode)
         name = f"{entry.name} ({mode & 0o777:04o})"
-        if status.st_uid != options.uid:
+        if status.st_uid != user.uid:
             foreign.append(f"{entry.name} (uid {status.st_uid})")
         if stat.S_ISDIR(status.st_mode):
             if mode & 0o777 & ~DIR_MODE:
@@ -105,13 +132,13 @@ def permission_findings(entries: list[Path], options: CheckOptions) -> Iterator[
             if not mode & 0o400:
                 unreadable.append(name)
     root = entries[0]
-    if foreign and options.uid != 0:
+    if foreign and user.uid != 0:
         yield _exemptible(
-            options,
+            user,
             "owner",
             root,
-            f"belongs to another user than uid {options.uid}, which runs MindIE: {name_some(foreign)}",
-            f"As root: chown -R {options.uid} {root}",
+            f"belongs to another user than uid {user.uid}, which runs MindIE: {name_some(foreign)}",
+            f"As root: chown -R {user.uid} {root}",
         )
     chmod = f"chmod 640 {root}"
     if len(entries) > 1:
@@ -119,10 +146,10 @@ def permission_findings(entries: list[Path], options: CheckOptions) -> Iterator[
         chmod += " (chmod -R 640 would close the folders)"
     advice = f"Run the check with --fix, or: {chmod}"
     if files:
-        yield _exemptible(options, "file-mode", root, f"modes over 0640: {name_some(files)}", advice)
+        yield _exemptible(user, "file-mode", root, f"modes over 0640: {name_some(files)}", advice)
     if folders:
-        yield _exemptible(options, "folder-mode", root, f"modes over 0750: {name_some(folders)}", advice)
-    if unreadable and options.uid != 0:
+        yield _exemptible(user, "folder-mode", root, f"modes over 0750: {name_some(folders)}", advice)
+    if unreadable and user.uid != 0:
         yield error("unreadable", root, f"closed to their own owner: {name_some(unreadable)}", advice)
 
 
@@ -157,12 +184,12 @@ def fix_modes(root: Path) -> list[str]:
     return repairs
 
 
-def _exemptible(options: CheckOptions, id: str, where: Path, message: str, advice: str) -> Finding:
+def _exemptible(user: User, id: str, where: Path, message: str, advice: str) -> Finding:
     """An error, unless MindIE lets this user pass."""
     severity: Severity = "error"
-    if options.uid == 0:
+    if user.uid == 0:
         severity, message = "warning", f"{message}; MindIE lets root pass, and no other user"
-    elif options.environment.get(SKIP_VARIABLE) == "0":
+    elif user.exempt:
         severity, message = "warning", f"{message}; MindIE lets it pass, since {SKIP_VARIABLE}=0"
     return Finding(id, severity, str(where), message, advice)
 

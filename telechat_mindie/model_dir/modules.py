@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import stat
 import sys
@@ -12,11 +13,20 @@ from pathlib import Path
 from telechat_mindie import __version__
 from telechat_mindie.errors import name_some
 from telechat_mindie.findings import Finding, error, warning
+from telechat_mindie.model_dir.manifest import REBUILD, section
 from telechat_mindie.model_dir.modes import file_status
-from telechat_mindie.model_dir.parts import REBUILD, Parts, section
+from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.templates import render
 
 OWN_MODULES = ("telechat", "telechat_config", "telechat_tokenizer")
+OWN_RUNNER = "telechat_mindie.backend.model_runner"
+
+EARLIER_MODULES = {
+    "fcecf8b1e2f6cc38af6a3fc7fa300b1d7f8cb9d5dc95d75afa6b17fef2749a4d": "telechat_config",
+    "9e0520c8068e1185cc3976a9ca2d217c894e397d72af32ad0cdb3fbfa183b739": "telechat_tokenizer",
+}
+"""sha256 of what 0.1.0 wrote where this version writes something else: modules of ours too."""
+
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoTokenizer")
 MAX_BYTES = 1 << 20
 
@@ -39,7 +49,7 @@ def check_modules(parts: Parts) -> tuple[list[Finding], list[str]]:
     """
     if not parts.model_config:
         return [], []
-    findings: list[Finding] = []
+    findings = [*_architecture(parts), *_tokenizer_path(parts)]
     importable: list[str] = []
     mapped = auto_map(parts)
     for key in AUTO_CLASSES:
@@ -55,7 +65,6 @@ def check_modules(parts: Parts) -> tuple[list[Finding], list[str]]:
         findings.extend(wrong)
         if not wrong:
             importable.append(name)
-    findings.extend(_architecture(parts))
     return findings, importable
 
 
@@ -65,6 +74,8 @@ def _module(path: Path, module: str, cls: str) -> Iterator[Finding]:
         yield error("module", path, "is missing, or no file of Python text", REBUILD)
         return
     if module in OWN_MODULES and text == render(f"{module}.py.j2"):
+        return
+    if EARLIER_MODULES.get(hashlib.sha256(text.encode()).hexdigest()) == module:
         return
     try:
         tree = ast.parse(text)
@@ -94,13 +105,21 @@ def _architecture(parts: Parts) -> Iterator[Finding]:
     """model.arch.type, a module that exports MindIEModelRunner (mindformers r1.5.0 mindformers/model_runner.py)."""
     name = section(parts.yaml, "model", "arch").get("type")
     where = f"{parts.yaml_path}: model.arch.type"
-    if name == "telechat_mindie.backend.model_runner":
+    if name == OWN_RUNNER:
         return
-    advice = "Write telechat_mindie.backend.model_runner."
+    advice = f"Write {OWN_RUNNER}."
     if not isinstance(name, str) or not _installed(name.partition(".")[0], parts.path):
         yield error("arch-type", where, f"is {name!r}, which no fresh process of this Python can import", advice)
     else:
         yield warning("arch-type", where, f"is {name}, another runner than this package's", advice)
+
+
+def _tokenizer_path(parts: Parts) -> Iterator[Finding]:
+    """processor.tokenizer.vocab_file, from which mindformers may make the tokenizer."""
+    name = section(parts.yaml, "processor", "tokenizer").get("vocab_file")
+    if name != "tokenizer.model":
+        where = f"{parts.yaml_path}: processor.tokenizer.vocab_file"
+        yield error("tokenizer-path", where, f"is {name!r}, not this directory's tokenizer", "Write 'tokenizer.model'.")
 
 
 def _imports(tree: ast.Module) -> set[str]:

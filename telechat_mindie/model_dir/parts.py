@@ -1,4 +1,4 @@
-"""The parts of a model directory, each read on its own, so that one broken file hides nothing of the others."""
+"""The small files that describe a model directory, each read on its own, so that one broken file hides no other."""
 
 from __future__ import annotations
 
@@ -7,59 +7,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
-from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import ModelDirError, TelechatMindieError
+from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
-from telechat_mindie.model_dir.layout import MANIFEST, find_yaml
-from telechat_mindie.model_dir.modes import file_status
+from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, check_manifest, section, sound_entries
+from telechat_mindie.model_dir.serving import ServingConfig, contradictions, read_serving, yaml_files
 from telechat_mindie.reading import read_json, read_yaml
 
-REBUILD = "Build the directory again: telechat-mindie build MODEL_PATH --checkpoint DIR --force"
-
-MAX_RANKS = 1024  # far beyond any split: tp divides the kv heads
-
-READ_FAILURES = (TelechatMindieError, OSError, TypeError, OverflowError)
+READ_FAILURES = (TelechatMindieError, OSError, TypeError, ValueError, OverflowError)
 """What reading a damaged file may end in: beside refusals, a list where a text belongs, a number beyond a float."""
 
 T = TypeVar("T")
 
 
+def attempt(problems: list[Finding], id: str, where: Path, read: Callable[[], T]) -> T | None:
+    """What `read` gives, or None and one more problem."""
+    try:
+        return read()
+    except READ_FAILURES as failure:
+        problems.append(error(id, where, str(failure).removeprefix(f"{where}: "), REBUILD))
+    return None
+
+
 @dataclass
 class Parts:
-    """What could be read; None or empty where it could not, which `problems` then tells.
+    """What could be read of a directory, None or empty where it could not, and what is wrong with it.
+
+    This is the one reading of a directory's description: `ModelDir.open` raises the first of `problems`, `inspect`
+    lists them all, with what the other rules find.
 
     Attributes:
-        ranks: tensors of each rank_N folder by name, from the headers of its safetensors files.
+        files: the manifest's files by path, without entries that are damaged.
+        serving: None unless the yaml's values are all sound.
     """
 
     path: Path
+    manifest: dict[str, Any] | None = None
+    files: dict[str, Entry] = field(default_factory=dict)
     config_json: dict[str, Any] | None = None
-    generation_json: dict[str, Any] | None = None
     config: TelechatConfig | None = None
     yaml_path: Path | None = None
     yaml: dict[str, Any] = field(default_factory=dict)
-    manifest: dict[str, Any] | None = None
-    ranks: dict[int, dict[str, StoredTensor]] = field(default_factory=dict)
+    serving: ServingConfig | None = None
     problems: list[Finding] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Parts:
-        """Read everything that is there."""
+        """Read everything that is there; no more than manifest.json, config.json and the yaml."""
         parts = cls(path)
-        parts.config_json = parts._try("config-json", lambda: read_json(path / "config.json"))
-        if parts.config_json is not None:
-            config_json = parts.config_json
-            parts.config = parts._try("config-json", lambda: TelechatConfig.from_dict(config_json), "config.json: ")
-        parts.manifest = parts._try("manifest", lambda: read_json(path / MANIFEST))
-        if file_status(path / "generation_config.json") is not None:
-            parts.generation_json = parts._try("generation-json", lambda: read_json(path / "generation_config.json"))
+        if not path.is_dir():
+            found = "a file" if path.exists() else "nothing"
+            parts._problem("model-dir", path, f"is not a directory (found {found})", "Name a model directory.")
+            return parts
+        parts._read_manifest()
+        parts._read_config()
         parts._read_yaml()
-        for folder in sorted(path.glob("rank_*")):
-            number = folder.name[len("rank_") :]
-            if number.isascii() and number.isdigit() and str(int(number)) == number and folder.is_dir():
-                parts._read_rank(int(number), folder)
         return parts
 
     @property
@@ -69,59 +71,63 @@ class Parts:
 
     @property
     def tp(self) -> int | None:
-        """Ranks, as the manifest says; None for no such number."""
-        value = (self.manifest or {}).get("tp")
-        return value if type(value) is int and 0 < value <= MAX_RANKS else None
+        """Ranks, as a sound manifest says."""
+        damaged = any(problem.id == "manifest" for problem in self.problems)
+        return None if self.manifest is None or damaged else int(self.manifest["tp"])
 
-    @property
-    def listed_files(self) -> Mapping[str, Any]:
-        """The manifest's files by path."""
-        return section(self.manifest or {}, "files")
+    def _problem(self, id: str, where: object, message: str, advice: str = REBUILD) -> None:
+        self.problems.append(error(id, where, message, advice))
+
+    def _read_manifest(self) -> None:
+        where = self.path / MANIFEST
+        if not where.is_file():
+            advice = "Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`."
+            self._problem("manifest", self.path, f"is not a model directory: it has no {MANIFEST}", advice)
+            return
+        self.manifest = attempt(self.problems, "manifest-json", where, lambda: read_json(where))
+        if self.manifest is not None:
+            self.problems += check_manifest(self.manifest, where)
+            self.files = sound_entries(self.manifest)
+
+    def _read_config(self) -> None:
+        where = self.path / "config.json"
+        data = self.config_json = attempt(self.problems, "config-json", where, lambda: read_json(where))
+        if data is not None:
+            self.config = attempt(self.problems, "config-json", where, lambda: TelechatConfig.from_dict(data))
+        if self.config is not None and self.tp is not None:
+            config, tp = self.config, self.tp
+            attempt(self.problems, "tp", self.path / MANIFEST, lambda: config.check_tp(tp))
 
     def _read_yaml(self) -> None:
-        try:
-            self.yaml_path = find_yaml(self.path)
-        except ModelDirError:
-            names = sorted(file.name for file in self.path.iterdir() if file.suffix in (".yaml", ".yml"))
-            listed = [name for name in names if name in self.listed_files]
-            others = [name for name in names if name not in listed]
-            advice = REBUILD
-            if len(listed) == 1:
-                advice = f"Move {' and '.join(others)} out of the directory; build wrote {listed[0]}."
-            self.problems.append(
-                error(
-                    "yaml-count",
-                    self.path,
-                    f"holds {' and '.join(names) or 'no yaml'}, where MindIE wants exactly one yaml: of several it"
-                    " takes the first that the file system happens to list",
-                    advice,
-                )
-            )
+        yamls = attempt(self.problems, "yaml-count", self.path, lambda: yaml_files(self.path))
+        if yamls is None:
             return
-        yaml_path = self.yaml_path
-        self.yaml = self._try("yaml", lambda: read_yaml(yaml_path)) or {}
-
-    def _read_rank(self, rank: int, folder: Path) -> None:
-        tensors: dict[str, StoredTensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            found = self._try("weights", lambda file=file: read_safetensors(file))  # type: ignore[misc]
-            for name, tensor in (found or {}).items():
-                if name in tensors:
-                    self.problems.append(error("weights", file, f"{name} stands in two files", REBUILD))
-                tensors[name] = tensor
-        self.ranks[rank] = tensors
-
-    def _try(self, id: str, read: Callable[[], T], prefix: str = "") -> T | None:
-        try:
-            return read()
-        except READ_FAILURES as failure:
-            self.problems.append(error(id, self.path, f"{prefix}{failure}", REBUILD))
-        return None
-
-
-def section(data: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The mapping at a path of keys, empty where there is none."""
-    value: Any = data
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
+        if len(yamls) != 1:
+            names = [file.name for file in yamls]
+            others = [name for name in names if name not in self.files]
+            advice = REBUILD
+            if len(names) - len(others) == 1:
+                built = next(name for name in names if name in self.files)
+                advice = f"Move {' and '.join(others)} out of the directory; build wrote {built}."
+            message = (
+                "must hold exactly one yaml, since MindIE takes the first that the file system lists "
+                f"(found {', '.join(names) or 'none'})"
+            )
+            self._problem("yaml-count", self.path, message, advice)
+            return
+        where = self.yaml_path = yamls[0]
+        described = attempt(self.problems, "yaml", where, lambda: read_yaml(where))
+        if described is None:
+            return
+        self.yaml = described
+        if not self.model_config:
+            self._problem("model-config", where, "has no model.model_config")
+            return
+        if self.config is not None:
+            for key, fault in contradictions(self.model_config, self.config):
+                self._problem("layers" if key == "num_layers" else "yaml-shape", f"{where}: {key}", fault)
+        self.serving = attempt(self.problems, "yaml-value", where, lambda: read_serving(self.model_config, where))
+        dtype = (self.manifest or {}).get("dtype")
+        if self.serving is not None and dtype is not None and self.serving.dtype != dtype:
+            message = f"is not the dtype of the weights (expected {dtype}, found {self.serving.dtype})"
+            self._problem("dtype", f"{where}: param_init_type", message)

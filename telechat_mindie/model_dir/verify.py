@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -18,34 +17,17 @@ from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import Plan, Shard, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError, ModelDirError, TelechatMindieError
-from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.errors import CheckpointError, ModelDirError
+from telechat_mindie.model_dir.files import changes, differences
+from telechat_mindie.model_dir.layout import ModelDir
 
 
 def check_files(directory: ModelDir, progress: Progress | None = None) -> list[str]:
     """What is wrong with the directory's files: missing, unknown, of another size or content than the manifest says."""
-    listed = directory.manifest["files"]
-    present = {str(path.relative_to(directory.path)) for path in directory.path.rglob("*") if not path.is_dir()}
-    problems = [f"{name}: is missing" for name in sorted(listed.keys() - present)]
-    problems += [f"{name}: is not in the manifest" for name in sorted(present - listed.keys() - {MANIFEST})]
-    buffer = np.empty(BLOCK_BYTES, np.uint8).data
-    for name in sorted(listed.keys() & present):
-        try:
-            with open(open_regular(directory.path / name, directory.path), "rb", buffering=0) as file:
-                digest, nbytes = hashlib.sha256(), 0
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
-                    nbytes += count
-                    if progress:
-                        progress(count)
-        except TelechatMindieError as error:
-            problems.append(str(error))
-            continue
-        if nbytes != listed[name]["nbytes"]:
-            problems.append(f"{name}: has {nbytes} bytes instead of {listed[name]['nbytes']}")
-        elif digest.hexdigest() != listed[name]["sha256"]:
-            problems.append(f"{name}: has another sha256 than when it was built")
-    return problems
+    missing, extra = differences(directory.path, directory.files)
+    problems = [f"{name}: is missing" for name in missing]
+    problems += [f"{name}: is not in the manifest" for name in extra]
+    return problems + [f"{name}: {fault}" for name, fault in changes(directory.path, directory.files, progress)]
 
 
 def check_against(
@@ -60,15 +42,13 @@ def check_against(
     source = open_checkpoint(checkpoint)
     if source.config != directory.config:
         raise ModelDirError("was built from a model of another shape", where=directory.path, expected=source.config)
-    manifest = directory.manifest
-    targets = mindformers_targets(
-        source.config, qkv_concat=manifest["qkv_concat"], transposed_experts=source.config.is_moe
-    )
-    plan = make_plan(source.config, targets, manifest["dtype"], directory.tp)
+    packed = directory.manifest["qkv_concat"]
+    targets = mindformers_targets(source.config, qkv_concat=packed, transposed_experts=source.config.is_moe)
+    plan = make_plan(source.config, targets, directory.manifest["dtype"], directory.tp)
     progress = on_start(plan.output_bytes) if on_start else (lambda _: None)
     comparison = _Comparison(directory.path, plan, source, progress)
     try:
-        return [problem for shard in plan.shards for problem in comparison.shard(shard)]
+        return [problem for shard in plan.shards for problem in comparison.problems(shard)]
     finally:
         comparison.reader.close()
 
@@ -84,25 +64,25 @@ class _Comparison:
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
         self.reader = BlockReader(source)
 
-    def shard(self, shard: Shard) -> list[str]:
+    def problems(self, shard: Shard) -> Iterator[str]:
         names = [self._plan.path(rank, shard) for rank in range(self._plan.tp)]
+        prefix = shard.frames[0].prefix
         with ExitStack() as stack:
             files = []
             for name in names:
                 try:
                     descriptor = open_regular(self._path / name, self._path)
                 except CheckpointError as error:
-                    return [str(error)]
+                    yield str(error)
+                    return
                 files.append(stack.enter_context(open(descriptor, "rb")))
-                prefix = shard.frames[0].prefix
                 if files[-1].read(len(prefix)) != prefix:
-                    return [f"{name}: has another header than the checkpoint gives"]
+                    yield f"{name}: has another header than the checkpoint gives"
+                    return
                 self._progress(len(prefix))
-            return [
-                f"{names[rank]}: {target.name} differs from the checkpoint"
-                for target in shard.targets
-                for rank in self._ranks_that_differ(target, files)
-            ]
+            for target in shard.targets:
+                for rank in self._ranks_that_differ(target, files):
+                    yield f"{names[rank]}: {target.name} differs from the checkpoint"
 
     def _ranks_that_differ(self, target: Target, files: Sequence[BinaryIO]) -> list[int]:
         differing = set()

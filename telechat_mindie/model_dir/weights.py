@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.checkpoint.mapping import mindformers_targets
-from telechat_mindie.checkpoint.sharding import rank_range
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import CheckpointError, name_some
+from telechat_mindie.errors import name_some
 from telechat_mindie.findings import Finding, error, ok
-from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.model_dir.parts import READ_FAILURES, REBUILD, Parts, section
+from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, section
+from telechat_mindie.model_dir.parts import Parts, attempt
+
+Tensors = dict[str, StoredTensor]
 
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+RANK = re.compile(r"rank_(0|[1-9][0-9]{0,8})")
 PACKED = "attention.w_qkv.weight"
 EMBEDDING = "model.tok_embeddings.embedding_weight"
 STACKED = "feed_forward.ffn.w1.weight"
@@ -22,127 +27,79 @@ STACKED = "feed_forward.ffn.w1.weight"
 
 def check_weights(parts: Parts) -> Iterator[Finding]:
     """Ranks, dtype, qkv_concat, layers, and every name and shape of every rank."""
-    found = [*_ranks(parts), *_parallel(parts), *_dtype(parts), *_qkv_concat(parts), *_tensors(parts)]
+    found: list[Finding] = []
+    ranks = _read_ranks(parts.path, found)
+    found += [*_statements(parts, ranks), *_tensors(parts, ranks)]
     yield from found
     if not found and not parts.problems:
-        # The rules above name the fault; this is the gate that a runner has, for what they leave over.
-        try:
-            ModelDir.open(parts.path)
-        except READ_FAILURES as failure:
-            yield error("model-dir", parts.path, str(failure), REBUILD)
-            return
-        tensors = sum(map(len, parts.ranks.values()))
-        yield ok(
-            "weights", parts.path, f"{tensors} tensors in {len(parts.ranks)} rank(s), as the yaml and config.json say"
-        )
+        count = sum(map(len, ranks.values()))
+        yield ok("weights", parts.path, f"{count} tensors in {len(ranks)} rank(s), as the yaml and config.json say")
 
 
-def _ranks(parts: Parts) -> Iterator[Finding]:
-    if parts.tp is None:
-        if parts.manifest is not None:
-            yield error("manifest", parts.path, "the manifest does not say for how many ranks it was built", REBUILD)
-        return
-    expected = set(range(parts.tp))
-    if missing := expected - parts.ranks.keys():
-        names = name_some(f"rank_{rank}" for rank in missing)
-        yield error("rank-folders", parts.path, f"lacks {names} of tp {parts.tp}", REBUILD)
-    if extra := parts.ranks.keys() - expected:
-        names = name_some(f"rank_{rank}" for rank in extra)
-        yield error(
-            "rank-folders",
-            parts.path,
-            f"holds {names} beside those of tp {parts.tp}",
-            "Move them out of the directory.",
-        )
-
-
-def _parallel(parts: Parts) -> Iterator[Finding]:
-    """parallel_config.model_parallel and use_parallel, from which mindformers' own runner starts its ranks."""
-    if parts.tp is None or not parts.yaml:
-        return
-    size = section(parts.yaml, "parallel_config").get("model_parallel")
-    if size != parts.tp:
-        yield error(
-            "yaml-tp",
-            f"{parts.yaml_path}: parallel_config.model_parallel",
-            f"is {size!r}, and the weights are cut for tp {parts.tp}",
-            f"Write {parts.tp}, or build the directory again for another tp.",
-        )
-    parallel = parts.yaml.get("use_parallel")
-    if parallel is not (parts.tp > 1):
-        yield error(
-            "yaml-tp",
-            f"{parts.yaml_path}: use_parallel",
-            f"is {parallel!r} with tp {parts.tp}",
-            f"Write {str(parts.tp > 1).lower()}.",
-        )
-
-
-def _dtype(parts: Parts) -> Iterator[Finding]:
-    stored = sorted({tensor.dtype for tensors in parts.ranks.values() for tensor in tensors.values()})
-    if not stored:
-        return
-    if len(stored) > 1:
-        yield error("dtype", parts.path, f"weights of different dtypes: {' and '.join(stored)}", REBUILD)
-        return
-    stated = [(f"{parts.yaml_path}: model.model_config.param_init_type", parts.model_config.get("param_init_type"))]
-    stated.append((f"{parts.yaml_path}: model.model_config.compute_dtype", parts.model_config.get("compute_dtype")))
-    stated = stated if parts.model_config else []
-    if parts.config_json is not None:
-        stated.append((f"{parts.path}/config.json: torch_dtype", parts.config_json.get("torch_dtype")))
-    for where, value in stated:
-        if value != stored[0]:
-            yield error(
-                "dtype",
-                where,
-                f"is {value!r}, and the weights are {stored[0]}",
-                f"Write {stored[0]}, or build again with --dtype.",
-            )
-
-
-def _qkv_concat(parts: Parts) -> Iterator[Finding]:
-    names = {name for tensors in parts.ranks.values() for name in tensors}
-    if not names:
-        return
-    packed = any(name.endswith(PACKED) for name in names)
-    stated = [(f"{parts.path}/manifest.json: qkv_concat", (parts.manifest or {}).get("qkv_concat", packed))]
-    if parts.model_config:
-        stated.append((f"{parts.yaml_path}: model.model_config.qkv_concat", parts.model_config.get("qkv_concat")))
-    for where, value in stated:
-        if value is not packed:
-            yield error(
-                "qkv-concat",
-                where,
-                f"is {value!r}, and the weights are {'' if packed else 'not '}packed",
-                f"Write {str(packed).lower()}: the names of the tensors decide.",
-            )
-
-
-def _tensors(parts: Parts) -> Iterator[Finding]:
-    config, tp = parts.config, parts.tp
-    if config is None or tp is None:
-        return
-    told = set()
-    for rank, tensors in sorted(parts.ranks.items()):
-        if rank >= tp:
+def _read_ranks(path: Path, problems: list[Finding]) -> dict[int, Tensors]:
+    """The tensors of each rank_N folder by name."""
+    ranks: dict[int, Tensors] = {}
+    for folder in sorted(path.glob("rank_*")):
+        if not (match := RANK.fullmatch(folder.name)) or not folder.is_dir():
             continue
-        where = parts.path / f"rank_{rank}"
-        for finding in _rank_tensors(tensors, config, tp, str(where)):
-            told.add(finding.id)
-            yield finding
-    layers = parts.model_config.get("num_layers")
-    if parts.model_config and layers != config.num_layers and "layers" not in told:
-        yield error(
-            "layers",
-            f"{parts.yaml_path}: model.model_config.num_layers",
-            f"is {layers!r}, and the weights have {config.num_layers} layers",
-            f"Write {config.num_layers}.",
-        )
+        tensors = ranks[int(match[1])] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            found = attempt(problems, "weights", file, lambda file=file: read_safetensors(file)) or {}  # type: ignore[misc]
+            if twice := found.keys() & tensors.keys():
+                problems.append(error("weights", file, f"{name_some(twice)} stand in two files", REBUILD))
+            tensors |= found
+    return ranks
 
 
-def _rank_tensors(
-    tensors: Mapping[str, StoredTensor], config: TelechatConfig, tp: int, where: str
-) -> Iterator[Finding]:
+def _statements(parts: Parts, ranks: Mapping[int, Tensors]) -> Iterator[Finding]:
+    """What the manifest, the yaml and config.json say of the weights, against the weights."""
+    tp = parts.tp
+    if tp is not None:
+        for problem, others, advice in (
+            ("lacks", set(range(tp)) - ranks.keys(), REBUILD),
+            ("holds", ranks.keys() - set(range(tp)), "Move them out of the directory."),
+        ):
+            if others:
+                listed = name_some(f"rank_{rank}" for rank in others)
+                yield error("rank-folders", parts.path, f"{problem} {listed}, and was built for tp {tp}", advice)
+    dtypes = {tensor.dtype for tensors in ranks.values() for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        yield error("dtype", parts.path, f"weights of different dtypes: {' and '.join(sorted(dtypes))}", REBUILD)
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    names = {name for tensors in ranks.values() for name in tensors}
+    packed = any(name.endswith(PACKED) for name in names) if names else None
+
+    manifest = (parts.path / MANIFEST, parts.manifest)
+    config_json = (parts.path / "config.json", parts.config_json)
+    yaml = (parts.yaml_path, parts.yaml)
+    cut = None if tp is None else tp > 1
+    for id, (file, content), place, actual, what in (
+        # From the first two mindformers' own runner starts its ranks.
+        ("yaml-tp", yaml, "parallel_config.model_parallel", tp, f"cut for tp {tp}"),
+        ("yaml-tp", yaml, "use_parallel", cut, f"cut for tp {tp}"),
+        ("dtype", manifest, "dtype", dtype, dtype),
+        ("dtype", config_json, "torch_dtype", dtype, dtype),
+        ("dtype", yaml, "model.model_config.compute_dtype", dtype, dtype),
+        ("qkv-concat", manifest, "qkv_concat", packed, "packed" if packed else "not packed"),
+        ("qkv-concat", yaml, "model.model_config.qkv_concat", packed, "packed" if packed else "not packed"),
+    ):
+        *folders, key = place.split(".")
+        value = section(content, *folders).get(key)
+        if content and actual is not None and (type(value) is not type(actual) or value != actual):
+            advice = f"Write {json.dumps(actual)} there, or build the directory again."
+            yield error(id, f"{file}: {place}", f"is {value!r}, and the weights are {what}", advice)
+
+
+def _tensors(parts: Parts, ranks: Mapping[int, Tensors]) -> Iterator[Finding]:
+    config, tp = parts.config, parts.tp
+    if config is None or tp not in config.allowed_tp():
+        return  # told where these were read
+    for rank, tensors in sorted(ranks.items()):
+        if rank < tp:
+            yield from _rank_tensors(tensors, config, tp, parts.path / f"rank_{rank}")
+
+
+def _rank_tensors(tensors: Tensors, config: TelechatConfig, tp: int, where: Path) -> Iterator[Finding]:
     layers = 1 + max((int(match[1]) for name in tensors if (match := LAYER.match(name))), default=-1)
     if layers != config.num_layers:
         yield error("layers", where, f"holds {layers} layers, and config.json says {config.num_layers}", REBUILD)
@@ -157,25 +114,14 @@ def _rank_tensors(
             REBUILD,
         )
         return
-    stacks = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(STACKED) and tensor.shape]
-    if config.is_moe and set(stacks) != {config.num_experts}:
-        yield error(
-            "experts",
-            where,
-            f"holds {name_some(set(stacks)) or 'no'} experts a layer, and config.json says {config.num_experts}",
-            REBUILD,
-        )
+    stacks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(STACKED) and tensor.shape}
+    if config.is_moe and stacks != {config.num_experts}:
+        message = f"holds {name_some(stacks) or 'no'} experts a layer, and config.json says {config.num_experts}"
+        yield error("experts", where, message, REBUILD)
         return
-    # From here on the work is bounded by the number of tensors that are there.
     packed = any(name.endswith(PACKED) for name in tensors)
-    try:
-        for heads in (config.num_heads, config.num_kv_heads):
-            rank_range(heads, 0, tp)
-        targets = mindformers_targets(config, qkv_concat=packed, transposed_experts=config.is_moe)
-        expected = {target.name: target.rank_shape(tp) for target in targets}
-    except CheckpointError as failure:
-        yield error("yaml-tp", where, str(failure), REBUILD)
-        return
+    targets = mindformers_targets(config, qkv_concat=packed, transposed_experts=config.is_moe)
+    expected = {target.name: target.rank_shape(tp) for target in targets}
     for problem, odd in (
         ("lacks", expected.keys() - tensors.keys()),
         ("holds unknown", tensors.keys() - expected.keys()),

@@ -49,11 +49,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     if (file := directory / "tokenizer_config.json").exists():
-        written = read_json(file)
-        settings = {key: written[key] for key in SETTINGS if written.get(key) is not None}
-        settings["chat_template"] = _default_template(settings.get("chat_template"), file)
+        settings = constructor_arguments(read_json(file), file)
     if (file := directory / "config.json").exists():
         settings["vocab_size"] = read_json(file).get("vocab_size")
+    return settings
+
+
+def constructor_arguments(written: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The settings in the content of a tokenizer_config.json.
+
+    Raises:
+        TokenizerError: a chat_template that is neither Jinja source nor a list that names a default.
+    """
+    settings = {key: written[key] for key in SETTINGS if written.get(key) is not None}
+    settings["chat_template"] = _default_template(settings.get("chat_template"), file)
     return settings
 
 

@@ -304,8 +304,8 @@ class TestWeights:
             ('param_init_type: "float16"', 'param_init_type: "bfloat16"', "dtype"),
             ('compute_dtype: "float16"', 'compute_dtype: "float32"', "dtype"),
             ("num_layers: 2", "num_layers: 3", "layers"),
-            ("n_kv_heads: 4", "n_kv_heads: 8", "model-dir"),
-            ("block_size: 16", "block_size: none", "model-dir"),
+            ("n_kv_heads: 4", "n_kv_heads: 8", "yaml-shape"),
+            ("block_size: 16", "block_size: none", "yaml-value"),
             ("vocab_file: 'tokenizer.model'", "vocab_file: '/old/tokenizer.model'", "tokenizer-path"),
             ("AutoModel: .*", "Auto: x.Y", "auto-map"),
             ("type: telechat_mindie.backend.model_runner", "type: ParallelTelechatForCausalLM", "arch-type"),
@@ -360,8 +360,10 @@ class TestWeights:
         build(tmp_path / "b", tmp_path / "moe", BuildOptions(block_size=16))
         assert check(tmp_path / "a", options).exit_code == 0
         assert check(tmp_path / "b", options).exit_code == 0
-        edit(tmp_path / "b" / "config.json", lambda data: data.update(num_local_experts=2**30))
+        edit(tmp_path / "b" / "config.json", lambda data: data.update(num_local_experts=8))
         assert "experts" in ids(check(tmp_path / "b", options))
+        edit(tmp_path / "b" / "config.json", lambda data: data.update(num_local_experts=2**30))
+        assert "config-json" in ids(check(tmp_path / "b", options))
 
 
 class TestModules:

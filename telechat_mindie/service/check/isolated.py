@@ -10,18 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.model_dir.modules import check_modules
-from telechat_mindie.model_dir.parts import REBUILD, Parts, section
+from telechat_mindie.model_dir.manifest import REBUILD
+from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.check.probe import QUESTION
 from telechat_mindie.text.control_tokens import CONTROL_IDS
 
 
-def check_modules_and_tokenizer(parts: Parts, options: CheckOptions) -> Iterator[Finding]:
-    """The modules of the yaml, the tokenizer, and the prompt that it makes of a chat."""
-    found, importable = check_modules(parts)
-    found.extend(_tokenizer_path(parts))
-    yield from found
+def check_by_running(parts: Parts, importable: list[str], options: CheckOptions) -> Iterator[Finding]:
+    """The modules of the yaml imported, the tokenizer, and the prompt that it makes of a chat."""
     outcome = _run(parts, importable, options)
     if isinstance(outcome, Finding):
         yield outcome
@@ -33,21 +30,9 @@ def check_modules_and_tokenizer(parts: Parts, options: CheckOptions) -> Iterator
             f"{name} cannot be imported in a fresh process: {failure}",
             "Install what is missing in the Python that runs MindIE: pip install telechat-mindie",
         )
-    if not outcome["imports"] and not found:
+    if not outcome["imports"]:
         yield ok("modules", parts.path, f"{len(importable)} modules and the runner, imported in a fresh process")
     yield from _tokenizer(parts, outcome["tokenizer"])
-
-
-def _tokenizer_path(parts: Parts) -> Iterator[Finding]:
-    """processor.tokenizer.vocab_file, from which mindformers may make the tokenizer."""
-    name = section(parts.yaml, "processor", "tokenizer").get("vocab_file")
-    if parts.yaml and name != "tokenizer.model":
-        yield error(
-            "tokenizer-path",
-            f"{parts.yaml_path}: processor.tokenizer.vocab_file",
-            f"is {name!r}, which is not this directory's tokenizer",
-            "Write 'tokenizer.model'.",
-        )
 
 
 def _run(parts: Parts, importable: list[str], options: CheckOptions) -> dict[str, Any] | Finding:

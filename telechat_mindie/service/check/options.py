@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from telechat_mindie.model_dir.modes import SKIP_VARIABLE, User
 from telechat_mindie.service import DEFAULT_GENERATION
 
 
@@ -35,6 +36,11 @@ class CheckOptions:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     mindie_home: Path | None = None
     timeout: float = 300
+
+    @property
+    def user(self) -> User:
+        """Whom MindIE's file rules are applied for."""
+        return User(self.uid, exempt=self.environment.get(SKIP_VARIABLE) == "0")
 
     @property
     def exported_home(self) -> Path | None:

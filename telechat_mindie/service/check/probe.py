@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.model_dir.modules import OWN_RUNNER
+
 QUESTION = "生抽与老抽的区别？"
-RUNNER = "telechat_mindie.backend.model_runner.MindIEModelRunner"
+RUNNER = f"{OWN_RUNNER}.MindIEModelRunner"
 
 
 def probe(model_path: str, names: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptio
         facts: of the model directory; None where it cannot be opened, which is told elsewhere.
         options: of the check.
     """
-    files = list(check_file(path, options))
+    files = list(check_file(path, options.user))
     yield from files
     if any(finding.id in ("link", "special-file") for finding in files):
         return

@@ -11,13 +11,12 @@ Numbers are strict because MindIE is: a JSON string, a boolean or a float where 
 from __future__ import annotations
 
 import ipaddress
-import posixpath
-import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
 
+from telechat_mindie.model_dir.modes import path_fault
 from telechat_mindie.service.ports import HIGHEST, LOWEST
 from telechat_mindie.units import UINT32_MAX
 
@@ -61,13 +60,8 @@ def _check_address(value: str) -> str:
 
 
 def _check_model_path(value: str) -> str:
-    # src/utils/safe_path.cpp:141-179, 375-403: made absolute and normal first, then characters, lengths and depth.
-    normal = posixpath.normpath(value) if value else ""
-    if not re.fullmatch(r"[a-zA-Z0-9_./-]+", normal) or ".." in normal:
-        raise PydanticCustomError("path", "letters, digits, `_`, `-`, `.` and `/` only, without `..` inside a name")
-    names = [name for name in normal.split("/") if name]
-    if len(normal) > 4096 or len(names) > 31 or any(len(name) > 255 for name in names):
-        raise PydanticCustomError("path", "at most 4096 characters, 31 folders deep, 255 characters a name")
+    if fault := path_fault(value):
+        raise PydanticCustomError("path", fault)
     return value
 
 
