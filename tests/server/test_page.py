@@ -296,6 +296,14 @@ def test_by_keyboard_alone(fake, visit):
     assert {"log", "question", "clear", "theme", "language", "system", "temperature", "seed"} <= reached
 
 
+def test_the_focus_survives_the_examples(visit):
+    page = visit()
+    page.locator("#examples button").first.focus()
+    page.keyboard.press("Space")
+    page.locator(".assistant .foot").wait_for()
+    assert page.evaluate("document.activeElement.id") == "question"
+
+
 def test_everything_has_a_name(visit):
     page = visit()
     ask(page, "one")
