@@ -200,7 +200,7 @@ def larger_tokenizer(checkpoint):
     ("damage", "message"),
     [
         (lambda path: (path / "config.json").unlink(), "config.json: file is missing"),
-        (lambda path: (path / "config.json").write_text("{"), r"config\.json:1:2: is not valid JSON"),
+        (lambda path: (path / "config.json").write_text("{"), "config.json:1:2: is not valid JSON"),
         (truncate, LAST_SHARD),
         (lambda path: (path / LAST_SHARD).unlink(), f"{LAST_SHARD}: file is missing"),
         (drop_tensor, "1 of 23 weights are missing: lm_head.weight"),
