@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from telechat_mindie.model.kernels.ascend_graphs import AscendCache
 
 
-def block_count(gigabytes: int, token_bytes: int, block_size: int, name: str) -> int:
-    """Blocks of `block_size` tokens that fit: MindIE's own formula (kvcache_settings.py), so it hands out no more.
-
-    Raises:
-        InputError: not even one fits.
-    """
-    count = (gigabytes << 30) // (token_bytes * block_size)
-    if count < 1:
-        raise InputError(
-            "is too small for one block",
-            where=name,
-            expected=f"at least {token_bytes * block_size} bytes",
-            found=f"{gigabytes} GB",
-        )
-    return count
-
-
 class HostCache:
     """Swapped-out blocks, in ordinary memory that is touched only when used."""
 

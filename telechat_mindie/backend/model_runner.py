@@ -10,12 +10,12 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from telechat_mindie.backend.caches import block_count
 from telechat_mindie.backend.device import Rank, open_device_model
 from telechat_mindie.backend.inputs import Limits, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
+from telechat_mindie.kv_budget import block_count
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 

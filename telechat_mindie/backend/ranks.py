@@ -14,9 +14,7 @@ import subprocess
 import sys
 
 from telechat_mindie.errors import InputError
-
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "8119"
-"""Where MindIE's documentation and mindformers' scripts put the scheduler."""
+from telechat_mindie.mindie import RANK_PORTS, SCHEDULER_HOST
 
 CPU_NODE_TIMEOUT = "10"
 """Seconds until a silent peer counts as dead; MindSpore's default is 30."""
@@ -36,8 +34,8 @@ def join_ranks(rank: int, world_size: int, device: str) -> None:
     if world_size == 1:
         return
     _check_environment(rank, world_size)
-    os.environ.setdefault("MS_SCHED_HOST", DEFAULT_HOST)
-    os.environ.setdefault("MS_SCHED_PORT", DEFAULT_PORT)
+    os.environ.setdefault("MS_SCHED_HOST", SCHEDULER_HOST)
+    os.environ.setdefault("MS_SCHED_PORT", str(RANK_PORTS["MS_SCHED_PORT"]))
     os.environ |= {"MS_WORKER_NUM": str(world_size), "MS_NODE_ID": str(rank)}
     if device == "cpu":
         os.environ.setdefault("MS_NODE_TIMEOUT", CPU_NODE_TIMEOUT)

@@ -16,7 +16,7 @@ from telechat_mindie.checkpoint.plan import Plan
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError, InputError
+from telechat_mindie.errors import CheckpointError
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import reporting_os_errors
 
@@ -68,42 +68,6 @@ def peak_memory(plan: Plan) -> int:
     largest = max((target.shape[-1] * target.shape[-2] for target in turned), default=0)
     staging = 2 * plan.tp * STAGING_BYTES  # a shard is synced while the next is written
     return INTERPRETER_BYTES + (2 * DEPTH + 3) * BLOCK_BYTES + staging + min(TURN_BYTES, 4 * largest)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a card's memory leaves for the KV cache. Bytes are of one card."""
-
-    device_bytes: int
-    reserve_bytes: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    tokens: int
-    sequences: int
-
-
-def fit(plan: Plan, device_gb: float, reserve_share: float, block_size: int, max_seq_len: int) -> Fit:
-    """How many tokens and longest sequences fit beside the weights.
-
-    Raises:
-        InputError: the weights alone do not fit, or not one longest sequence; with the numbers.
-    """
-    device = int(device_gb * (1 << 30))
-    reserve = int(device * reserve_share)
-    per_token = plan.config.kv_bytes_per_token(plan.dtype, plan.tp)
-    left = device - reserve - plan.rank_bytes
-    tokens = max(0, left) // (per_token * block_size) * block_size
-    if tokens < max_seq_len:
-        needed = reserve + plan.rank_bytes + per_token * max_seq_len
-        raise InputError(
-            f"the model does not fit a card: weights {plan.rank_bytes} + one sequence of {max_seq_len} tokens "
-            f"{per_token * max_seq_len} + reserve {reserve} bytes",
-            where=f"tp {plan.tp}, {device_gb:g} GB a card",
-            expected=f"at least {needed / (1 << 30):.1f} GB",
-            found=f"{device_gb:g} GB",
-            advice="Choose a larger --tp, a 16-bit --dtype or a smaller --max-seq-len.",
-        )
-    return Fit(device, reserve, plan.rank_bytes, per_token, tokens, tokens // max_seq_len)
 
 
 def probe_disk(folder: Path, nbytes: int = PROBE_BYTES) -> float:

@@ -13,66 +13,68 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Say what a model directory holds, and how many tokens fit into a given cache."""
-    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.commands.output import Fact, print_facts
+    from telechat_mindie.kv_budget import CacheShape
     from telechat_mindie.model.kernels.selection import describe_cpu_kernels
     from telechat_mindie.model_dir.layout import ModelDir
-    from telechat_mindie.units import format_bytes
+    from telechat_mindie.service.facts import model_facts
+    from telechat_mindie.units import GB, format_bytes
 
     directory = ModelDir.open(model_path)
     config, serving, tp = directory.config, directory.serving, directory.tp
-    per_token = config.kv_bytes_per_token(serving.dtype, tp)
-    blocks = (kv_gb << 30) // (per_token * serving.block_size)
-    weight_bytes = sum(
-        entry["nbytes"] for path, entry in directory.manifest["files"].items() if path.startswith("rank_0/")
-    )
-    facts = {
-        "parameters": config.parameter_count,
-        "active_parameters": config.active_parameter_count,
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "ffn_size": config.ffn_size,
-        "experts": config.num_experts,
-        "experts_per_token": config.experts_per_token,
-        "vocab_size": config.vocab_size,
-        "dtype": serving.dtype,
-        "tp": tp,
-        "qkv_concat": directory.manifest["qkv_concat"],
-        "max_seq_len": serving.max_seq_len,
-        "block_size": serving.block_size,
-        "weight_bytes_per_rank": weight_bytes,
-        "kv_bytes_per_token_per_rank": per_token,
-        "cpu_kernels": describe_cpu_kernels(serving.dtype, tp),
-        "kv_gb": kv_gb,
-        "kv_tokens": blocks * serving.block_size,
-        "kv_sequences": blocks * serving.block_size // serving.max_seq_len,
-    }
-    if as_json:
-        print_json(facts)
-        return
-    heads = f"{config.num_heads} x {config.head_dim}, {config.num_kv_heads} for keys and values"
+    measured = model_facts(directory)
+    shape = CacheShape(measured.kv_bytes_per_token_per_rank, serving.block_size)
+    blocks = shape.usable_blocks_in(kv_gb * GB)
+    tokens, sequences = blocks * serving.block_size, shape.sequences(blocks, serving.max_seq_len)
+    weight_bytes, qkv_concat = measured.weight_bytes_per_rank, directory.manifest["qkv_concat"]
+    kernels = describe_cpu_kernels(serving.dtype, tp)
     experts = "none"
     if config.is_moe:
         active = f"{config.active_parameter_count:,} active parameters"
         experts = f"{config.num_experts}, {config.experts_per_token} a token, {active}"
-    print_table(
-        str(model_path),
-        [
-            ("parameters", f"{config.parameter_count:,}"),
-            ("layers", f"{config.num_layers} of {config.hidden_size}, feed-forward {config.ffn_size}"),
-            ("heads", heads),
-            ("experts", experts),
-            ("vocabulary", str(config.vocab_size)),
-            ("dtype", f"{serving.dtype}, qkv_concat {'on' if directory.manifest['qkv_concat'] else 'off'}"),
-            ("tensor parallel", f"{tp}, {format_bytes(weight_bytes)} of weights a rank"),
-            ("longest sequence", f"{serving.max_seq_len} tokens, blocks of {serving.block_size}"),
-            ("CPU kernels", str(facts["cpu_kernels"])),
-            ("KV cache", f"{per_token:,} bytes a token and rank"),
-            (
-                f"{kv_gb} GB of cache",
-                f"{blocks * serving.block_size:,} tokens, {facts['kv_sequences']} longest sequences",
-            ),
-        ],
-    )
+    facts: list[Fact] = [
+        (
+            "parameters",
+            f"{config.parameter_count:,}",
+            {"parameters": config.parameter_count, "active_parameters": config.active_parameter_count},
+        ),
+        (
+            "layers",
+            f"{config.num_layers} of {config.hidden_size}, feed-forward {config.ffn_size}",
+            {"layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_size": config.ffn_size},
+        ),
+        (
+            "heads",
+            f"{config.num_heads} x {config.head_dim}, {config.num_kv_heads} for keys and values",
+            {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim},
+        ),
+        ("experts", experts, {"experts": config.num_experts, "experts_per_token": config.experts_per_token}),
+        ("vocabulary", str(config.vocab_size), {"vocab_size": config.vocab_size}),
+        (
+            "dtype",
+            f"{serving.dtype}, qkv_concat {'on' if qkv_concat else 'off'}",
+            {"dtype": serving.dtype, "qkv_concat": qkv_concat},
+        ),
+        (
+            "tensor parallel",
+            f"{tp}, {format_bytes(weight_bytes)} of weights a rank",
+            {"tp": tp, "weight_bytes_per_rank": weight_bytes},
+        ),
+        (
+            "longest sequence",
+            f"{serving.max_seq_len} tokens, blocks of {serving.block_size}",
+            {"max_seq_len": serving.max_seq_len, "block_size": serving.block_size},
+        ),
+        ("CPU kernels", kernels, {"cpu_kernels": kernels}),
+        (
+            "KV cache",
+            f"{shape.token_bytes:,} bytes a token and rank",
+            {"kv_bytes_per_token_per_rank": shape.token_bytes},
+        ),
+        (
+            f"{kv_gb} GB of cache",
+            f"{tokens:,} tokens, {sequences} longest sequences",
+            {"kv_gb": kv_gb, "kv_tokens": tokens, "kv_sequences": sequences},
+        ),
+    ]
+    print_facts(str(model_path), facts, as_json=as_json)

@@ -25,14 +25,14 @@ def plan(
     """Say what a build would write, need and leave room for, without building."""
     import shutil
 
-    from telechat_mindie.checkpoint.estimate import Source, fit, peak_memory, probe_disk, source_facts
+    from telechat_mindie.checkpoint.estimate import Source, peak_memory, probe_disk, source_facts
     from telechat_mindie.checkpoint.mapping import mindformers_targets, weights
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
-    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.commands.output import Fact, print_facts, print_table
     from telechat_mindie.errors import InputError
-    from telechat_mindie.service.derive import RESERVE_SHARE
-    from telechat_mindie.units import format_bytes
+    from telechat_mindie.kv_budget import CacheShape, CardBudget
+    from telechat_mindie.units import GB, format_bytes
     from telechat_mindie.variants import VARIANTS
 
     if (checkpoint is None) == (variant is None):
@@ -48,61 +48,69 @@ def plan(
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
     length = max_seq_len or config.seq_length
-    free = shutil.disk_usage(target).free
+    shape = CacheShape(config.kv_bytes_per_token(made.dtype, tp), block_size)
+    free, peak = shutil.disk_usage(target).free, peak_memory(made)
     short = max(0, made.output_bytes - free)
     missing = f": {format_bytes(short)} too little" if short else ""
-    facts: dict[str, object] = {
-        "source": {"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
-        "parameters": config.parameter_count,
-        "dtype": made.dtype,
-        "tp": tp,
-        "files": [{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
-        "rank_bytes": made.rank_bytes,
-        "output_bytes": made.output_bytes,
-        "peak_memory_bytes": peak_memory(made),
-        "disk_free_bytes": free,
-        "disk_short_bytes": short,
-        "kv_bytes_per_token": config.kv_bytes_per_token(made.dtype, tp),
-        "max_seq_len": length,
-    }
-    rows = [
-        ("source", f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}"),
-        ("output", f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}"),
-        ("weights a card", f"{format_bytes(made.rank_bytes)} ({made.rank_bytes:,} bytes)"),
-        ("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token and card"),
-        ("peak memory", f"about {format_bytes(peak_memory(made))}, whatever the model"),
-        ("disk", f"{format_bytes(free)} free in {target.resolve()}{missing}"),
+    facts: list[Fact] = [
+        (
+            "source",
+            f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}",
+            {
+                "source": {"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
+                "parameters": config.parameter_count,
+            },
+        ),
+        (
+            "output",
+            f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}",
+            {
+                "dtype": made.dtype,
+                "tp": tp,
+                "files": [{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
+                "output_bytes": made.output_bytes,
+            },
+        ),
+        (
+            "weights a card",
+            f"{format_bytes(made.rank_bytes)} ({made.rank_bytes:,} bytes)",
+            {"rank_bytes": made.rank_bytes},
+        ),
+        (
+            "KV cache",
+            f"{shape.token_bytes:,} bytes a token and card",
+            {"kv_bytes_per_token": shape.token_bytes, "max_seq_len": length},
+        ),
+        ("peak memory", f"about {format_bytes(peak)}, whatever the model", {"peak_memory_bytes": peak}),
+        (
+            "disk",
+            f"{format_bytes(free)} free in {target.resolve()}{missing}",
+            {"disk_free_bytes": free, "disk_short_bytes": short},
+        ),
     ]
     if not no_probe:
         speed = probe_disk(target)
         # Reading and writing go on side by side; a disk that does both takes the sum.
         seconds = (source.nbytes + made.output_bytes) / speed
-        facts |= {"disk_bytes_per_second": round(speed), "estimated_seconds": round(seconds)}
-        rows.append(("time", f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"))
+        text = f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
+        facts.append(("time", text, {"disk_bytes_per_second": round(speed), "estimated_seconds": round(seconds)}))
     if device_mem is not None:
-        room = fit(made, device_mem, RESERVE_SHARE, block_size, length)
-        facts["fit"] = {
-            "device_bytes": room.device_bytes,
-            "reserve_bytes": room.reserve_bytes,
+        budget = CardBudget.of(device_mem, made.rank_bytes, config.vocab_size)
+        room = budget.room(shape, length)
+        fit = {
+            "device_bytes": int(budget.card * GB),
+            "reserve_bytes": int(budget.reserve * GB),
+            "npu_mem_gb": budget.cache,
             "kv_tokens": room.tokens,
             "sequences": room.sequences,
         }
-        rows.append(
-            (
-                f"a {device_mem:g} GB card",
-                f"{format_bytes(room.reserve_bytes)} kept back, {room.tokens:,} tokens of cache: "
-                f"{room.sequences} sequences of {length}",
-            )
-        )
-    if as_json:
-        print_json(facts)
-        return
-    print_table(str(checkpoint or variant), rows)
-    listing = [
-        (made.path(0, shard).replace("rank_0", f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"), f"{shard.nbytes:,}")
-        for shard in made.shards
-    ]
-    print_table("files", listing, ("file", "bytes each"))
+        text = f"{budget}: {budget.cache} of cache, {room.tokens:,} tokens, {room.sequences} sequences of {length}"
+        facts.append((f"a {device_mem:g} GB card", text, {"fit": fit}))
+    print_facts(str(checkpoint or variant), facts, as_json=as_json)
+    if not as_json:
+        ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
+        listing = [(made.path(0, shard).replace("rank_0", ranks), f"{shard.nbytes:,}") for shard in made.shards]
+        print_table("files", listing, ("file", "bytes each"))
 
 
 def _duration(seconds: float) -> str:

@@ -8,9 +8,6 @@ import numpy as np
 
 from telechat_mindie.engine.sequence import Sequence
 
-RESERVED_BLOCKS = 1
-"""At the end of a runner's cache: MindIE keeps the last block for dummy batches."""
-
 
 class BlockPool:
     """Hands out the numbers 0 to `num_blocks` - 1 and counts their holders.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.engine.block_manager import RESERVED_BLOCKS, BlockManager
+from telechat_mindie.engine.block_manager import BlockManager
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.output import EngineStats, FinishReason, Output
 from telechat_mindie.engine.request import Request
@@ -18,6 +18,7 @@ from telechat_mindie.engine.runner import Runner, run
 from telechat_mindie.engine.sampler import NO_TOKEN, SamplingState, TokenLogprobs, sample
 from telechat_mindie.engine.scheduler import Batch, Scheduler
 from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.kv_budget import RESERVED_BLOCKS
 
 _log = logging.getLogger(__name__)
 

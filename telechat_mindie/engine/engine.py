@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.engine.answer_text import AnswerText, Decoder
-from telechat_mindie.engine.block_manager import RESERVED_BLOCKS
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.core import EngineCore, log_fault
 from telechat_mindie.engine.output import AsyncOutputStream, EngineStats, Output, OutputStream
@@ -24,6 +23,7 @@ from telechat_mindie.engine.request import Request
 from telechat_mindie.engine.runner import Runner
 from telechat_mindie.engine.sequence import Sequence
 from telechat_mindie.errors import InputError, TelechatMindieError
+from telechat_mindie.kv_budget import RESERVED_BLOCKS
 
 
 class EngineBusyError(TelechatMindieError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from telechat_mindie.engine.block_manager import RESERVED_BLOCKS
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine
+from telechat_mindie.kv_budget import RESERVED_BLOCKS
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.params import GenerationParams
+from telechat_mindie.kv_budget import RESERVED_BLOCKS, CacheShape
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.settings import ServerSettings
 from telechat_mindie.text.tokenizer import TelechatTokenizer
-
-_GB = 1 << 30
+from telechat_mindie.units import GB
 
 
 @dataclass
@@ -68,12 +68,10 @@ class EngineHost:
 
 
 def num_blocks(directory: ModelDir, settings: ServerSettings) -> int:
-    """Blocks of the cache: what the memory holds, but no more than all sequences of a full batch can fill.
-
-    One more than that, since the engine keeps the last one for dummy batches, as MindIE does.
-    """
+    """Blocks of the cache: what the memory holds, but no more than all sequences of a full batch can fill."""
     config = settings.engine
     token_bytes = directory.config.kv_bytes_per_token(directory.serving.dtype, directory.tp)
-    longest = -(-min(config.max_seq_len, directory.serving.max_seq_len) // config.block_size)
-    held = int(settings.cache_gb * _GB) // (token_bytes * config.block_size)
-    return max(2, min(held, longest * config.max_batch_size + 1))
+    shape = CacheShape(token_bytes, config.block_size)
+    longest = shape.blocks_for(min(config.max_seq_len, directory.serving.max_seq_len))
+    held = shape.blocks_in(int(settings.cache_gb * GB))
+    return max(1 + RESERVED_BLOCKS, min(held, longest * config.max_batch_size + RESERVED_BLOCKS))

@@ -11,6 +11,7 @@ from typing import Any
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.mindie import SERVER_PORTS, exported_home
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.http.tls import TlsFiles
 from telechat_mindie.server.limits import Limits
@@ -83,7 +84,7 @@ class ServerSettings:
 def plain_settings(directory: ModelDir, *, prefix_cache: bool = False, chunked_prefill: bool = False) -> ServerSettings:
     """Settings without a conf/config.json: everything on 127.0.0.1:1025, lengths as the directory's yaml has them."""
     longest = directory.serving.max_seq_len
-    here = Address("127.0.0.1", 1025)
+    here = Address("127.0.0.1", SERVER_PORTS["port"])
     limits = Limits()
     engine = EngineConfig(
         max_seq_len=longest,
@@ -128,8 +129,7 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
             found=found.server["inferMode"],
             advice="The embedded server runs both in one process.",
         )
-    exported = environment.get("MINDIE_LLM_HOME_PATH") or environment.get("MIES_INSTALL_PATH")
-    home = home or (Path(exported) if exported else path.resolve().parent.parent)
+    home = home or exported_home(environment) or path.resolve().parent.parent
     model = found.models[0]
     business, management, metrics = _addresses(found.server, generation, home, environment)
     limits = Limits(

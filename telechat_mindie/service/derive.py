@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.kv_budget import FULL_BATCH, CacheShape, CardBudget
+from telechat_mindie.mindie import SERVER_PORTS
 from telechat_mindie.service import ports
-from telechat_mindie.service.options import GB, ModelFacts, ServiceOptions, parse_devices
+from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER
 from telechat_mindie.service.schema.violations import Location
 
 Origin = Literal["checkpoint", "flag", "computed", "template", "MindIE default"]
 
-RESERVE_SHARE = 0.2
-"""Of a card, kept free: what MindIE leaves with NPU_MEMORY_FRACTION 0.8, the default (MindIE-LLM v3.0.0.beta.2
-mindie_llm/model_wrapper/utils/env.py:88)."""
-
 INPUT_SHARE = 0.75
 """Of maxSeqLen, for the prompt: 6144 of 8192, as in TeleChat2's README (mindformers r1.6.0
 research/telechat2/README.md:645-646)."""
 
-SHIPPED_BATCH, SHIPPED_PREFILL_BATCH, SHIPPED_PREFILL_TOKENS = 200, 50, 8192
-"""maxBatchSize, maxPrefillBatchSize and maxPrefillTokens of every generation's default."""
-
-KEPT_BLOCKS = (
-    1  # the last, for dummy batches: MindIE-LLM v3.0.0.beta.2 mindie_llm/connector/common/input_metadata_builder.py:155
-)
+SHIPPED_PREFILL_BATCH, SHIPPED_PREFILL_TOKENS = 50, 8192
+"""maxPrefillBatchSize and maxPrefillTokens of every generation's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +103,7 @@ def _server(ledger: _Ledger, options: ServiceOptions, base: Mapping[str, Any], i
         origin, reason = "flag", f"--port-base {wanted}, free"
     else:
         origin, reason = "MindIE default", "free"
-    for offset, name in enumerate(("port", "managementPort", "metricsPort")):
+    for offset, name in enumerate(SERVER_PORTS):
         ledger.settle((*SERVER, name), first + offset, origin, reason)
 
 
@@ -187,48 +180,27 @@ def _model(ledger: _Ledger, facts: ModelFacts) -> None:
 
 
 def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq_len: int) -> None:
-    """Settle npuMemSize and the batches from what a card has left.
+    """Settle npuMemSize and the batches from what a card has left (`kv_budget`).
 
-    npuMemSize = card - reserve - weights - logits, in whole GB. Logits are those of a full batch in float32, the
-    sampler's own copy (mindie_llm/text_generator/samplers/token_selectors/ms_selectors.py:125).
-    maxBatchSize = KV blocks / blocks of a typical request (docs/zh/user_guide/user_manual/
-    service_parameter_configuration.md:151), at most what MindIE ships. Both of MindIE-LLM v3.0.0.beta.2.
+    maxBatchSize = KV blocks / blocks of a typical request (MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/user_manual/
+    service_parameter_configuration.md:151), at most what MindIE ships.
     """
-    reserve = options.device_mem_gb * RESERVE_SHARE if options.reserve_gb is None else options.reserve_gb
-    sane = math.isfinite(options.device_mem_gb) and 0 <= reserve < options.device_mem_gb and options.request_tokens > 0
-    if not sane:
-        raise InputError(
-            "must be positive, and the reserve less than the card",
-            where="--device-mem, --reserve, --request-tokens",
-            found=f"{options.device_mem_gb:g} GB, {reserve:g} GB, {options.request_tokens} tokens",
-        )
-    weights = facts.weight_bytes_per_rank / GB
-    logits = SHIPPED_BATCH * facts.vocab_size * 4 / GB
-    left = options.device_mem_gb - reserve - weights - logits
-    account = f"{options.device_mem_gb:g} GB card - {reserve:g} reserve - {weights:.1f} weights - {logits:.1f} logits"
+    if options.request_tokens < 1:
+        raise InputError("must be positive", where="--request-tokens", found=options.request_tokens)
+    budget = CardBudget.of(options.device_mem_gb, facts.weight_bytes_per_rank, facts.vocab_size, options.reserve_gb)
     location = (*MODEL_ENTRY, "npuMemSize")
     if options.dynamic_kv:
-        chosen = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
+        cache = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
     else:
-        chosen = ledger.settle(location, max(0, math.floor(left)), "computed", account)
-    cache = left if chosen == -1 else chosen
-    blocks = max(0, int(cache * GB // (facts.kv_bytes_per_token_per_rank * facts.block_size)) - KEPT_BLOCKS)
-    longest = math.ceil(max_seq_len / facts.block_size)
-    if blocks < longest or weights + max(cache, 0) > options.device_mem_gb:
-        raise InputError(
-            "the memory of a card does not hold the weights and the KV cache of one request",
-            where=f"maxSeqLen {max_seq_len}, tp {facts.tp}",
-            expected=f"{longest} KV blocks of {facts.block_size} tokens"
-            f" ({longest * facts.block_size * facts.kv_bytes_per_token_per_rank / GB:.1f} GB)",
-            found=f"{blocks} in {max(cache, 0):.1f} GB: {account}",
-            advice="Build for a greater tp, serve a smaller --max-seq-len, or correct --device-mem and --reserve.",
-        )
-    typical = math.ceil(min(options.request_tokens, max_seq_len) / facts.block_size)
+        cache = ledger.settle(location, budget.cache, "computed", str(budget))
+    shape = CacheShape(facts.kv_bytes_per_token_per_rank, facts.block_size)
+    blocks = budget.room(shape, max_seq_len, budget.left if cache == -1 else cache).blocks
+    typical = shape.blocks_for(min(options.request_tokens, max_seq_len))
     batch = ledger.settle(
         (*SCHEDULE, "maxBatchSize"),
-        max(1, min(SHIPPED_BATCH, blocks // typical)),
+        max(1, min(FULL_BATCH, blocks // typical)),
         "computed",
-        f"{blocks} KV blocks / {typical} for a request of {options.request_tokens} tokens, at most {SHIPPED_BATCH}",
+        f"{blocks} KV blocks / {typical} for a request of {options.request_tokens} tokens, at most {FULL_BATCH}",
     )
     ledger.settle(
         (*SCHEDULE, "maxPrefillBatchSize"),

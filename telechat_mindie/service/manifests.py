@@ -13,6 +13,7 @@ import yaml
 
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
+from telechat_mindie.mindie import DEFAULT_HOME, RANK_PORTS, SCHEDULER_HOST
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.staging import StagedDirectory, write_file
@@ -25,15 +26,14 @@ MARKER = "start.sh"  # in every output of this module
 MODELS_FOLDER = "/models"  # in the container
 HOST_PORT_STEP = 10  # between the published ports of two containers of one machine
 
-# MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/user_manual/environment_variable.md, offline_inference.md:292-295. Each
-# container has a network of its own, so the default ports of the ranks cannot clash.
+# MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/user_manual/environment_variable.md. Each container has a network of its
+# own, so the default ports of the ranks cannot clash.
 ENVIRONMENT = {
     "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
     "MINDIE_LOG_TO_STDOUT": "1",
     "MIES_SERVICE_MONITOR_MODE": "1",
-    "MS_SCHED_HOST": "127.0.0.1",
-    "MS_SCHED_PORT": "8090",
-    "LCAL_IF_PORT": "8129",
+    "MS_SCHED_HOST": SCHEDULER_HOST,
+    **{name: str(port) for name, port in RANK_PORTS.items()},
 }
 
 _DOCKER_FILES = {"compose.yaml": "compose.yaml.j2"}
@@ -70,7 +70,7 @@ class ManifestOptions:
     namespace: str = "mindie"
     claim: str | None = None
     tls_secret: str | None = None
-    mindie_home: str = "/usr/local/Ascend/mindie/latest/mindie-service"
+    mindie_home: str = DEFAULT_HOME
     resource: str = "huawei.com/Ascend910"
     shm_gb: int = 16
     startup_minutes: int = 30

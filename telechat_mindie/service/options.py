@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from telechat_mindie.config import MAX_RANKS
 from telechat_mindie.errors import InputError
 from telechat_mindie.service import DEFAULT_GENERATION
-
-GB = 2**30  # MindIE's unit of npuMemSize: mindie_llm/text_generator/utils/kvcache_settings.py
-MAX_DEVICES = 1024
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ def parse_devices(text: str) -> tuple[int, ...]:
                 "is not a list of devices", where=f"--devices {text}", expected="0-7 or 0,2,4-5", found=repr(part)
             )
         begin, end = int(first), int(last) if dash else int(first)
-        if not begin <= end < begin + MAX_DEVICES:
+        if not begin <= end < begin + MAX_RANKS:
             raise InputError("is not a range of devices", where=f"--devices {text}", found=repr(part))
         devices.extend(range(begin, end + 1))
-    if len(set(devices)) != len(devices) or len(devices) > MAX_DEVICES:
+    if len(set(devices)) != len(devices) or len(devices) > MAX_RANKS:
         raise InputError(
             "names a device twice, or too many", where=f"--devices {text}", found=f"{len(devices)} devices"
         )

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.explain import Explained, explain
-from telechat_mindie.service.options import GB, ModelFacts, ServiceOptions, parse_devices
+from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.overrides import parse_override, set_value
 from telechat_mindie.service.patch import patch
 from telechat_mindie.service.render import RenderedConfig, render_service_config
+from telechat_mindie.units import GB
 
 # TeleChat2-7B in 16 bits on one card: 30 layers, 32 KV heads of 128, hence 2 * 30 * 32 * 128 * 2 bytes a token.
 FACTS_7B = ModelFacts(
@@ -239,7 +240,7 @@ class TestMemory:
 
     def test_weights_that_do_not_fit_are_refused_with_the_numbers(self) -> None:
         with pytest.raises(
-            InputError, match=r"expected 64 KV blocks of 128 tokens \(3\.8 GB\).*found 0 in.*greater tp"
+            InputError, match=r"expected 64 KV blocks of 128 tokens \(3\.8 GB\).*found 0 in.*larger --tp"
         ):
             render(device_mem_gb=16)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from telechat_mindie.mindie import exported_home
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE, User
 from telechat_mindie.service import DEFAULT_GENERATION
 
@@ -44,9 +45,8 @@ class CheckOptions:
 
     @property
     def exported_home(self) -> Path | None:
-        """MindIE's home as its set_env.sh exports it (MIES_INSTALL_PATH up to 2.x); None in a shell without it."""
-        named = self.environment.get("MINDIE_LLM_HOME_PATH") or self.environment.get("MIES_INSTALL_PATH")
-        return Path(named) if named else None
+        """MindIE's home as its set_env.sh exports it."""
+        return exported_home(self.environment)
 
     @property
     def home(self) -> Path | None:

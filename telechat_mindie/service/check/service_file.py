@@ -12,18 +12,17 @@ from typing import Any
 
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, Severity, error, ok, warning
+from telechat_mindie.kv_budget import CacheShape
+from telechat_mindie.mindie import SERVER_PORTS
 from telechat_mindie.model_dir.modes import check_file
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import https_certificates
 from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.derive import KEPT_BLOCKS
-from telechat_mindie.service.options import GB, ModelFacts
+from telechat_mindie.service.options import ModelFacts
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER, model_location
 from telechat_mindie.service.schema.violations import Location, json_path
-from telechat_mindie.units import INT32_MAX
-
-PORTS = ("port", "managementPort", "metricsPort")
+from telechat_mindie.units import GB, INT32_MAX
 
 
 def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptions) -> Iterator[Finding]:
@@ -148,13 +147,13 @@ def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_me
             "Lower npuMemSize, or build the directory for a greater tp; --device-mem names another card.",
         )
         return
-    blocks = int(cache * GB // (facts.kv_bytes_per_token_per_rank * block_size)) - KEPT_BLOCKS
-    needed = -(-length // block_size)
+    shape = CacheShape(facts.kv_bytes_per_token_per_rank, block_size)
+    blocks, needed = shape.usable_blocks_in(cache * GB), shape.blocks_for(length)
     if blocks < needed:
         yield error(
             "kv-blocks",
             f"{where}: {json_path(here)}",
-            f"gives {max(blocks, 0)} KV blocks, and one request of maxSeqLen {length} takes {needed}",
+            f"gives {blocks} KV blocks, and one request of maxSeqLen {length} takes {needed}",
             "Raise npuMemSize, or lower maxSeqLen.",
         )
 
@@ -162,7 +161,7 @@ def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_me
 def _addresses(config: Mapping[str, Any], where: Path, options: CheckOptions) -> Iterator[Finding]:
     """Addresses of this machine, and ports that are free now."""
     taken: Severity = "warning"  # the service that is checked may be the one that runs
-    for name in PORTS:
+    for name in SERVER_PORTS:
         port = value_at(config, (*SERVER, name))
         if port is not None and ports.LOWEST <= port <= ports.HIGHEST and not ports.is_free(port):
             yield Finding(

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 
 from telechat_mindie.findings import Finding, ok, warning
+from telechat_mindie.mindie import RANK_PORTS, SERVER_PORTS
 from telechat_mindie.service import ports
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.port_holder import port_holder
-from telechat_mindie.units import format_bytes
+from telechat_mindie.units import GB, format_bytes
 
-DEFAULT_PORTS = (1025, 1026, 1027, 8090, 8129)
-"""Business, management and metrics port, the MindSpore scheduler's and the ranks': MindIE-LLM v3.0.0.beta.2
-src/server/conf/config.json, docs/zh/user_guide/user_manual/offline_inference.md:292-295."""
+DEFAULT_PORTS = (*SERVER_PORTS.values(), *RANK_PORTS.values())
 
-SHM_BYTES = 1 << 30  # --shm-size=1g of docs/zh/user_guide/install/source/image_usage_guide.md
+SHM_BYTES = GB  # --shm-size=1g of docs/zh/user_guide/install/source/image_usage_guide.md
 
 SHM_LEFTOVERS = ("*llm_backend_*", "llm_tokenizer_shared_memory_*")
 """Names that a daemon which died leaves behind: user_manual/prefill_decode_mixed_deployment.md:283-287."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import (
     release_of,
@@ -19,8 +20,7 @@ from telechat_mindie.service.doctor.support import (
 )
 
 OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
-MS_WRAPPER = "modeling/model_wrapper/ms"
-DAEMONS = ("mindieservice_daemon", "mindie_llm_server")
+DAEMONS = (DAEMON, SERVER)
 
 NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich")
 
@@ -98,20 +98,17 @@ def mindie_version(machine: Machine) -> str | None:
         return found[1]
     for home in mindie_homes(machine):
         text = machine.read(f"{home}/version.info") or machine.read(f"{Path(home).parent}/version.info") or ""
-        match = re.search(r"(?im)^\s*(?:Ascend-mindie\w*|Version|MindIE\s\w*)\s*[:=]\s*(\S+)", text)
-        if match:
-            return match[1]
+        if version := version_in(text):
+            return version
     return None
 
 
 def mindie_homes(machine: Machine) -> list[str]:
     """Folders of MindIE's service: as its set_env.sh exports them, else where its installer puts them."""
-    named = [machine.environment.get(name) for name in ("MINDIE_LLM_HOME_PATH", "MIES_INSTALL_PATH")]
-    homes = [home for home in named if home]
-    default = "/usr/local/Ascend/mindie/latest/mindie-service"
-    if not homes and machine.path(default).is_dir():
-        homes.append(default)
-    return list(dict.fromkeys(homes))
+    named = [home for name in HOME_VARIABLES if (home := machine.environment.get(name))]
+    if not named and machine.path(DEFAULT_HOME).is_dir():
+        named.append(DEFAULT_HOME)
+    return list(dict.fromkeys(named))
 
 
 def find_daemon(machine: Machine) -> str | None:

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import telechat_mindie.backend
+from telechat_mindie.mindie import HOME_VARIABLES, SCHEDULER_HOST
 from telechat_mindie.service.launch.processes import MARKER
 
 SHADOW = Path(telechat_mindie.backend.__file__).parent / "shadow"
 """The folder whose `mindformers` stands in for the real one."""
-
-HOME_VARIABLES = {"1.0": "MIES_INSTALL_PATH", "2.0": "MIES_INSTALL_PATH", "3.0.0.beta": "MINDIE_LLM_HOME_PATH"}
-"""What each generation calls the folder with bin/ and conf/. 3.0.0.beta: src/server/scripts/set_env.sh of MindIE-LLM
-v3.0.0.beta.2; before: mindformers r1.5.0 scripts/run_mindie.sh."""
 
 OLD_STDOUT_VARIABLES = ("MINDIE_LLM_LOG_TO_STDOUT", "MINDIE_LLM_PYTHON_LOG_TO_STDOUT", "MIES_PYTHON_LOG_TO_STDOUT")
 """Replaced by MINDIE_LOG_TO_STDOUT in January 2025, before 2.0: MindIE-LLM v3.0.0.beta.2
@@ -35,7 +32,7 @@ def daemon_environment(
 
     Args:
         base: the caller's environment.
-        generation: of MindIE, a key of HOME_VARIABLES.
+        generation: of MindIE, a key of `schema.GENERATIONS`.
         home: MindIE's folder with bin/; None where no MindIE is installed.
         config_path: the rendered conf/config.json.
         scheduler_port: MS_SCHED_PORT, of the scheduler that rank 0 starts.
@@ -49,7 +46,7 @@ def daemon_environment(
     variables["MIES_CONFIG_JSON_PATH"] = str(config_path)
     # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
     variables["MINDIE_LLM_FRAMEWORK_BACKEND"] = "MS"
-    variables["MS_SCHED_HOST"] = "127.0.0.1"
+    variables["MS_SCHED_HOST"] = SCHEDULER_HOST
     variables["MS_SCHED_PORT"] = str(scheduler_port)
     variables["LCAL_IF_PORT"] = str(exchange_port)
     if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
@@ -70,11 +67,12 @@ def _home_variables(base: Mapping[str, str], generation: str, home: Path) -> dic
 
     set_env.sh itself is not run: one of them empties /dev/shm, and with it other instances' shared memory.
     """
-    variable = HOME_VARIABLES[generation]
+    service, llm = HOME_VARIABLES
+    variable = llm if generation == "3.0.0.beta" else service
     variables = {variable: str(home)}
-    if "MINDIE_LLM_HOME_PATH" not in base:
+    if llm not in base:
         beside = home.parent / "mindie-llm"
-        variables.setdefault("MINDIE_LLM_HOME_PATH", str(beside if beside.is_dir() else home))
+        variables.setdefault(llm, str(beside if beside.is_dir() else home))
     if variable not in base:
         libraries = [folder for folder in (home / "lib", home / "lib" / "grpc") if folder.is_dir()]
         if libraries:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,20 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
 from telechat_mindie.service import DEFAULT_GENERATION
-from telechat_mindie.service.doctor.software import MS_WRAPPER
 from telechat_mindie.service.doctor.support import MindieRelease, release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
 
-DAEMON, SERVER = "mindieservice_daemon", "mindie_llm_server"
-"""The daemon itself, and the console script of the mindie_llm wheel that sets its paths and becomes it."""
-
 WORKER = "mindie_llm_backend"  # the console script that the daemon starts for each rank
-
-HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
-
-USUAL_HOMES = ("/usr/local/Ascend/mindie/latest/mindie-service", "/usr/local/Ascend/mindie/latest/mindie-llm")
-"""Where MindIE's installer and its public images put it."""
 
 PROBE_SECONDS = 60
 
@@ -125,7 +116,7 @@ def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Pat
             f"holds no bin/{DAEMON}", where=home, advice="Name MindIE's folder: the one with bin/ and conf/ in it."
         )
     named = [environment[name] for name in HOME_VARIABLES if environment.get(name)]
-    for name in (*named, *USUAL_HOMES):
+    for name in (*named, str(Path(DEFAULT_HOME).parent)):
         for folder in _homes_in(Path(name)):
             if daemon := _executable(folder / "bin" / DAEMON):
                 return folder, (str(daemon),)
@@ -187,14 +178,13 @@ def _ask(python: Path, home: Path | None, environment: Mapping[str, str]) -> dic
 
 
 def _recorded_version(home: Path) -> str | None:
-    """From the version.info that MindIE's installer leaves (MindIE-LLM v3.0.0.beta.2 scripts/build_version_info.sh)."""
     for folder in (home, home.parent):
         try:
             text = (folder / "version.info").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        if match := re.search(r"(?im)^\s*(?:(?:Ascend-)?mindie\S*|version)[^:=\n]*[:=]\s*(?:mindie\s+)?(\d\S*)", text):
-            return match[1]
+        if version := version_in(text):
+            return version
     return None
 
 

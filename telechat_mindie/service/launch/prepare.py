@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.findings import Finding
+from telechat_mindie.mindie import DAEMON, RANK_PORTS, SERVER_PORTS
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
 from telechat_mindie.service.check import CheckOptions, check, check_config
-from telechat_mindie.service.check.environment import RANK_PORTS
-from telechat_mindie.service.check.service_file import PORTS
 from telechat_mindie.service.facts import model_facts
 from telechat_mindie.service.launch.environment import daemon_environment
 from telechat_mindie.service.launch.installation import (
-    DAEMON,
     Installation,
     NotInstalledError,
     find_installation,
@@ -95,7 +93,7 @@ def prepare(
     options = replace(options, generation=chosen, mindie_home=mindie_home)
     rendered = render_service_config(facts, _with_free_ports(options, is_free), is_free)
     server = rendered.config["ServerConfig"]
-    used = {name: int(server.get(name, server["port"])) for name in PORTS}
+    used = {name: int(server.get(name, server["port"])) for name in SERVER_PORTS}
     for name, default in RANK_PORTS.items():
         wanted = environment.get(name, "")
         base = int(wanted) if wanted.isdigit() and ports.LOWEST <= int(wanted) <= ports.HIGHEST else default
@@ -150,7 +148,7 @@ def _with_free_ports(options: ServiceOptions, is_free: ports.IsFree) -> ServiceO
     if options.template is None or options.port_base is not None:
         return options
     server = schema.load(options.template).get("ServerConfig", {})
-    named: Collection[Any] = [server[name] for name in PORTS if type(server.get(name)) is int]
+    named: Collection[Any] = [server[name] for name in SERVER_PORTS if type(server.get(name)) is int]
     if all(map(is_free, named)):
         return options
     return replace(options, port_base=min(named))
