@@ -9,46 +9,45 @@ never from --model_name, and the dtype is kept unless --dtype says otherwise.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+import scripts
 
 from telechat_mindie.checkpoint.convert import MindSporeForm, to_mindspore
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.commands.output import byte_progress
 from telechat_mindie.errors import InputError
-from telechat_mindie.scripts import container_of, flag, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scripts.parser(__doc__)
     parser.add_argument("--torch_path", type=Path, help="folder of the Hugging Face checkpoint")
     parser.add_argument("--mindspore_path", type=Path, help="file to write: .ckpt or .safetensors")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"])
-    parser.add_argument("--qkv_concat", type=flag, default=False, help="convert a MindSpore checkpoint instead")
+    parser.add_argument("--dtype", default="auto", choices=scripts.DTYPES)
+    parser.add_argument("--qkv_concat", type=scripts.flag, default=False, help="convert a MindSpore checkpoint instead")
     parser.add_argument("--pre_ckpt_path", type=Path, help="MindSpore file, or folder of rank_N folders")
     parser.add_argument("--mindspore_ckpt_path", type=Path, default=Path("transform.ckpt"))
     parser.add_argument("--model_name", default=None, help="accepted and not needed: the weights tell their sizes")
-    parser.add_argument("--config", type=Path, help="folder of the config.json, if it is not with the weights")
+    scripts.add_config(parser)
     options = parser.parse_args()
     if options.qkv_concat:
         source = _given(options.pre_ckpt_path, "--pre_ckpt_path")
         opened = open_checkpoint(source, options.config)
         ranks = opened.ranks
         form = MindSporeForm(
-            container="ckpt" if ranks else container_of(options.mindspore_ckpt_path),
-            dtype=opened.dtype,
+            container="ckpt" if ranks else scripts.container_of(options.mindspore_ckpt_path),
             tp=ranks or 1,
             ranks=bool(ranks),
             qkv_concat=True,
         )
         with byte_progress("packing") as start:
-            to_mindspore(opened, options.mindspore_ckpt_path, form, lambda plan: start(plan.output_bytes))
+            to_mindspore(opened, options.mindspore_ckpt_path, form, start)
     else:
         opened = open_checkpoint(_given(options.torch_path, "--torch_path"), options.config)
         target = _given(options.mindspore_path, "--mindspore_path")
-        form = MindSporeForm(container=container_of(target), dtype=options.dtype)
+        form = MindSporeForm(container=scripts.container_of(target), dtype=options.dtype)
         with byte_progress("converting") as start:
-            to_mindspore(opened, target, form, lambda plan: start(plan.output_bytes))
+            to_mindspore(opened, target, form, start)
 
 
 def _given(path: Path | None, name: str) -> Path:
@@ -58,4 +57,4 @@ def _given(path: Path | None, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    scripts.run(main)

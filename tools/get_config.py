@@ -8,20 +8,20 @@ whichever the file system listed first. `telechat-mindie build` writes the file 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import scripts
+
 from telechat_mindie.model_dir.serving import config_json_from_yaml, find_yaml
-from telechat_mindie.scripts import run
 from telechat_mindie.staging import dump_json, write_file
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    scripts.parser(__doc__).parse_args()
     yaml = find_yaml(Path.cwd())
     write_file(Path.cwd() / "config.json", dump_json(config_json_from_yaml(yaml)))
     print(f"config.json, from {yaml.name}")
 
 
 if __name__ == "__main__":
-    run(main)
+    scripts.run(main)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from telechat_mindie.checkpoint.formats.containers import MINDSPORE_CKPT, SAFETENSORS, Container
-from telechat_mindie.checkpoint.mapping import hugging_face_targets, mindformers_targets
+import numpy as np
+
+from telechat_mindie.checkpoint.formats.containers import MINDSPORE_CKPT, SAFETENSORS
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, read_files
+from telechat_mindie.checkpoint.mapping import Target, hugging_face_targets, mindformers_targets
+from telechat_mindie.checkpoint.mindformers import rank_folders, read_file, weight_files
 from telechat_mindie.checkpoint.pipeline import Progress
-from telechat_mindie.checkpoint.plan import Plan, make_plan
+from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
+from telechat_mindie.checkpoint.reader import BLOCK_BYTES
 from telechat_mindie.checkpoint.source import Checkpoint
-from telechat_mindie.checkpoint.stream import ConvertOptions, choose_dtype, convert_staged
-from telechat_mindie.checkpoint.writer import Journal
+from telechat_mindie.checkpoint.stream import ConvertOptions, convert_staged, known_dtype
+from telechat_mindie.checkpoint.writer import HashedFile, Journal
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 
@@ -23,9 +30,22 @@ UNLIMITED = 1 << 62
 SIDE_FILES = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
 CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
+_EXPERT_STACK = re.compile(r"feed_forward\.ffn\.w[123]\.weight")
 
-@dataclass(frozen=True)
-class MindSporeForm(ConvertOptions):
+OnStart = Callable[[int], Progress]
+"""Called with the bytes of the output before the first is written; gives the progress callback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(ConvertOptions):
+    """What a person may choose of an output. `dtype` auto: every tensor keeps the dtype that it is stored in."""
+
+    dtype: str = "auto"
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MindSporeForm(OutputOptions):
     """A mindformers checkpoint: one file, or with `ranks` a folder of rank_N folders with a file each.
 
     Attributes:
@@ -38,36 +58,36 @@ class MindSporeForm(ConvertOptions):
     """
 
     container: str = "safetensors"
-    dtype: str = "auto"
     tp: int = 1
     ranks: bool = False
     qkv_concat: bool = False
     transposed_experts: bool = False
     file: str = "checkpoint_{rank}"
-    force: bool = False
 
 
 def to_mindspore(
-    source: Checkpoint, output: Path, form: MindSporeForm, on_start: Callable[[Plan], Progress] | None = None
-) -> Plan:
+    source: Checkpoint, output: Path, form: MindSporeForm, on_start: OnStart | None = None
+) -> ConversionPlan:
     """Write `source` as mindformers names and shapes it.
 
     Raises:
         InputError, ConfigError: an option that is unknown or does not fit the model.
-        CheckpointError, OutputError: see `telechat_mindie.checkpoint.stream.convert`.
+        CheckpointError, OutputError: see `telechat_mindie.checkpoint.stream.convert_staged`.
     """
+    if form.container not in CONTAINERS:
+        raise InputError("unknown format", where="--format", expected=" or ".join(CONTAINERS), found=form.container)
     transposed = form.transposed_experts and source.config.is_moe
+    targets = mindformers_targets(source.config, qkv_concat=form.qkv_concat, transposed_experts=transposed)
     plan = make_plan(
         source.config,
-        mindformers_targets(source.config, qkv_concat=form.qkv_concat, transposed_experts=transposed),
-        choose_dtype(form.dtype, source.dtype, source.config),
+        *_dtypes(targets, source, form),
         form.tp,
-        container=_container(form.container),
+        container=CONTAINERS[form.container],
         shard_bytes=UNLIMITED,
         file=form.file.replace("{rank}", "{{rank}}"),
     )
     single = form.tp == 1 and not form.ranks
-    progress = on_start(plan) if on_start else None
+    progress = on_start(plan.output_bytes) if on_start else None
     with StagedDirectory(
         output, replace=form.force, marker="rank_0", resume=form.resume, single_file=single, scratch=Journal.NAME
     ) as staged:
@@ -80,28 +100,22 @@ def to_mindspore(
 
 
 def to_hugging_face(
-    source: Checkpoint,
-    output: Path,
-    options: ConvertOptions,
-    dtype: str = "auto",
-    force: bool = False,
-    on_start: Callable[[Plan], Progress] | None = None,
-) -> Plan:
+    source: Checkpoint, output: Path, options: OutputOptions, on_start: OnStart | None = None
+) -> ConversionPlan:
     """Write `source` in the published Hugging Face format: shards, their index, config.json, the tokenizer's files.
 
     Raises:
         InputError, CheckpointError, OutputError: as `to_mindspore`.
     """
-    plan = make_plan(
-        source.config,
-        hugging_face_targets(source.config),
-        choose_dtype(dtype, source.dtype, source.config),
-        shard_bytes=HUGGING_FACE_SHARD_BYTES,
-        folder="",
-    )
-    progress = on_start(plan) if on_start else None
+    targets, dtype = _dtypes(hugging_face_targets(source.config), source, options)
+    plan = make_plan(source.config, targets, dtype, shard_bytes=HUGGING_FACE_SHARD_BYTES, folder="")
+    progress = on_start(plan.output_bytes) if on_start else None
     with StagedDirectory(
-        output, replace=force, marker="model.safetensors.index.json", resume=options.resume, scratch=Journal.NAME
+        output,
+        replace=options.force,
+        marker="model.safetensors.index.json",
+        resume=options.resume,
+        scratch=Journal.NAME,
     ) as staged:
         convert_staged(plan, source, staged, options, progress)
         weight_map = {target.name: shard.file for shard in plan.shards for target in shard.targets}
@@ -115,6 +129,74 @@ def to_hugging_face(
                 shutil.copyfile(folder / name, staged.path / name)
         staged.commit()
     return plan
+
+
+def transpose_experts(source: Path, output: Path, ranks: int, on_start: OnStart | None = None) -> None:
+    """Every rank's checkpoint with its experts [experts, a, b] stored as [experts, b, a], for the grouped matmul.
+
+    The experts are known by their names, and everything else is copied as it is, so it takes no config.json and works
+    for a model of any size, as mindformers' research/telechat2/convert_gmm.py does.
+
+    Raises:
+        InputError: `source` has another number of rank folders, or no experts.
+        CheckpointError, OutputError: as `to_mindspore`.
+    """
+    folders = rank_folders(source)
+    if len(folders) != ranks:
+        raise InputError("does not fit the rank folders", where="--rank", expected=len(folders), found=ranks)
+    stored = [read_files(weight_files(folder), read_file, folder) for folder in folders]
+    if not any(_is_expert_stack(tensor) for tensors in stored for tensor in tensors.values()):
+        raise InputError("holds no experts to transpose", where=source)
+    progress = on_start(sum(tensor.nbytes for tensors in stored for tensor in tensors.values())) if on_start else None
+    with StagedDirectory(output, replace=False) as staged, TensorReader() as reader:
+        for rank, tensors in enumerate(stored):
+            shapes = [
+                (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if _is_expert_stack(tensor) else tensor.shape
+                for tensor in tensors.values()
+            ]
+            entries = [(t.name, t.dtype, shape) for t, shape in zip(tensors.values(), shapes, strict=True)]
+            path = f"rank_{rank}/checkpoint_{rank}{MINDSPORE_CKPT.suffix}"
+            file = HashedFile(staged.path, path, MINDSPORE_CKPT.frames(entries))
+            try:
+                for tensor in tensors.values():
+                    _copy(reader, tensor, file, progress or (lambda _: None))
+                file.finish()
+            finally:
+                file.close()
+        staged.commit()
+
+
+def _is_expert_stack(tensor: StoredTensor) -> bool:
+    return len(tensor.shape) == 3 and _EXPERT_STACK.search(tensor.name) is not None
+
+
+def _copy(reader: TensorReader, tensor: StoredTensor, file: HashedFile, report: Progress) -> None:
+    """Append a tensor's bytes to the file; those of a stack of experts turned, one expert at a time."""
+    turned = tensor.nbytes > 0 and _is_expert_stack(tensor)
+    step = tensor.nbytes // tensor.shape[0] if turned else BLOCK_BYTES
+    for begin in range(0, tensor.nbytes, step):
+        data = np.empty(min(step, tensor.nbytes - begin), np.uint8)
+        reader.read_into(tensor, begin, data.data)
+        if turned:
+            # As integers of the dtype's width: what the numbers are does not matter here.
+            matrix = data.view(f"u{DTYPES[tensor.dtype].itemsize}").reshape(tensor.shape[1:])
+            data = np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8)
+        file.write(file.frame(data.data))
+        report(data.nbytes)
+
+
+def _dtypes(targets: Sequence[Target], source: Checkpoint, options: OutputOptions) -> tuple[list[Target], str]:
+    """The targets, each with the dtype it shall have, and the dtype of most of the output.
+
+    Stored as it is, a target that is put together from weights of several dtypes is float32, which holds them all.
+    """
+    if options.dtype != "auto":
+        return list(targets), known_dtype(options.dtype)
+    kept = []
+    for target in targets:
+        dtypes = {source.weights[part.source].dtype for part in target.parts}
+        kept.append(replace(target, dtype=dtypes.pop() if len(dtypes) == 1 else "float32"))
+    return kept, source.dtype
 
 
 def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
@@ -140,9 +222,3 @@ def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
     if config.is_moe:
         facts |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
     return facts
-
-
-def _container(name: str) -> Container:
-    if name not in CONTAINERS:
-        raise InputError("unknown format", where="--format", expected=" or ".join(CONTAINERS), found=name)
-    return CONTAINERS[name]

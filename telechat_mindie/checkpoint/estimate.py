@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from telechat_mindie.checkpoint.blocks import BLOCK_BYTES, TURN_BYTES
 from telechat_mindie.checkpoint.direct_io import STAGING_BYTES
 from telechat_mindie.checkpoint.hugging_face import read_index
-from telechat_mindie.checkpoint.mapping import check_names
+from telechat_mindie.checkpoint.mapping import check_weights
 from telechat_mindie.checkpoint.pipeline import DEPTH
-from telechat_mindie.checkpoint.plan import Plan
+from telechat_mindie.checkpoint.plan import ConversionPlan
+from telechat_mindie.checkpoint.reader import BLOCK_BYTES, TURN_BYTES
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
@@ -48,7 +48,7 @@ def source_facts(checkpoint: Path) -> Source:
         return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
     config = TelechatConfig.from_directory(checkpoint)
     names = read_index(index)
-    check_names(names, config, index)
+    check_weights(dict.fromkeys(names), config, index)
     total = read_json(index).get("metadata", {}).get("total_size")
     for dtype in ("float32", "float16"):  # a 16-bit index does not say which of the two it is
         if total == config.weight_bytes(dtype):
@@ -62,7 +62,7 @@ def source_facts(checkpoint: Path) -> Source:
     )
 
 
-def peak_memory(plan: Plan) -> int:
+def peak_memory(plan: ConversionPlan) -> int:
     """Bytes of anonymous memory that a conversion holds, whatever the model's size."""
     turned = [target for shard in plan.shards for target in shard.targets if target.transposed]
     largest = max((target.shape[-1] * target.shape[-2] for target in turned), default=0)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
-from telechat_mindie.checkpoint.formats.tensors import StoredTensor
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.formats.torch import read_torch_bin
-from telechat_mindie.checkpoint.mapping import check_names, weights
-from telechat_mindie.checkpoint.views import SourceWeight, whole
+from telechat_mindie.checkpoint.mapping import check_weights, weights
+from telechat_mindie.checkpoint.tiles import TiledWeight, single_tile
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
 from telechat_mindie.reading import read_json
@@ -31,38 +31,22 @@ def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]] | None:
         files = sorted(set(weight_map.values()) if weight_map else (path.name for path in directory.glob(pattern)))
         if not files:
             continue
-        stored: dict[str, StoredTensor] = {}
-        for file in files:
-            tensors = read(directory / file, directory)
-            twice = stored.keys() & tensors.keys()
-            if twice:
-                raise CheckpointError(
-                    f"holds weights that another file holds too: {name_some(twice)}", where=directory / file
-                )
-            stored |= tensors
+        stored = read_files([directory / file for file in files], read, directory)
         if weight_map is not None:
             _check_index(weight_map, stored, directory / index)
         return kind, stored
     return None
 
 
-def source_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
+def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:
     """Every weight that the config asks for, each a whole stored tensor.
 
     Raises:
         CheckpointError: names, shapes or dtypes do not fit the config.
     """
-    check_names(stored, config, where)
-    found: dict[str, SourceWeight] = {}
-    for weight in weights(config).values():
-        tied = config.tie_word_embeddings and weight.name == "lm_head.weight" and weight.name not in stored
-        tensor = stored["transformer.word_embeddings.weight" if tied else weight.name]
-        if tensor.shape != weight.shape:
-            raise CheckpointError(
-                "has the wrong shape", where=weight.name, expected=list(weight.shape), found=list(tensor.shape)
-            )
-        found[weight.name] = whole(weight.name, tensor)
-    return found
+    check_weights({name: tensor.shape for name, tensor in stored.items()}, config, where)
+    tied = {} if "lm_head.weight" in stored else {"lm_head.weight": "transformer.word_embeddings.weight"}
+    return {name: single_tile(name, stored[tied.get(name, name)]) for name in weights(config)}
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from telechat_mindie.checkpoint.sharding import Role, rank_shape
 from telechat_mindie.config import TelechatConfig
@@ -13,7 +14,7 @@ from telechat_mindie.errors import CheckpointError, name_some
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table. `target` None: dropped on purpose. `shape` names the axes, see `_axes`."""
+    """One row of the table. `target` None: dropped on purpose. `shape` names the axes, see `weights`."""
 
     source: str
     target: str | None
@@ -22,19 +23,14 @@ class Rule:
     when: str = ""  # "", "dense", "moe" or "embed_layernorm": the models that have it
 
 
+_EMBEDDINGS = "transformer.word_embeddings"
 _LAYER = "transformer.h.{layer}."
 _EXPERT = _LAYER + "mlp.local_experts.{expert}."
 _TARGET = "model.layers.{layer}."
 
 RULES = (
-    Rule("transformer.word_embeddings.weight", "model.tok_embeddings.embedding_weight", Role.COLUMN, "V h"),
-    Rule(
-        "transformer.word_embeddings_layernorm.weight",
-        "model.embedding_norm.weight",
-        Role.REPLICATED,
-        "h",
-        "embed_layernorm",
-    ),
+    Rule(_EMBEDDINGS + ".weight", "model.tok_embeddings.embedding_weight", Role.COLUMN, "V h"),
+    Rule(_EMBEDDINGS + "_layernorm.weight", "model.embedding_norm.weight", Role.REPLICATED, "h", "embed_layernorm"),
     Rule(_LAYER + "input_layernorm.weight", _TARGET + "attention_norm.weight", Role.REPLICATED, "h"),
     Rule(_LAYER + "self_attention.query.weight", _TARGET + "attention.wq.weight", Role.COLUMN, "h h"),
     Rule(_LAYER + "self_attention.key_value.weight", _TARGET + "attention.wk_v.weight", Role.COLUMN, "kv h"),
@@ -50,10 +46,10 @@ RULES = (
     Rule(_EXPERT + "up_proj.weight", _TARGET + "feed_forward.ffn.w3.weight", Role.EXPERT_COLUMN, "f h", "moe"),
     Rule(_EXPERT + "down_proj.weight", _TARGET + "feed_forward.ffn.w2.weight", Role.EXPERT_ROW, "h f", "moe"),
     Rule(_EXPERT + "down_proj.bias", _TARGET + "feed_forward.ffn.w2.bias", Role.REPLICATED, "h", "moe"),
-    Rule("transformer.ln_f.weight", "model.norm_out.weight", Role.REPLICATED, "h"),
-    Rule("lm_head.weight", "lm_head.weight", Role.COLUMN, "V h"),
     # Old exports saved this buffer of the rotary embedding; it is computed, not learned.
     Rule(_LAYER + "self_attention.rotary_emb.inv_freq", None, Role.REPLICATED, "d"),
+    Rule("transformer.ln_f.weight", "model.norm_out.weight", Role.REPLICATED, "h"),
+    Rule("lm_head.weight", "lm_head.weight", Role.COLUMN, "V h"),
 )
 
 MINDFORMERS_DROPPED = re.compile(
@@ -77,34 +73,44 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one Hugging Face weight that go into a target: all of them, or the keys or values of a key_value weight.
+    """Rows of one weight that go into a target: all of them, or the keys or values of a key_value weight.
 
     The published key_value weight holds, per kv head, head_dim rows of the key and then head_dim of the value.
     """
 
     source: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
     pick: str = "all"  # all | keys | values
+    head_dim: int = 0
 
     @property
     def rows(self) -> int:
         return self.shape[0] if self.pick == "all" else self.shape[0] // 2
+
+    def pick_rows(self, rows: range) -> Iterator[range]:
+        """Those of the weight's `rows`, which are of whole heads, that belong to the part."""
+        if self.pick == "all":
+            yield rows
+            return
+        for head in range(rows.start, rows.stop, 2 * self.head_dim):
+            first = head if self.pick == "keys" else head + self.head_dim
+            yield range(first, first + self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A tensor of an output: the parts below each other, each cut by `role`; `shape` is the unsplit shape.
 
-    `stacked` parts are the experts of a [experts, out, in] weight; with `transposed` each is stored as [in, out], as
-    the grouped matmul wants it.
+    The parts of an [experts, out, in] tensor are the experts' matrices; with `transposed` each is stored as [in, out],
+    as the grouped matmul wants it. `dtype` is set where it is another than that of the whole conversion.
     """
 
     name: str
     role: Role
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    stacked: bool = False
     transposed: bool = False
+    dtype: str = ""
 
     def rank_shape(self, tp: int) -> tuple[int, ...]:
         shape = rank_shape(self.shape, self.role, tp)
@@ -113,46 +119,22 @@ class Target:
 
 def weights(config: TelechatConfig) -> dict[str, Weight]:
     """Every weight of a checkpoint with this config, by Hugging Face name, in the published order."""
+    axes = {
+        "V": config.vocab_size,
+        "h": config.hidden_size,
+        "kv": 2 * config.kv_size,
+        "f": config.ffn_size,
+        "E": config.num_experts,
+    }
     result: dict[str, Weight] = {}
     for rule, layer in _rules_in_order(config):
         if rule.target is None:
             continue
+        shape = tuple(axes[axis] for axis in rule.shape.split())
         for expert in range(config.num_experts) if "{expert}" in rule.source else (None,):
             name = rule.source.format(layer=layer, expert=expert)
-            shape = tuple(_axes(config)[axis] for axis in rule.shape.split())
             result[name] = Weight(name, rule.target.format(layer=layer), rule.role, shape, expert)
     return result
-
-
-def dropped(config: TelechatConfig) -> set[str]:
-    """Names that a checkpoint may hold and that are left out on purpose."""
-    return {rule.source.format(layer=layer) for rule, layer in _rules_in_order(config) if rule.target is None}
-
-
-def check_names(found: Iterable[str], config: TelechatConfig, where: object) -> None:
-    """Account for every name of a Hugging Face checkpoint.
-
-    Raises:
-        CheckpointError: weights that the config asks for are missing, or some are unknown; the first five are named.
-    """
-    expected = weights(config)
-    names = set(found) - dropped(config)
-    missing = [name for name in expected if name not in names]
-    if config.tie_word_embeddings:
-        missing = [name for name in missing if name != "lm_head.weight"]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {len(expected)} weights are missing: {name_some(missing)}",
-            where=where,
-            advice="The download is incomplete, or config.json belongs to another model.",
-        )
-    unknown = names - expected.keys()
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} weights are unknown: {name_some(unknown)}",
-            where=where,
-            advice="config.json belongs to another model, or this is no TeleChat2 checkpoint.",
-        )
 
 
 def mindformers_targets(config: TelechatConfig, *, qkv_concat: bool, transposed_experts: bool) -> list[Target]:
@@ -163,25 +145,10 @@ def mindformers_targets(config: TelechatConfig, *, qkv_concat: bool, transposed_
             converter's --qkv_concat does; the per-head interleaved key_value weight becomes all keys, then all values.
         transposed_experts: store expert weights as [experts, in, out] for the grouped matmul, as convert_gmm.py does.
     """
-    result: dict[str, Target] = {}
+    by_target: dict[str, list[Weight]] = {}
     for weight in weights(config).values():
-        part = Part(weight.name, weight.shape)
-        before = result.get(weight.target)
-        if weight.expert is None:
-            result[weight.target] = Target(weight.target, weight.role, weight.shape, (part,))
-        elif before is None:
-            shape = (
-                (1, config.num_experts, 1, *weight.shape)
-                if len(weight.shape) == 1
-                else (config.num_experts, *weight.shape)
-            )
-            transposed = transposed_experts and len(weight.shape) == 2
-            result[weight.target] = Target(weight.target, weight.role, shape, (part,), True, transposed)
-        else:
-            result[weight.target] = Target(
-                before.name, before.role, before.shape, (*before.parts, part), True, before.transposed
-            )
-    targets = list(result.values())
+        by_target.setdefault(weight.target, []).append(weight)
+    targets = [_target(name, group, transposed_experts) for name, group in by_target.items()]
     return list(_packed(targets, config)) if qkv_concat else targets
 
 
@@ -190,18 +157,70 @@ def hugging_face_targets(config: TelechatConfig) -> list[Target]:
     return [Target(w.name, w.role.per_expert, w.shape, (Part(w.name, w.shape),)) for w in weights(config).values()]
 
 
+def differences(
+    found: Mapping[str, tuple[int, ...] | None],
+    expected: Mapping[str, tuple[int, ...]],
+    dropped: Iterable[str] = (),
+) -> Iterator[tuple[str, str]]:
+    """How the tensors that are there differ from those that should be: ("missing" | "unknown" | "shape", a clause).
+
+    Args:
+        found: shape by name; None where it is not known.
+        dropped: names that may be there and are left out on purpose.
+    """
+    if missing := [name for name in expected if name not in found]:
+        yield "missing", f"{len(missing)} of {len(expected)} weights are missing: {name_some(missing)}"
+    if unknown := found.keys() - expected.keys() - set(dropped):
+        yield "unknown", f"{len(unknown)} weights are unknown: {name_some(unknown)}"
+    wrong = [
+        f"{name} is {list(shape)} and should be {list(expected[name])}"
+        for name, shape in found.items()
+        if shape is not None and name in expected and shape != expected[name]
+    ]
+    if wrong:
+        yield "shape", f"{len(wrong)} weights have the wrong shape: {name_some(wrong, 2)}"
+
+
+def check_weights(found: Mapping[str, tuple[int, ...] | None], config: TelechatConfig, where: object) -> None:
+    """Account for every tensor of a Hugging Face checkpoint, given as for `differences`.
+
+    Raises:
+        CheckpointError: weights that the config asks for are missing or of another shape, or some are unknown.
+    """
+    expected = {weight.name: weight.shape for weight in weights(config).values()}
+    if config.tie_word_embeddings and "lm_head.weight" not in found:
+        del expected["lm_head.weight"]
+    dropped = {rule.source.format(layer=layer) for rule, layer in _rules_in_order(config) if rule.target is None}
+    for problem, clause in differences(found, expected, dropped):
+        download = "The download is incomplete, or config.json" if problem == "missing" else "config.json"
+        raise CheckpointError(clause, where=where, advice=f"{download} belongs to another model.")
+
+
+def _target(name: str, group: list[Weight], transposed_experts: bool) -> Target:
+    """The target that one weight makes, or the same weight of every expert."""
+    first = group[0]
+    parts = tuple(Part(weight.name, weight.shape) for weight in group)
+    if first.expert is None:
+        return Target(name, first.role, first.shape, parts)
+    if len(first.shape) == 1:
+        return Target(name, first.role, (1, len(group), 1, *first.shape), parts)
+    return Target(name, first.role, (len(group), *first.shape), parts, transposed_experts)
+
+
 def _packed(targets: list[Target], config: TelechatConfig) -> Iterator[Target]:
     """Put w_qkv in the place of wq and wk_v, w_gate_hidden in that of w1 and w3."""
-    by_name = {target.name: target for target in targets}
+    parts = {target.name: target.parts for target in targets}
     for target in targets:
         stem, _, kind = target.name.rpartition(".attention.")
         if kind == "wq.weight":
-            query, key_value = target.parts[0], by_name[f"{stem}.attention.wk_v.weight"].parts[0]
-            keys, values = (Part(key_value.source, key_value.shape, pick) for pick in ("keys", "values"))
-            yield _pack(f"{stem}.attention.w_qkv.weight", (query, keys, values))
+            key_value = parts[f"{stem}.attention.wk_v.weight"][0]
+            keys, values = (
+                Part(key_value.source, key_value.shape, kind, config.head_dim) for kind in ("keys", "values")
+            )
+            yield _pack(f"{stem}.attention.w_qkv.weight", (*target.parts, keys, values))
         elif target.name.endswith("feed_forward.w1.weight"):
-            gate, up = target, by_name[target.name.replace("w1", "w3")]
-            yield _pack(target.name.replace("w1", "w_gate_hidden"), gate.parts + up.parts)
+            gate_up = target.parts + parts[target.name.replace("w1", "w3")]
+            yield _pack(target.name.replace("w1", "w_gate_hidden"), gate_up)
         elif kind != "wk_v.weight" and not target.name.endswith("feed_forward.w3.weight"):
             yield target
 
@@ -211,25 +230,9 @@ def _pack(name: str, parts: tuple[Part, ...]) -> Target:
 
 
 def _rules_in_order(config: TelechatConfig) -> Iterator[tuple[Rule, int]]:
+    """The rules that apply to a model, those of a layer for each layer in turn."""
     wanted = {"", "moe" if config.is_moe else "dense"} | ({"embed_layernorm"} if config.embed_layernorm else set())
-    rules = [rule for rule in RULES if rule.when in wanted]
-    first_layer_rule = next(i for i, rule in enumerate(rules) if "{layer}" in rule.source)
-    for rule in rules[:first_layer_rule]:
-        yield rule, 0
-    for layer in range(config.num_layers):
-        for rule in rules:
-            if "{layer}" in rule.source:
-                yield rule, layer
-    for rule in rules[first_layer_rule:]:
-        if "{layer}" not in rule.source:
-            yield rule, 0
-
-
-def _axes(config: TelechatConfig) -> dict[str, int]:
-    return {
-        "V": config.vocab_size,
-        "h": config.hidden_size,
-        "kv": 2 * config.kv_size,
-        "f": config.ffn_size,
-        "E": config.num_experts,
-    }
+    for of_layer, group in groupby(RULES, lambda rule: "{layer}" in rule.source):
+        rules = [rule for rule in group if rule.when in wanted]
+        for layer in range(config.num_layers) if of_layer else (0,):
+            yield from ((rule, layer) for rule in rules)

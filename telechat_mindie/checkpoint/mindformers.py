@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from telechat_mindie.checkpoint.blocks import blocks
 from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
-from telechat_mindie.checkpoint.formats.tensors import StoredTensor
-from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, mindformers_targets, weights
-from telechat_mindie.checkpoint.plan import steps
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
+from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, differences, mindformers_targets, weights
 from telechat_mindie.checkpoint.sharding import Role
-from telechat_mindie.checkpoint.views import SourceWeight, Tile, float_dtype
+from telechat_mindie.checkpoint.tiles import Tile, TiledWeight, as_matrix, float_dtype
 from telechat_mindie.config import MAX_RANKS, TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
 
@@ -25,87 +25,92 @@ Ranks = Sequence[Mapping[str, StoredTensor]]
 
 
 def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
-    """The tensors of a file, of a folder's files, or of its rank_0 .. rank_N folders; None where there are none.
+    """The weights of a file, of a folder's files, or of its rank_0 .. rank_N folders; None where there are none.
 
     Raises:
         CheckpointError: a rank folder is missing or empty, or a file is damaged or hostile.
     """
+    if folders := rank_folders(path):
+        return [read_files(weight_files(folder), _read_weights, folder) for folder in folders]
     if path.is_file():
-        return [_read_files([path], path.parent)]
+        return [_read_weights(path, path.parent)]
+    files = _files(path)
+    return [read_files(files, _read_weights, path)] if files else None
+
+
+def rank_folders(path: Path) -> list[Path]:
+    """The folders rank_0 .. rank_N, or none. Raises CheckpointError where one between is missing."""
     folders = {int(entry.name[5:]): entry for entry in path.glob("rank_*") if entry.name[5:].isdecimal()}
-    if folders:
-        count = max(folders) + 1
-        missing = [f"rank_{rank}" for rank in range(min(count, MAX_RANKS)) if rank not in folders]
-        if missing or count > MAX_RANKS:
-            raise CheckpointError(f"rank folders are missing: {name_some(missing)}", where=path)
-        return [_read_files(_weight_files(folders[rank]), folders[rank], required=True) for rank in range(count)]
-    files = _weight_files(path)
-    return [_read_files(files, path)] if files else None
+    count = max(folders, default=-1) + 1
+    missing = [f"rank_{rank}" for rank in range(min(count, MAX_RANKS)) if rank not in folders]
+    if missing or count > MAX_RANKS:
+        raise CheckpointError(f"rank folders are missing: {name_some(missing)}", where=path)
+    return [folders[rank] for rank in range(count)]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """A rank folder's files. Raises CheckpointError where there are none."""
+    files = _files(folder)
+    if not files:
+        raise CheckpointError("holds no .ckpt or .safetensors file", where=folder)
+    return files
+
+
+def read_file(file: Path, root: Path) -> dict[str, StoredTensor]:
+    """Everything in a file. Raises CheckpointError where it is damaged or hostile."""
+    return read_safetensors(file, root) if file.suffix == ".safetensors" else read_mindspore_ckpt(file, root)
+
+
+def _read_weights(file: Path, root: Path) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in read_file(file, root).items() if not MINDFORMERS_DROPPED.search(name)}
+
+
+def _files(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".safetensors"))
 
 
-def _read_files(files: Sequence[Path], root: Path, required: bool = False) -> dict[str, StoredTensor]:
-    if required and not files:
-        raise CheckpointError("holds no .ckpt or .safetensors file", where=root)
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        read = read_safetensors if file.suffix == ".safetensors" else read_mindspore_ckpt
-        tensors = {name: tensor for name, tensor in read(file, root).items() if not MINDFORMERS_DROPPED.search(name)}
-        twice = stored.keys() & tensors.keys()
-        if twice:
-            raise CheckpointError(
-                f"holds weights that another file holds too: {name_some(twice)}",
-                where=file,
-                advice="Leave one checkpoint in the folder.",
-            )
-        stored |= tensors
-    return stored
-
-
 @dataclass(frozen=True)
-class Layout:
-    """The form that a checkpoint's tensors are in, and the targets that make it up."""
+class Form:
+    """What a mindformers checkpoint's tensors are: packed or not, experts for the grouped matmul or not."""
 
-    packed: bool
+    qkv_concat: bool
     transposed_experts: bool
     targets: tuple[Target, ...]
 
 
-def source_weights(ranks: Ranks, form: Layout, config: TelechatConfig, where: Path) -> dict[str, SourceWeight]:
+def tiled_weights(ranks: Ranks, form: Form, config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:
     """Every weight that the config asks for, put together from the ranks' tensors.
 
     Raises:
         CheckpointError: names, shapes or dtypes do not fit the config and the number of ranks.
     """
-    _check_ranks(ranks, form.targets, len(ranks), where)
+    _check_ranks(ranks, form.targets, where)
     tiles: dict[str, list[Tile]] = {}
     dtypes: dict[str, str] = {}
     for target in form.targets:
-        for source, tile in _tiles(target, ranks, config):
+        for source, tile in _tiles(target, ranks):
             tiles.setdefault(source, []).append(tile)
             dtypes[source] = float_dtype(target.name, tile.stored)
-    shapes = weights(config)
-    return {name: SourceWeight(name, dtypes[name], shapes[name].shape, tuple(tiles[name])) for name in shapes}
+    shapes = {weight.name: as_matrix(weight.shape) for weight in weights(config).values()}
+    return {name: TiledWeight(dtypes[name], shape, tuple(tiles[name])) for name, shape in shapes.items()}
 
 
-def _tiles(target: Target, ranks: Ranks, config: TelechatConfig) -> Iterator[tuple[str, Tile]]:
-    """Where each part of a target's sources lies in the ranks' tensors: the converter's own steps, read backwards."""
+def _tiles(target: Target, ranks: Ranks) -> Iterator[tuple[str, Tile]]:
+    """Where each part of a target's sources lies in the ranks' tensors: the converter's own blocks, read backwards."""
     row = [0] * len(ranks)
-    for step in steps(target, config, len(ranks)):
-        takers = step.takers[:1] if target.role is Role.REPLICATED else step.takers
-        for rank, (begin, end) in takers:
-            rows, columns = step.rows[1] - step.rows[0], end - begin
-            width = rows if step.transposed else columns
+    for block in blocks(target, len(ranks)):
+        shares = block.shares[:1] if target.role is Role.REPLICATED else block.shares
+        for rank, columns in shares:
+            lines, width = len(block.rows), len(columns)
+            if block.transposed:
+                lines, width = width, lines
             stored = ranks[rank][target.name]
-            yield step.source, Tile(stored, step.rows[0], begin, rows, columns, width, row[rank], step.transposed)
-            row[rank] += columns if step.transposed else rows
+            yield block.source, Tile(stored, block.rows, columns, width, row[rank], block.transposed)
+            row[rank] += lines
 
 
-def layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) -> Layout:
-    """The form that a rank's tensors are in: packed or not, experts for the grouped matmul or not.
+def recognise(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) -> Form:
+    """The form that a rank's tensors are in.
 
     Raises:
         ConfigError: the model cannot be split into `tp` ranks.
@@ -114,11 +119,7 @@ def layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) 
     config.check_tp(tp)
     packed = any(name.endswith(".attention.w_qkv.weight") for name in stored)
     forms = [
-        Layout(
-            packed,
-            transposed,
-            tuple(mindformers_targets(config, qkv_concat=packed, transposed_experts=transposed)),
-        )
+        Form(packed, transposed, tuple(mindformers_targets(config, qkv_concat=packed, transposed_experts=transposed)))
         for transposed in ((True, False) if config.is_moe else (False,))
     ]
     if len(forms) == 1:
@@ -134,29 +135,22 @@ def layout(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: int) 
     return forms[0] if name in stored and stored[name].shape == shapes[0] else forms[1]
 
 
-def _check_ranks(ranks: Ranks, targets: Sequence[Target], tp: int, where: Path) -> None:
-    names = {target.name for target in targets}
+def _check_ranks(ranks: Ranks, targets: Sequence[Target], where: Path) -> None:
+    tp = len(ranks)
+    expected = {target.name: target.rank_shape(tp) for target in targets}
     for rank, stored in enumerate(ranks):
         place = f"{where}, rank {rank}" if tp > 1 else str(where)
-        for problem, odd in (("missing", names - stored.keys()), ("unknown", stored.keys() - names)):
-            if odd:
-                raise CheckpointError(f"{len(odd)} weights are {problem}: {name_some(odd)}", where=place)
-        for target in targets:
-            found = stored[target.name]
-            if found.shape != target.rank_shape(tp):
+        for _, clause in differences({name: tensor.shape for name, tensor in stored.items()}, expected):
+            raise CheckpointError(
+                clause, where=place, advice="A rank folder is missing, or the config belongs to another model."
+            )
+        for name, tensor in stored.items():
+            if tensor.dtype != ranks[0][name].dtype:
                 raise CheckpointError(
-                    f"{target.name} has the wrong shape for {tp} rank(s)",
+                    f"{name} has another dtype than in rank 0",
                     where=place,
-                    expected=list(target.rank_shape(tp)),
-                    found=list(found.shape),
-                    advice="A rank folder is missing, or the config belongs to another model.",
-                )
-            if found.dtype != ranks[0][target.name].dtype:
-                raise CheckpointError(
-                    f"{target.name} has another dtype than in rank 0",
-                    where=place,
-                    expected=ranks[0][target.name].dtype,
-                    found=found.dtype,
+                    expected=ranks[0][name].dtype,
+                    found=tensor.dtype,
                 )
 
 

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from telechat_mindie.checkpoint.formats.containers import SAFETENSORS, Container, Frame
-from telechat_mindie.checkpoint.mapping import Part, Target
-from telechat_mindie.checkpoint.sharding import Role, rank_range
+from telechat_mindie.checkpoint.mapping import Target
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 
 SHARD_BYTES = 2 << 30
 """Size a shard is closed at: also the most that a killed conversion has to do again for a rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Read rows of a weight once and append, for each (rank, columns) of `takers`, those columns to the rank's file."""
-
-    source: str
-    rows: tuple[int, int]
-    columns: int  # of the source
-    takers: tuple[tuple[int, tuple[int, int]], ...]
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion into shards of `dtype` for `tp` ranks; `folder` is each rank's, below the output directory."""
 
     config: TelechatConfig
@@ -75,7 +63,7 @@ def make_plan(
     shard_bytes: int | None = None,
     folder: str = "rank_{rank}",
     file: str = "model-{number:05d}-of-{count:05d}",
-) -> Plan:
+) -> ConversionPlan:
     """Lay `targets` out in shards of at most `shard_bytes` (one tensor at least; SHARD_BYTES) for `tp` ranks.
 
     Args:
@@ -87,11 +75,10 @@ def make_plan(
         ConfigError: the model cannot be split into `tp` ranks; the allowed values are named.
     """
     config.check_tp(tp)
-    item = DTYPES[dtype].itemsize
     groups: list[list[Target]] = [[]]
     filled = 0
     for target in targets:
-        nbytes = math.prod(target.rank_shape(tp)) * item
+        nbytes = math.prod(target.rank_shape(tp)) * DTYPES[target.dtype or dtype].itemsize
         if groups[-1] and filled + nbytes > (shard_bytes or SHARD_BYTES):
             groups.append([])
             filled = 0
@@ -99,34 +86,7 @@ def make_plan(
         filled += nbytes
     shards = []
     for number, group in enumerate(groups, 1):
-        frames = container.frames([(target.name, dtype, target.rank_shape(tp)) for target in group])
+        frames = container.frames([(target.name, target.dtype or dtype, target.rank_shape(tp)) for target in group])
         name = file.format(number=number, count=len(groups)) + container.suffix
         shards.append(Shard(name, tuple(group), frames))
-    return Plan(config, dtype, tp, tuple(shards), folder)
-
-
-def steps(target: Target, config: TelechatConfig, tp: int) -> Iterator[Step]:
-    """The reads that make a target, in the order in which its bytes lie in every rank's file."""
-    role = target.role.per_expert
-    for part in target.parts:
-        columns = part.shape[1] if len(part.shape) == 2 else 1
-        if role is Role.COLUMN:
-            # Rank by rank: the ranks' rows are disjoint, so each byte is still read once.
-            for rank in range(tp):
-                for rows in _picked_rows(part, config.head_dim, rank, tp):
-                    yield Step(part.source, rows, columns, ((rank, (0, columns)),), target.transposed)
-        else:
-            cuts = tuple(
-                (rank, rank_range(columns, rank, tp) if role is Role.ROW else (0, columns)) for rank in range(tp)
-            )
-            yield Step(part.source, (0, part.shape[0]), columns, cuts, target.transposed)
-
-
-def _picked_rows(part: Part, head_dim: int, rank: int, tp: int) -> Iterator[tuple[int, int]]:
-    begin, end = rank_range(part.shape[0], rank, tp)
-    if part.pick == "all":
-        yield begin, end
-        return
-    for head in range(begin, end, 2 * head_dim):  # head_dim rows of the key, then head_dim of the value
-        first = head if part.pick == "keys" else head + head_dim
-        yield first, first + head_dim
+    return ConversionPlan(config, dtype, tp, tuple(shards), folder)

@@ -1,11 +1,9 @@
-"""How a tensor is cut for tensor parallelism: one rule a role, used by the converter and by the model's layers."""
+"""How a tensor is cut for tensor parallelism: one rule a role, for the converter and for the model's layers alike."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-
-import numpy as np
 
 from telechat_mindie.errors import CheckpointError
 
@@ -34,8 +32,22 @@ class Role(enum.Enum):
         return {Role.EXPERT_COLUMN: Role.COLUMN, Role.EXPERT_ROW: Role.ROW}.get(self, self)
 
 
-def rank_range(size: int, rank: int, tp: int) -> tuple[int, int]:
-    """First and past-the-last index of rank `rank`'s share of an axis of `size`.
+def split(shape: Sequence[int], role: Role, rank: int, tp: int) -> tuple[range, ...]:
+    """Rank `rank`'s part of a tensor of `shape`: the range of each axis that it holds.
+
+    Raises:
+        CheckpointError: `tp` does not divide the axis that `role` cuts.
+    """
+    return tuple(rank_range(size, rank, tp) if axis == role.axis else range(size) for axis, size in enumerate(shape))
+
+
+def rank_shape(shape: Sequence[int], role: Role, tp: int) -> tuple[int, ...]:
+    """Shape of one rank's part of a tensor of `shape`."""
+    return tuple(len(part) for part in split(shape, role, 0, tp))
+
+
+def rank_range(size: int, rank: int, tp: int) -> range:
+    """Rank `rank`'s share of an axis of `size`.
 
     Raises:
         CheckpointError: `tp` does not divide `size`.
@@ -43,25 +55,4 @@ def rank_range(size: int, rank: int, tp: int) -> tuple[int, int]:
     if size % tp:
         raise CheckpointError("axis cannot be cut evenly", expected=f"a multiple of {tp}", found=size)
     share = size // tp
-    return rank * share, (rank + 1) * share
-
-
-def rank_shape(shape: Sequence[int], role: Role, tp: int) -> tuple[int, ...]:
-    """Shape of one rank's part of a tensor of `shape`."""
-    if role.axis is None:
-        return tuple(shape)
-    begin, end = rank_range(shape[role.axis], 0, tp)
-    return (*shape[: role.axis], end - begin, *shape[role.axis + 1 :])
-
-
-def split(array: np.ndarray, role: Role, rank: int, tp: int) -> np.ndarray:
-    """Rank `rank`'s part of `array`, a view."""
-    if role.axis is None:
-        return array
-    begin, end = rank_range(array.shape[role.axis], rank, tp)
-    return array[(slice(None),) * role.axis + (slice(begin, end),)]
-
-
-def join(parts: Sequence[np.ndarray], role: Role) -> np.ndarray:
-    """The whole tensor from every rank's part, in rank order; the inverse of `split`."""
-    return parts[0] if role.axis is None else np.concatenate(parts, axis=role.axis)
+    return range(rank * share, (rank + 1) * share)

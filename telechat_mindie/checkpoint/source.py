@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint import hugging_face, mindformers
-from telechat_mindie.checkpoint.views import SourceWeight
+from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
@@ -21,16 +21,16 @@ class Checkpoint:
         kind: what the files are, for messages and manifests.
         weights: by Hugging Face name.
         ranks: number of rank_N folders; 0 for a whole checkpoint.
-        packed: MindSpore weights in qkv_concat form.
+        qkv_concat: MindSpore weights with q, k, v and gate, up packed.
         transposed_experts: MindSpore experts stored for the grouped matmul.
     """
 
     path: Path
     kind: str
     config: TelechatConfig
-    weights: Mapping[str, SourceWeight]
+    weights: Mapping[str, TiledWeight]
     ranks: int = 0
-    packed: bool = False
+    qkv_concat: bool = False
     transposed_experts: bool = False
 
     @property
@@ -38,12 +38,12 @@ class Checkpoint:
         """The dtype that most of the weights' elements have."""
         sizes: dict[str, int] = {}
         for weight in self.weights.values():
-            sizes[weight.dtype] = sizes.get(weight.dtype, 0) + _elements(weight)
+            sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.elements
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
     def source_bytes(self) -> int:
-        return sum(_elements(weight) * DTYPES[weight.dtype].itemsize for weight in self.weights.values())
+        return sum(weight.elements * DTYPES[weight.dtype].itemsize for weight in self.weights.values())
 
 
 def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
@@ -66,7 +66,7 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
         kind, stored = found
         if not any(name.startswith("model.") for name in stored):
             config = TelechatConfig.from_directory(config_dir)
-            return Checkpoint(path, kind, config, hugging_face.source_weights(stored, config, path))
+            return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = mindformers.read_ranks(path)
     if ranks is None:
         TelechatConfig.from_directory(config_dir)
@@ -76,18 +76,14 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
             expected="*.safetensors, pytorch_model*.bin, *.ckpt or rank_N folders",
         )
     config = TelechatConfig.from_directory(config_dir) if has_config else mindformers.infer_config(ranks, path)
-    form = mindformers.layout(ranks[0], config, len(ranks))
+    form = mindformers.recognise(ranks[0], config, len(ranks))
     by_rank = path.is_dir() and (path / "rank_0").is_dir()
     return Checkpoint(
         path,
         f"MindSpore, {len(ranks)} ranks" if by_rank else "MindSpore",
         config,
-        mindformers.source_weights(ranks, form, config, path),
+        mindformers.tiled_weights(ranks, form, config, path),
         ranks=len(ranks) if by_rank else 0,
-        packed=form.packed,
+        qkv_concat=form.qkv_concat,
         transposed_experts=form.transposed_experts,
     )
-
-
-def _elements(weight: SourceWeight) -> int:
-    return sum(tile.rows * tile.columns for tile in weight.tiles)

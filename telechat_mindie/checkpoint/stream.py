@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import telechat_mindie
-from telechat_mindie.checkpoint.casting import Findings
+from telechat_mindie.checkpoint.casting import OddValues
 from telechat_mindie.checkpoint.pipeline import Pipeline, Progress
-from telechat_mindie.checkpoint.plan import Plan, Shard
+from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.writer import FileRecord, HashedFile, Journal
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import CheckpointError, InputError, OutputError, name_some
 from telechat_mindie.staging import StagedDirectory
-
-DTYPE_CHOICES = ("auto", "float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,28 +32,37 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """What a conversion wrote, and the odd numbers of the source by weight."""
+    """What a conversion wrote, and the odd values of the source by weight."""
 
     records: list[FileRecord]
-    findings: dict[str, dict[str, int]]
+    odd_values: dict[str, dict[str, int]]
 
 
 def choose_dtype(wanted: str, stored: str, config: TelechatConfig) -> str:
-    """`auto`: a 16-bit checkpoint keeps its dtype; float32 becomes float16 for a dense model, bfloat16 for a MoE.
+    """The dtype to serve in. `auto`: a 16-bit checkpoint keeps its own; float32 becomes float16, bfloat16 for a MoE.
 
     The latter is what the published mindformers yamls serve; the published 115B checkpoint is float32.
+
+    Raises:
+        InputError: `wanted` is unknown.
     """
-    if wanted not in DTYPE_CHOICES:
-        raise InputError("unknown dtype", where="--dtype", expected=" or ".join(DTYPE_CHOICES), found=wanted)
     if wanted != "auto":
-        return wanted
+        return known_dtype(wanted)
     if stored != "float32":
         return stored
     return "bfloat16" if config.is_moe else "float16"
 
 
+def known_dtype(wanted: str) -> str:
+    """`wanted`, if weights can have it. Raises InputError otherwise."""
+    if wanted not in WEIGHT_DTYPES:
+        expected = " or ".join(("auto", *WEIGHT_DTYPES))
+        raise InputError("unknown dtype", where="--dtype", expected=expected, found=wanted)
+    return wanted
+
+
 def convert_staged(
-    plan: Plan,
+    plan: ConversionPlan,
     source: Checkpoint,
     staged: StagedDirectory,
     options: ConvertOptions,
@@ -66,32 +74,27 @@ def convert_staged(
     An error, unlike a kill or an interrupt, removes what was written, unless it was a resumed run.
 
     Args:
+        progress: called with the number of output bytes just written (or found finished).
         choices: whatever else decides the output; another value makes an old journal invalid.
 
     Raises:
-        CheckpointError, OutputError: see `convert`.
+        CheckpointError: the source is damaged, or holds NaN, infinity or values beyond float16 that are not allowed.
+        OutputError: not enough space, or a file cannot be written.
     """
     staged.keep = True
     try:
-        journal = Journal(staged.path, fingerprint(plan, source, *choices), resume=options.resume)
+        journal = Journal(staged.path, _fingerprint(plan, source, *choices), resume=options.resume)
         try:
             _remove_strays(staged.path, journal)
-            records = convert(
-                plan,
-                source,
-                staged.path,
-                journal,
-                allow_nonfinite=options.allow_nonfinite,
-                allow_overflow=options.allow_overflow,
-                progress=progress,
-            )
+            _write(plan, source, staged.path, journal, options, progress or (lambda _: None))
         finally:
             journal.close()
     except Exception:
         staged.keep = options.resume
         raise
     staged.keep = False
-    return Written(records, journal.findings)
+    records = [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
+    return Written(records, journal.odd_values)
 
 
 def _remove_strays(root: Path, journal: Journal) -> None:
@@ -102,56 +105,36 @@ def _remove_strays(root: Path, journal: Journal) -> None:
             path.unlink()
 
 
-def fingerprint(plan: Plan, source: Checkpoint, *choices: object) -> str:
+def _fingerprint(plan: ConversionPlan, source: Checkpoint, *choices: object) -> str:
     """A hash of everything that decides the bytes of a conversion: plan, options, version, and the source's files."""
-    files = {}
-    for weight in source.weights.values():
-        for tile in weight.tiles:
-            for extent in tile.stored.extents:
-                if str(extent.file) not in files:
-                    status = extent.file.stat()
-                    files[str(extent.file)] = (status.st_size, status.st_mtime_ns)
+    tiles = (tile for weight in source.weights.values() for tile in weight.tiles)
+    paths = {extent.file for tile in tiles for extent in tile.stored.extents}
+    files = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
     shards = [
         [shard.file, shard.nbytes, hashlib.sha256(b"".join(frame.prefix for frame in shard.frames)).hexdigest()]
         for shard in plan.shards
     ]
-    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files.items())]
+    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files)]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-def convert(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    root: Path,
-    journal: Journal,
-    *,
-    allow_nonfinite: bool = False,
-    allow_overflow: bool = False,
-    progress: Progress | None = None,
-) -> list[FileRecord]:
-    """Write every shard of every rank below `root`, skipping those that the journal has.
-
-    Args:
-        progress: called with the number of output bytes just written (or found finished).
-
-    Returns:
-        A record of every file, in rank and shard order.
-
-    Raises:
-        CheckpointError: the source is damaged, or holds NaN, infinity or values beyond float16 that are not allowed.
-        OutputError: not enough space, or a file cannot be written.
-    """
-    report = progress or (lambda _: None)
-    pending = [shard for shard in plan.shards if not _is_finished(plan, shard, journal)]
-    report(plan.output_bytes - plan.tp * sum(shard.nbytes for shard in pending))
-    _check_space(root, plan.tp * sum(shard.nbytes for shard in pending))
+def _write(
+    plan: ConversionPlan, source: Checkpoint, root: Path, journal: Journal, options: ConvertOptions, report: Progress
+) -> None:
+    """Write every shard of every rank below `root`, skipping those that the journal has."""
+    pending = [
+        shard for shard in plan.shards if any(plan.path(rank, shard) not in journal.records for rank in range(plan.tp))
+    ]
+    nbytes = plan.tp * sum(shard.nbytes for shard in pending)
+    report(plan.output_bytes - nbytes)
+    _check_space(root, nbytes)
     syncing: Future[None] | None = None
-    with Pipeline(plan, checkpoint) as pipeline, ThreadPoolExecutor(1, "sync") as sync_pool:
+    with Pipeline(plan, source) as pipeline, ThreadPoolExecutor(1, "sync") as sync_pool:
         for shard in pending:
             files = [HashedFile(root, plan.path(rank, shard), shard.frames) for rank in range(plan.tp)]
             try:
-                findings = pipeline.write(shard, files, report)
-                _judge(findings, allow_nonfinite, allow_overflow)
+                odd = pipeline.write(shard, files, report)
+                _judge(odd, options)
             except BaseException:
                 pipeline.stop()
                 for file in files:
@@ -159,35 +142,27 @@ def convert(
                 raise
             if syncing is not None:
                 syncing.result()
-            syncing = sync_pool.submit(_finish, files, findings, journal)  # while the next shard is written
+            syncing = sync_pool.submit(_finish, files, odd, journal)  # while the next shard is written
         if syncing is not None:
             syncing.result()
-    return [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
 
 
-def _is_finished(plan: Plan, shard: Shard, journal: Journal) -> bool:
-    return all(plan.path(rank, shard) in journal.records for rank in range(plan.tp))
-
-
-def _finish(files: list[HashedFile], findings: dict[str, Findings], journal: Journal) -> None:
+def _finish(files: list[HashedFile], odd: dict[str, OddValues], journal: Journal) -> None:
     """Sync a shard's files, then remember them."""
-    records = [file.finish() for file in files]
-    journal.add(records, {name: asdict(found) for name, found in findings.items()})
+    journal.add([file.finish() for file in files], {name: asdict(counts) for name, counts in odd.items()})
 
 
-def _judge(findings: dict[str, Findings], allow_nonfinite: bool, allow_overflow: bool) -> None:
-    odd = [name for name, found in findings.items() if found.nan or found.infinite]
-    if odd and not allow_nonfinite:
-        total = sum(findings[name].nan + findings[name].infinite for name in odd)
+def _judge(odd: dict[str, OddValues], options: ConvertOptions) -> None:
+    nonfinite = {name: counts.nan + counts.infinite for name, counts in odd.items() if counts.nan or counts.infinite}
+    if nonfinite and not options.allow_nonfinite:
         raise CheckpointError(
-            f"{total} NaN or infinite values in {name_some(odd)}",
+            f"{sum(nonfinite.values())} NaN or infinite values in {name_some(nonfinite)}",
             advice="The checkpoint is damaged; convert it all the same with --allow-nonfinite.",
         )
-    wide = [name for name, found in findings.items() if found.overflow]
-    if wide and not allow_overflow:
-        total = sum(findings[name].overflow for name in wide)
+    overflow = {name: counts.overflow for name, counts in odd.items() if counts.overflow}
+    if overflow and not options.allow_overflow:
         raise CheckpointError(
-            f"{total} values do not fit float16 in {name_some(wide)}",
+            f"{sum(overflow.values())} values do not fit float16 in {name_some(overflow)}",
             advice="Choose --dtype bfloat16, or accept infinities with --allow-overflow.",
         )
 

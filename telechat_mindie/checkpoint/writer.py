@@ -59,6 +59,8 @@ class HashedFile:
             pieces.append(data[: self._left])
             data = data[len(pieces[-1]) :]
             self._left -= len(pieces[-1])
+        while self._frames and not self._left and not self._frames[0].nbytes:  # tensors without elements
+            pieces.append(memoryview(self._frames.popleft().prefix))
         return pieces
 
     def hash(self, pieces: Sequence[memoryview]) -> None:
@@ -96,28 +98,25 @@ class Journal:
     def __init__(self, root: Path, fingerprint: str, *, resume: bool) -> None:
         self._path = root / self.NAME
         self.records: dict[str, FileRecord] = {}
-        self.findings: dict[str, dict[str, int]] = {}
+        self.odd_values: dict[str, dict[str, int]] = {}
         if resume and self._path.exists():
             self._load(root, fingerprint)
         with reporting_os_errors(self._path):
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close
             self._line({"fingerprint": fingerprint})
-            for record in self.records.values():
-                self._line(asdict(record))
-            for name, counts in self.findings.items():
-                self._line({"tensor": name, **counts})
-            self._sync()
+        self.add(list(self.records.values()), self.odd_values)
 
-    def add(self, records: list[FileRecord], findings: dict[str, dict[str, int]]) -> None:
-        """Remember finished files, and the odd numbers found in the tensors they hold."""
+    def add(self, records: list[FileRecord], odd_values: dict[str, dict[str, int]]) -> None:
+        """Remember finished files, and the odd values of the weights in them."""
         with reporting_os_errors(self._path):
-            for name, counts in findings.items():
+            for name, counts in odd_values.items():
                 self._line({"tensor": name, **counts})
             for record in records:
                 self._line(asdict(record))
-            self._sync()
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.records |= {record.path: record for record in records}
-        self.findings |= findings
+        self.odd_values |= odd_values
 
     def close(self) -> None:
         self._file.close()
@@ -138,7 +137,7 @@ class Journal:
             )
         for entry in entries[1:]:
             if "tensor" in entry:
-                self.findings[entry.pop("tensor")] = entry
+                self.odd_values[entry.pop("tensor")] = entry
                 continue
             record = FileRecord(**entry)
             file = root / record.path
@@ -147,7 +146,3 @@ class Journal:
 
     def _line(self, entry: dict[str, object]) -> None:
         self._file.write(json.dumps(entry) + "\n")
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())

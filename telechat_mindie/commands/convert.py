@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,9 +25,8 @@ def convert(
     allow_overflow: AllowOverflow = False,
 ) -> None:
     """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers."""
-    from telechat_mindie.checkpoint.convert import MindSporeForm, to_hugging_face, to_mindspore
+    from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
     from telechat_mindie.checkpoint.source import open_checkpoint
-    from telechat_mindie.checkpoint.stream import ConvertOptions
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.errors import InputError
     from telechat_mindie.units import format_bytes
@@ -36,23 +36,25 @@ def convert(
         raise InputError("unknown form", where="--to", expected=" or ".join(forms), found=to)
     if to == "hf" and (tp is not None or qkv_concat or gmm):
         raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
+    chosen: dict[str, Any] = {
+        "dtype": dtype,
+        "force": force,
+        "resume": resume,
+        "allow_nonfinite": allow_nonfinite,
+        "allow_overflow": allow_overflow,
+    }
     source = open_checkpoint(checkpoint, config)
     with byte_progress("converting") as start:
         if to == "hf":
-            options = ConvertOptions(resume=resume, allow_nonfinite=allow_nonfinite, allow_overflow=allow_overflow)
-            plan = to_hugging_face(source, output, options, dtype, force, lambda plan: start(plan.output_bytes))
+            plan = to_hugging_face(source, output, OutputOptions(**chosen), start)
         else:
             form = MindSporeForm(
                 container=to,
-                dtype=dtype,
                 tp=tp or 1,
                 ranks=tp is not None,
                 qkv_concat=qkv_concat,
                 transposed_experts=gmm,
-                force=force,
-                resume=resume,
-                allow_nonfinite=allow_nonfinite,
-                allow_overflow=allow_overflow,
+                **chosen,
             )
-            plan = to_mindspore(source, output, form, lambda plan: start(plan.output_bytes))
+            plan = to_mindspore(source, output, form, start)
     print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}")

@@ -13,7 +13,7 @@ from typing import Any
 import telechat_mindie
 from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.checkpoint.pipeline import Progress
-from telechat_mindie.checkpoint.plan import Plan, make_plan
+from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dtype, convert_staged
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
@@ -59,8 +59,8 @@ def build(
     model_path: Path,
     checkpoint: Path,
     options: BuildOptions | None = None,
-    on_start: Callable[[Plan], Progress] | None = None,
-) -> Plan:
+    on_start: Callable[[ConversionPlan], Progress] | None = None,
+) -> ConversionPlan:
     """Make `model_path` from the checkpoint directory, complete or not at all.
 
     Args:
@@ -152,7 +152,7 @@ def _generation(checkpoint: Path) -> dict[str, Any]:
 
 
 def _render(
-    plan: Plan,
+    plan: ConversionPlan,
     options: BuildOptions,
     generation: Mapping[str, Any],
     max_seq_len: int,
@@ -194,7 +194,7 @@ def _kept(config: TelechatConfig) -> dict[str, Any]:
     return {key: value for key, value in config.raw.items() if key not in rendered.union(_HUGGING_FACE_ONLY)}
 
 
-def _manifest(plan: Plan, source: Checkpoint, options: BuildOptions, written: Written) -> dict[str, Any]:
+def _manifest(plan: ConversionPlan, source: Checkpoint, options: BuildOptions, written: Written) -> dict[str, Any]:
     return {
         "format": 1,
         "tool": f"telechat-mindie {telechat_mindie.__version__}",
@@ -204,6 +204,6 @@ def _manifest(plan: Plan, source: Checkpoint, options: BuildOptions, written: Wr
         "qkv_concat": options.qkv_concat,
         "parameters": plan.config.parameter_count,
         "tensors_per_rank": sum(len(shard.targets) for shard in plan.shards),
-        "odd_values": written.findings,
+        "odd_values": written.odd_values,
         "files": {record.path: {"nbytes": record.nbytes, "sha256": record.sha256} for record in written.records},
     }

@@ -9,12 +9,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from telechat_mindie.checkpoint.blocks import BLOCK_BYTES, BlockReader, blocks
 from telechat_mindie.checkpoint.casting import cast_into
 from telechat_mindie.checkpoint.formats.tensors import open_regular
 from telechat_mindie.checkpoint.mapping import Target, mindformers_targets
 from telechat_mindie.checkpoint.pipeline import Progress
-from telechat_mindie.checkpoint.plan import Plan, Shard, make_plan
+from telechat_mindie.checkpoint.plan import ConversionPlan, Shard, make_plan
+from telechat_mindie.checkpoint.reader import BLOCK_BYTES, BlockReader
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, ModelDirError
@@ -50,19 +50,19 @@ def check_against(
     try:
         return [problem for shard in plan.shards for problem in comparison.problems(shard)]
     finally:
-        comparison.reader.close()
+        comparison.reader.__exit__()
 
 
 class _Comparison:
     """Every rank's files read along with the blocks of the plan that makes them."""
 
-    def __init__(self, path: Path, plan: Plan, source: Checkpoint, progress: Progress) -> None:
+    def __init__(self, path: Path, plan: ConversionPlan, source: Checkpoint, progress: Progress) -> None:
         self._path = path
         self._plan = plan
         self._source = source
         self._progress = progress
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
-        self.reader = BlockReader(source)
+        self.reader = BlockReader(source.weights)
 
     def problems(self, shard: Shard) -> Iterator[str]:
         names = [self._plan.path(rank, shard) for rank in range(self._plan.tp)]
@@ -86,9 +86,9 @@ class _Comparison:
 
     def _ranks_that_differ(self, target: Target, files: Sequence[BinaryIO]) -> list[int]:
         differing = set()
-        for block in blocks(target, self._plan, self._source):
+        for block in self.reader.blocks(target, self._plan):
             array = self.reader.read(block, self._buffer)
-            for rank, part in block.takers(array):
+            for rank, part in block.split(array):
                 wanted = np.empty(part.shape, DTYPES[self._plan.dtype].numpy)
                 cast_into(part, wanted)
                 found = np.frombuffer(files[rank].read(wanted.nbytes), np.uint8)

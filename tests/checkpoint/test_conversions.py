@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,13 +12,12 @@ import pytest
 from helpers import ROOT
 from helpers.checkpoints import CONFIG, MOE, make_checkpoint
 from helpers.torch_archive import write_torch_archive
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from telechat_mindie.checkpoint.convert import MindSporeForm, to_hugging_face, to_mindspore
+from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.source import open_checkpoint
-from telechat_mindie.checkpoint.stream import ConvertOptions
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 
@@ -63,7 +63,7 @@ def digests(path):
 def test_hugging_face_to_ranks_and_back(checkpoint, tmp_path, tp, qkv_concat):
     root, weights = checkpoint
     build(tmp_path / "model", root, BuildOptions(tp=tp, qkv_concat=qkv_concat))
-    to_hugging_face(open_checkpoint(tmp_path / "model"), tmp_path / "hf", ConvertOptions())
+    to_hugging_face(open_checkpoint(tmp_path / "model"), tmp_path / "hf", OutputOptions())
     assert_same_bits(load_hugging_face(tmp_path / "hf"), weights)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights.keys()
@@ -200,26 +200,95 @@ def test_qkv_concat_of_rank_folders(checkpoint, tmp_path):
         assert_same_bits(after, by_the_published_description(before, 8, qkv_concat=True))
 
 
-def test_gmm_transpose(tmp_path):
+@pytest.fixture
+def expert_ranks(tmp_path):
+    """(checkpoint, rank folders alone, without a config.json) of a model whose head dimension is not 128."""
     make_checkpoint(tmp_path / "ckpt", "bfloat16", **MOE)
-    to_mindspore(
-        open_checkpoint(tmp_path / "ckpt"), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=2, ranks=True)
-    )
-    arguments = ("--ckpt_path", tmp_path / "ranks", "--save_path", tmp_path / "gmm", "--config", tmp_path / "ckpt")
-    checked("convert_gmm.py", *arguments, "--rank", 2)
+    form = MindSporeForm(container="ckpt", tp=2, ranks=True)
+    to_mindspore(open_checkpoint(tmp_path / "ckpt"), tmp_path / "ranks", form)
+    return tmp_path / "ckpt", tmp_path / "ranks"
+
+
+def with_experts_turned(tensors):
+    experts = ("ffn.w1.weight", "ffn.w2.weight", "ffn.w3.weight")
+    return {name: array.transpose(0, 2, 1) if name.endswith(experts) else array for name, array in tensors.items()}
+
+
+def test_gmm_transpose(expert_ranks, tmp_path):
+    """By the experts' names alone, as the published script: of any hidden size, without a config.json."""
+    checkpoint, ranks = expert_ranks
+    checked("convert_gmm.py", "--ckpt_path", ranks, "--save_path", tmp_path / "gmm", "--rank", 2)
     for rank in range(2):
-        before = load_ckpt(tmp_path / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
-        after = load_ckpt(tmp_path / "gmm" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
-        for name in before:
-            if name.endswith(("ffn.w1.weight", "ffn.w2.weight", "ffn.w3.weight")):
-                before[name] = before[name].transpose(0, 2, 1)
-        assert_same_bits({name: np.ascontiguousarray(array) for name, array in after.items()}, before)
+        before, after = (load_ckpt(root / f"rank_{rank}/checkpoint_{rank}.ckpt") for root in (ranks, tmp_path / "gmm"))
+        assert_same_bits(after, with_experts_turned(before))
     # And back again, to the published format.
-    arguments = ("--mindspore_path", tmp_path / "gmm", "--torch_path", tmp_path / "hf", "--config", tmp_path / "ckpt")
+    arguments = ("--mindspore_path", tmp_path / "gmm", "--torch_path", tmp_path / "hf", "--config", checkpoint)
     checked("convert_reversed.py", *arguments)
-    assert_same_bits(load_hugging_face(tmp_path / "hf"), load_hugging_face(tmp_path / "ckpt"))
-    done = tool("convert_gmm.py", "--ckpt_path", tmp_path / "ranks", "--save_path", tmp_path / "x", "--rank", 4)
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), load_hugging_face(checkpoint))
+    done = tool("convert_gmm.py", "--ckpt_path", ranks, "--save_path", tmp_path / "x", "--rank", 4)
     assert done.returncode == 2 and "error: " in done.stderr
+
+
+def test_gmm_transpose_keeps_each_dtype_and_whatever_else_is_in_the_file(expert_ranks, tmp_path):
+    import mindspore
+
+    _, ranks = expert_ranks
+    for file in sorted(ranks.glob("rank_*/*.ckpt")):
+        saved = []
+        for name, tensor in mindspore.load_checkpoint(str(file)).items():
+            array = tensor.float().asnumpy() if "router" in name else None
+            saved.append({"name": name, "data": tensor if array is None else mindspore.Tensor(array)})
+        saved.append({"name": "global_step", "data": mindspore.Tensor(np.array([7], np.int32))})
+        mindspore.save_checkpoint(saved, str(file))
+    checked("convert_gmm.py", "--ckpt_path", ranks, "--save_path", tmp_path / "gmm", "--rank", 2)
+    before, after = (load_ckpt(root / "rank_1" / "checkpoint_1.ckpt") for root in (ranks, tmp_path / "gmm"))
+    assert {array.dtype.name for array in after.values()} == {"bfloat16", "float32", "int32"}
+    assert_same_bits(after, with_experts_turned(before))
+
+
+def test_gmm_transpose_refuses_what_has_no_experts(tmp_path):
+    make_checkpoint(tmp_path / "ckpt", "float16")
+    form = MindSporeForm(container="ckpt", ranks=True)
+    to_mindspore(open_checkpoint(tmp_path / "ckpt"), tmp_path / "ranks", form)
+    done = tool("convert_gmm.py", "--ckpt_path", tmp_path / "ranks", "--save_path", tmp_path / "x", "--rank", 1)
+    assert done.returncode == 2 and "no experts" in done.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("shape", ["gqa", "moe"])
+def test_float32_stays_float32_unless_asked(tmp_path, shape):
+    """In every direction; what is served is another question, which `build` answers."""
+    weights = make_checkpoint(tmp_path / "ckpt", "float32", **SHAPES[shape])
+    config = ("--config", tmp_path / "ckpt")
+    checked("convert_weight.py", "--torch_path", tmp_path / "ckpt", "--mindspore_path", tmp_path / "whole.ckpt")
+    assert_same_bits(load_ckpt(tmp_path / "whole.ckpt"), by_the_published_description(weights, 8))
+    arguments = ("--qkv_concat", "True", *config, "--pre_ckpt_path", tmp_path / "whole.ckpt")
+    checked("convert_weight.py", *arguments, "--mindspore_ckpt_path", tmp_path / "packed.ckpt")
+    arguments = ("--src_ckpt_dir", tmp_path / "packed.ckpt", "--dst_ckpt_dir", tmp_path / "ranks", "--tp", 2)
+    checked("transform_ckpt.py", *arguments, *config)
+    checked("convert_reversed.py", "--mindspore_path", tmp_path / "ranks", "--torch_path", tmp_path / "hf", *config)
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), weights)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
+    command = [sys.executable, "-m", "telechat_mindie", "convert", tmp_path / "ckpt", tmp_path / "out", "--to"]
+    for form, load in (("hf", load_hugging_face), ("ckpt", load_ckpt)):
+        subprocess.run([*command, form, "--force"], check=True, capture_output=True)
+        expected = weights if form == "hf" else by_the_published_description(weights, 8)
+        assert_same_bits(load(tmp_path / "out"), expected)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_each_tensor_keeps_its_own_dtype(tmp_path):
+    root = tmp_path / "ckpt"
+    weights = make_checkpoint(root, "bfloat16")
+    wide = ("mlp.gate_proj.weight", "layernorm.weight")
+    weights = {name: array.astype(np.float32) if name.endswith(wide) else array for name, array in weights.items()}
+    for file in root.glob("*.safetensors"):
+        save_file({name: weights[name] for name in load_file(file)}, file)
+    to_hugging_face(open_checkpoint(root), tmp_path / "hf", OutputOptions())
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), weights)
+    to_mindspore(open_checkpoint(root), tmp_path / "x.ckpt", MindSporeForm(container="ckpt", qkv_concat=True))
+    # Gate is float32 and up bfloat16: packed, they are what holds both.
+    wide = {name: array.astype(np.float32) if "mlp.up" in name else array for name, array in weights.items()}
+    assert_same_bits(load_ckpt(tmp_path / "x.ckpt"), by_the_published_description(wide, 8, qkv_concat=True))
 
 
 def test_merge_and_split_without_strategy_files(checkpoint, tmp_path):
@@ -295,12 +364,12 @@ def test_optimizer_state_is_left_out(tmp_path):
 @pytest.mark.parametrize("turn_bytes", [1, 1 << 20])
 def test_blocks_of_any_size_give_the_same_bytes(checkpoint, tmp_path, monkeypatch, turn_bytes):
     """Rows that do not fill a block, matrices turned in pieces, and rows wider than a block."""
-    from telechat_mindie.checkpoint import blocks
+    from telechat_mindie.checkpoint import reader
 
     root, _ = checkpoint
     build(tmp_path / "usual", root, BuildOptions(tp=2))
-    monkeypatch.setattr(blocks, "TURN_BYTES", turn_bytes)
+    monkeypatch.setattr(reader, "TURN_BYTES", turn_bytes)
     for size in (100, 1000, 5000):
-        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        monkeypatch.setattr(reader, "BLOCK_BYTES", size)
         build(tmp_path / "small", root, BuildOptions(tp=2, force=True))
         assert digests(tmp_path / "small") == digests(tmp_path / "usual")

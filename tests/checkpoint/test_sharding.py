@@ -1,4 +1,4 @@
-"""The sharding rule, the name table and the plan's steps, held against each other."""
+"""The sharding rule, the name table and the blocks of targets, held against each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from helpers.checkpoints import CONFIG, MOE, make_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telechat_mindie.checkpoint.mapping import (
-    check_names,
-    hugging_face_targets,
-    mindformers_targets,
-    weights,
-)
-from telechat_mindie.checkpoint.plan import make_plan, steps
-from telechat_mindie.checkpoint.sharding import Role, join, rank_shape, split
+from telechat_mindie.checkpoint.blocks import blocks
+from telechat_mindie.checkpoint.mapping import check_weights, hugging_face_targets, mindformers_targets, weights
+from telechat_mindie.checkpoint.plan import make_plan
+from telechat_mindie.checkpoint.sharding import Role, rank_shape, split
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError
 
@@ -26,16 +22,17 @@ EXPERTS = TelechatConfig.from_dict(CONFIG | MOE)
 
 
 @given(st.sampled_from(list(Role)), st.sampled_from([1, 2, 4, 8]))
-def test_split_and_join_are_inverse(role, tp):
+def test_the_ranks_parts_make_up_the_tensor(role, tp):
     array = np.arange(8 * 16 * 24).reshape(8, 16, 24)
-    parts = [split(array, role, rank, tp) for rank in range(tp)]
+    parts = [array[np.ix_(*split(array.shape, role, rank, tp))] for rank in range(tp)]
     assert all(part.shape == rank_shape(array.shape, role, tp) for part in parts)
-    np.testing.assert_array_equal(join(parts, role), array)
+    joined = parts[0] if role.axis is None else np.concatenate(parts, axis=role.axis)
+    np.testing.assert_array_equal(joined, array)
 
 
 def test_uneven_split_is_refused():
     with pytest.raises(CheckpointError, match="multiple of 3"):
-        split(np.zeros((8, 2)), Role.COLUMN, 0, 3)
+        split((8, 2), Role.COLUMN, 0, 3)
 
 
 def reference(target, arrays, config, rank, tp):
@@ -46,20 +43,19 @@ def reference(target, arrays, config, rank, tp):
         if part.pick != "all":
             pairs = array.reshape(-1, 2, config.head_dim, array.shape[1])
             array = pairs[:, ("keys", "values").index(part.pick)].reshape(-1, array.shape[1])
-        array = split(array, target.role.per_expert, rank, tp)
+        role = target.role.per_expert
+        array = array if role.axis is None else np.split(array, tp, role.axis)[rank]
         parts.append(array.T if target.transposed else array)
-    whole = np.stack(parts) if target.stacked else np.concatenate(parts)
-    return whole.reshape(target.rank_shape(tp))
+    return np.concatenate(parts).reshape(target.rank_shape(tp))
 
 
-def by_steps(target, arrays, config, tp):
-    """Every rank's tensor as the converter writes it: the bytes in the order of the steps."""
+def by_blocks(target, arrays, tp, elements):
+    """Every rank's tensor as the converter writes it: the bytes in the order of the blocks."""
     streams = [[] for _ in range(tp)]
-    for step in steps(target, config, tp):
-        block = arrays[step.source].reshape(-1, step.columns)[slice(*step.rows)]
-        for rank, (begin, end) in step.takers:
-            taken = block[:, begin:end]
-            streams[rank].append((taken.T if step.transposed else taken).ravel())
+    for block in itertools.chain.from_iterable(block.cut(elements) for block in blocks(target, tp)):
+        matrix = arrays[block.source].reshape(arrays[block.source].shape[0], -1)[np.ix_(block.rows, block.columns)]
+        for rank, part in block.split(matrix.T if block.transposed else matrix):
+            streams[rank].append(part.ravel())
     return [np.concatenate(stream).reshape(target.rank_shape(tp)) for stream in streams]
 
 
@@ -67,10 +63,10 @@ def by_steps(target, arrays, config, tp):
 @pytest.mark.parametrize("qkv_concat", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_steps_give_what_numpy_gives(config, qkv_concat, transposed, tp):
+def test_blocks_give_what_numpy_gives(config, qkv_concat, transposed, tp):
     arrays = make_weights(config, "float32")
     for target in mindformers_targets(config, qkv_concat=qkv_concat, transposed_experts=transposed):
-        for rank, found in enumerate(by_steps(target, arrays, config, tp)):
+        for rank, found in enumerate(by_blocks(target, arrays, tp, 1000)):
             np.testing.assert_array_equal(found, reference(target, arrays, config, rank, tp), target.name)
 
 
@@ -78,8 +74,8 @@ def test_each_source_byte_is_read_once():
     for config in (DENSE, EXPERTS):
         read: dict[str, list[tuple[int, int]]] = {}
         for target in mindformers_targets(config, qkv_concat=True, transposed_experts=True):
-            for step in steps(target, config, 4):
-                read.setdefault(step.source, []).append(step.rows)
+            for block in blocks(target, 4):
+                read.setdefault(block.source, []).append((block.rows.start, block.rows.stop))
         for name, weight in weights(config).items():
             ranges = sorted(read[name])
             assert ranges[0][0] == 0 and ranges[-1][1] == weight.shape[0], name
@@ -107,13 +103,16 @@ def test_hugging_face_targets_are_the_weights():
 
 
 def test_every_name_is_accounted_for():
-    names = set(weights(DENSE))
-    check_names(names, DENSE, "x")
-    check_names(names | {"transformer.h.0.self_attention.rotary_emb.inv_freq"}, DENSE, "x")
+    shapes = {name: weight.shape for name, weight in weights(DENSE).items()}
+    check_weights(shapes, DENSE, "x")
+    check_weights(dict.fromkeys(shapes), DENSE, "x")
+    check_weights(shapes | {"transformer.h.0.self_attention.rotary_emb.inv_freq": (4,)}, DENSE, "x")
     with pytest.raises(CheckpointError, match=r"1 of 23 weights are missing: transformer.h.1.mlp.down_proj.bias"):
-        check_names(names - {"transformer.h.1.mlp.down_proj.bias"}, DENSE, "x")
+        check_weights({n: s for n, s in shapes.items() if n != "transformer.h.1.mlp.down_proj.bias"}, DENSE, "x")
     with pytest.raises(CheckpointError, match=r"7 weights are unknown: extra.0.*and 2 more"):
-        check_names(names | {f"extra.{i}" for i in range(7)}, DENSE, "x")
+        check_weights(shapes | {f"extra.{i}": (1,) for i in range(7)}, DENSE, "x")
+    with pytest.raises(CheckpointError, match=r"1 weights have the wrong shape: lm_head.weight is \[2\] and should be"):
+        check_weights(shapes | {"lm_head.weight": (2,)}, DENSE, "x")
 
 
 def test_a_shard_holds_a_tensor_at_least_and_the_limit_at_most():

@@ -204,7 +204,7 @@ def larger_tokenizer(checkpoint):
         (truncate, LAST_SHARD),
         (lambda path: (path / LAST_SHARD).unlink(), f"{LAST_SHARD}: file is missing"),
         (drop_tensor, "1 of 23 weights are missing: lm_head.weight"),
-        (reshape_tensor, "lm_head.weight: has the wrong shape"),
+        (reshape_tensor, "wrong shape: lm_head.weight"),
         (set_value(np.nan), "1 NaN or infinite values in transformer.word_embeddings.weight"),
         (set_value(np.inf), "1 NaN or infinite values in transformer.word_embeddings.weight"),
         (set_value(70000.0), "1 values do not fit float16 in transformer.word_embeddings.weight"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError
+from telechat_mindie.errors import CheckpointError, name_some
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,23 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def read_files(
+    files: Iterable[Path], read: Callable[[Path, Path], dict[str, StoredTensor]], root: Path
+) -> dict[str, StoredTensor]:
+    """The tensors of several files of one checkpoint. Raises CheckpointError where two of them hold the same."""
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors = read(file, root)
+        if twice := stored.keys() & tensors.keys():
+            raise CheckpointError(
+                f"holds weights that another file holds too: {name_some(twice)}",
+                where=file,
+                advice="Leave one checkpoint in the folder.",
+            )
+        stored |= tensors
+    return stored
 
 
 def open_regular(path: Path, root: Path | None = None) -> int:

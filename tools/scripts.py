@@ -1,4 +1,4 @@
-"""What the scripts of tools/ share: one-line errors, and flags as mindformers spells them."""
+"""What the scripts beside this file share: one-line errors, and flags as mindformers spells them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import TelechatMindieError
+
+DTYPES = ("auto", *WEIGHT_DTYPES)
+"""Choices of --dtype; auto keeps what is stored."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="folder of the config.json, if it is not with the weights")
 
 
 def run(main: Callable[[], None]) -> None:
