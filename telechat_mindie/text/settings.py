@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from telechat_mindie.errors import TokenizerError, name_some
 from telechat_mindie.reading import read_json
@@ -12,6 +12,9 @@ from telechat_mindie.reading import read_json
 CONTROL_TOKEN_MODES = ("ids", "published")
 BARE_PROMPT_MODES = ("chat", "raw")
 TURN_TOKEN_MODES = ("hide", "show")
+FLAG = (False, True)
+
+Choice = TypeVar("Choice", str, bool)
 
 SETTINGS = (
     "add_bos_token",
@@ -76,25 +79,15 @@ def _default_template(template: object, file: Path) -> object:
     return named["default"]
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    """`value`, if it is one of the allowed words.
+def check_choice(name: str, value: Choice, allowed: tuple[Choice, ...]) -> Choice:
+    """`value`, if it is one of the allowed words, or flags.
 
     Raises:
         TokenizerError: anything else.
     """
-    if not isinstance(value, str) or value not in allowed:
-        raise TokenizerError("has an unknown value", where=name, expected=" or ".join(allowed), found=repr(value))
-    return value
-
-
-def check_flag(name: str, value: object) -> bool:
-    """`value`, if it is true or false.
-
-    Raises:
-        TokenizerError: anything else.
-    """
-    if not isinstance(value, bool):
-        raise TokenizerError("is not a flag", where=name, expected="true or false", found=repr(value))
+    if type(value) is not type(allowed[0]) or value not in allowed:  # 1 is not True here
+        choices = " or ".join(str(choice) for choice in allowed)
+        raise TokenizerError("has an unknown value", where=name, expected=choices, found=repr(value))
     return value
 
 
@@ -120,20 +113,12 @@ def check_exact(clean_up_tokenization_spaces: object, sp_model_kwargs: object) -
     Raises:
         TokenizerError: spaces would be removed from decoded text, or encoding would be sampled.
     """
-    if clean_up_tokenization_spaces:
-        raise TokenizerError(
-            "would change the text of an answer",
-            where="clean_up_tokenization_spaces",
-            expected="false",
-            found=repr(clean_up_tokenization_spaces),
-        )
-    if sp_model_kwargs:
-        raise TokenizerError(
-            "would make prompts irreproducible",
-            where="sp_model_kwargs",
-            expected="nothing",
-            found=repr(sp_model_kwargs),
-        )
+    for name, value, fault, expected in (
+        ("clean_up_tokenization_spaces", clean_up_tokenization_spaces, "change the text of an answer", "false"),
+        ("sp_model_kwargs", sp_model_kwargs, "make prompts irreproducible", "nothing"),
+    ):
+        if value:
+            raise TokenizerError(f"would {fault}", where=name, expected=expected, found=repr(value))
 
 
 def refuse_unknown(arguments: Iterable[str]) -> None:

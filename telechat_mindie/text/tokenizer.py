@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from telechat_mindie.errors import InputError, TokenizerError
-from telechat_mindie.text import chat_template as chat
-from telechat_mindie.text import control_tokens
-from telechat_mindie.text import settings as tokenizer_config
-from telechat_mindie.text.control_tokens import CONTROL_IDS, PUBLISHED_IDS, Run
+from telechat_mindie.text import settings
+from telechat_mindie.text.chat_template import check_text, default_template, render, unmask
+from telechat_mindie.text.control_tokens import CONTROL_IDS, PUBLISHED_IDS, Run, holds_control, split, split_published
 from telechat_mindie.text.detokenizer import Detokenizer, StreamDecoder, to_ids
 from telechat_mindie.text.vocabulary import UNKNOWN_ID, Vocabulary
 
@@ -98,25 +97,26 @@ class TelechatTokenizer:
         sp_model_kwargs: dict[str, Any] | None = None,
         **ignored: object,
     ) -> None:
-        tokenizer_config.refuse_unknown(ignored)
-        tokenizer_config.check_token("bos_token", bos_token, self.bos_token)
-        tokenizer_config.check_token("eos_token", eos_token, self.eos_token)
-        tokenizer_config.check_token("pad_token", pad_token, self.pad_token)
-        tokenizer_config.check_exact(clean_up_tokenization_spaces, sp_model_kwargs)
-        modes = tokenizer_config.CONTROL_TOKEN_MODES
-        self._published = tokenizer_config.check_choice("control_tokens", control_tokens, modes) == "published"
-        self._bare_prompt = _bare_prompt_mode(bare_prompt)
-        self.add_bos_token = tokenizer_config.check_flag("add_bos_token", add_bos_token)
-        self.add_eos_token = tokenizer_config.check_flag("add_eos_token", add_eos_token)
+        settings.refuse_unknown(ignored)
+        settings.check_token("bos_token", bos_token, self.bos_token)
+        settings.check_token("eos_token", eos_token, self.eos_token)
+        settings.check_token("pad_token", pad_token, self.pad_token)
+        settings.check_exact(clean_up_tokenization_spaces, sp_model_kwargs)
+        settings.check_choice("control_tokens", control_tokens, settings.CONTROL_TOKEN_MODES)
+        self._bare_prompt = settings.check_choice("bare_prompt", bare_prompt, settings.BARE_PROMPT_MODES)
+        turn_tokens = turn_tokens or ("hide" if bare_prompt == "chat" else "show")
+        settings.check_choice("turn_tokens", turn_tokens, settings.TURN_TOKEN_MODES)
+        self.add_bos_token = settings.check_choice("add_bos_token", add_bos_token, settings.FLAG)
+        self.add_eos_token = settings.check_choice("add_eos_token", add_eos_token, settings.FLAG)
         if not isinstance(vocab_file, (str, PathLike)):
             raise TokenizerError("is not a path", where="vocab_file", found=repr(vocab_file))
         self._vocabulary = Vocabulary(Path(vocab_file), vocab_size)
-        special_ids = frozenset(PUBLISHED_IDS.values()) if self._published else self._vocabulary.control_ids()
+        is_published = control_tokens == "published"
+        self._split = split_published if is_published else split
+        special_ids = frozenset(PUBLISHED_IDS.values()) if is_published else self._vocabulary.control_ids()
         self.all_special_ids = sorted(special_ids)
-        turn_tokens = turn_tokens or ("hide" if bare_prompt == "chat" else "show")
-        hide = tokenizer_config.check_choice("turn_tokens", turn_tokens, tokenizer_config.TURN_TOKEN_MODES) == "hide"
-        self._detokenizer = Detokenizer(self._vocabulary, special_ids, hide_turn=hide)
-        self.chat_template = chat_template or chat.default_template()
+        self._detokenizer = Detokenizer(self._vocabulary, special_ids, hide_turn=turn_tokens == "hide")
+        self.chat_template = chat_template or default_template()
         self.model_max_length = model_max_length
         self.name_or_path = str(Path(vocab_file).parent)
 
@@ -135,7 +135,7 @@ class TelechatTokenizer:
         directory = Path(model_dir)
         if not directory.is_dir():
             raise TokenizerError("is not a directory", where=directory, advice="Name the folder of tokenizer.model.")
-        return cls(directory / "tokenizer.model", **{**tokenizer_config.read_settings(directory), **options})
+        return cls(directory / "tokenizer.model", **{**settings.read_settings(directory), **options})
 
     @property
     def vocab_size(self) -> int:
@@ -146,22 +146,14 @@ class TelechatTokenizer:
         return self.vocab_size
 
     def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-        allow_control: bool = True,
-        bare_prompt: str | None = None,
+        self, text: str | Sequence[str], *, return_tensors: str | None = None, **options: Any
     ) -> dict[str, Any]:
         """Encode one text or several.
 
         Args:
             text: a text, or a list of texts.
             return_tensors: "np" for int64 arrays [texts, length], which must then be equally long; None for lists.
-            add_special_tokens: as for `encode`, like the following.
-            allow_control: see `encode`.
-            bare_prompt: see `encode`.
+            **options: as for `encode`.
 
         Returns:
             `input_ids` and `attention_mask` (all ones): a list for one text, a list of lists for several.
@@ -172,12 +164,7 @@ class TelechatTokenizer:
         single = isinstance(text, str)
         if not single and not isinstance(text, (list, tuple)):
             raise InputError("is not a text or a list of texts", where="text", found=type(text).__name__)
-        rows = [
-            self.encode(
-                item, add_special_tokens=add_special_tokens, allow_control=allow_control, bare_prompt=bare_prompt
-            )
-            for item in ([text] if single else text)
-        ]
+        rows = [self.encode(item, **options) for item in ([text] if single else text)]
         masks = [[1] * len(row) for row in rows]
         if return_tensors is not None:
             return {"input_ids": _as_array(rows, return_tensors), "attention_mask": _as_array(masks, return_tensors)}
@@ -202,15 +189,16 @@ class TelechatTokenizer:
         Raises:
             InputError: not a string, or one that UTF-8 cannot carry.
         """
-        text = chat.check_text(text, "text")
-        mode = self._bare_prompt if bare_prompt is None else _bare_prompt_mode(bare_prompt)
+        text = check_text(text, "text")
+        if bare_prompt is None:
+            bare_prompt = self._bare_prompt
+        settings.check_choice("bare_prompt", bare_prompt, settings.BARE_PROMPT_MODES)
         if not allow_control:
             ids = self._vocabulary.encode(text)
-        elif mode == "chat" and not control_tokens.holds_control(text):
+        elif bare_prompt == "chat" and not holds_control(text):
             return self._encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
         else:
-            split = control_tokens.split_published if self._published else control_tokens.split
-            ids = self._encode_runs(split(text))
+            ids = self._encode_runs(self._split(text))
         before = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
         after = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
         return before + ids + after
@@ -296,7 +284,7 @@ class TelechatTokenizer:
             "variables": {**more, **variables},
         }
         if not tokenize:
-            return chat.unmask(self._render(conversation, **options))
+            return unmask(self._render(conversation, **options))
         ids: Any = self._encode_chat(conversation, **options)
         mask: Any = [1] * len(ids)
         if return_tensors is not None:
@@ -305,21 +293,17 @@ class TelechatTokenizer:
 
     def _render(self, conversation: object, template: str | None = None, **options: Any) -> str:
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
-        return chat.render(template or self.chat_template, conversation, constants=names, **options)
+        return render(template or self.chat_template, conversation, constants=names, **options)
 
     def _encode_chat(self, conversation: object, **options: Any) -> list[int]:
-        masked = control_tokens.split(self._render(conversation, **options))
-        return self._encode_runs(Run(chat.unmask(run.text), run.is_control) for run in masked)
+        masked = split(self._render(conversation, **options))
+        return self._encode_runs(Run(unmask(run.text), run.is_control) for run in masked)
 
     def _encode_runs(self, runs: Iterable[Run]) -> list[int]:
         ids: list[int] = []
         for run in runs:
             ids += [CONTROL_IDS[run.text]] if run.is_control else self._vocabulary.encode(run.text)
         return ids
-
-
-def _bare_prompt_mode(value: object) -> str:
-    return tokenizer_config.check_choice("bare_prompt", value, tokenizer_config.BARE_PROMPT_MODES)
 
 
 def _as_array(rows: list[list[int]], return_tensors: str) -> NDArray[np.int64]:

@@ -116,9 +116,8 @@ def _load(file: Path) -> Any:
         if not stat.S_ISREG(status.st_mode):
             raise TokenizerError("is not a regular file", where=file, advice=advice)
         if status.st_size > _MAX_BYTES:
-            raise TokenizerError(
-                "is too large for a tokenizer", where=file, expected=f"at most {_MAX_BYTES} bytes", found=status.st_size
-            )
+            limit = f"at most {_MAX_BYTES} bytes"
+            raise TokenizerError("is too large for a tokenizer", where=file, expected=limit, found=status.st_size)
         data = file.read_bytes()
     except FileNotFoundError:
         raise TokenizerError("file is missing", where=file, advice=advice) from None
@@ -127,9 +126,7 @@ def _load(file: Path) -> Any:
     processor = SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(data)
-        processor.id_to_piece(
-            list(range(len(processor)))
-        )  # sentencepiece itself does not mind pieces that are not UTF-8
+        processor.id_to_piece(list(range(len(processor))))  # sentencepiece does not mind pieces that are not UTF-8
     except (RuntimeError, UnicodeDecodeError):
         raise TokenizerError("is damaged or not a sentencepiece model", where=file, advice=advice) from None
     return processor
@@ -137,17 +134,13 @@ def _load(file: Path) -> Any:
 
 def _check_layout(processor: Any, file: Path) -> None:
     if not processor.is_unknown(UNKNOWN_ID):
-        raise TokenizerError(
-            f"is not a TeleChat2 tokenizer: id {UNKNOWN_ID} is not its unknown token",
-            where=file,
-            found=processor.id_to_piece(UNKNOWN_ID),
-        )
+        fault = f"is not a TeleChat2 tokenizer: id {UNKNOWN_ID} is not its unknown token"
+        raise TokenizerError(fault, where=file, found=processor.id_to_piece(UNKNOWN_ID))
     for name, index in CONTROL_IDS.items():
-        found = processor.id_to_piece(index) if index < len(processor) else "no piece"
-        if found != name or not processor.is_control(index):
-            raise TokenizerError(
-                f"is not a TeleChat2 tokenizer: id {index} is not the control token {name}", where=file, found=found
-            )
+        piece = processor.id_to_piece(index) if index < len(processor) else "no piece"
+        if piece != name or not processor.is_control(index):
+            fault = f"is not a TeleChat2 tokenizer: id {index} is not the control token {name}"
+            raise TokenizerError(fault, where=file, found=piece)
     # A file without its last record still loads, with sentencepiece's default normaliser, which drops repeated spaces.
     if processor.decode(processor.encode(_PROBE)) != _PROBE:
         raise TokenizerError(
