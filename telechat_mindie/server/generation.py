@@ -9,12 +9,17 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.server.answers import Answer
 from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine
+
+PromptIds = Sequence[int] | NDArray[np.int64]
 
 
 class Ended(enum.Enum):
@@ -45,7 +50,7 @@ class Generation:
     def __init__(
         self,
         engine: Engine,
-        prompt_ids: Sequence[int],
+        prompt_ids: PromptIds,
         params: GenerationParams,
         count: int,
         *,

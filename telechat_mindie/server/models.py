@@ -126,7 +126,7 @@ def info(service: Service) -> dict[str, Any]:
 def _tokenize(service: Service, raw: bytes) -> dict[str, Any]:
     body = validate(TokenizerRequest, parse(raw))
     try:
-        ids = service.encode(body.inputs, "inputs")
+        ids = service.encode(body.inputs, "inputs").tolist()
     except InputError as error:
         raise invalid(str(error)) from None
     texts = TokenTexts(service.tokenizer)

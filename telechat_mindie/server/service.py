@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError
 from telechat_mindie.server.fields import RequestBody, utf16_length
-from telechat_mindie.server.generation import Ended, Generation
+from telechat_mindie.server.generation import Ended, Generation, PromptIds
 from telechat_mindie.server.host import EngineHost
 from telechat_mindie.server.http.body import BodyReader, parse
 from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine, invalid
@@ -22,6 +25,8 @@ from telechat_mindie.server.render import Renderer
 from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.settings import ServerSettings
 from telechat_mindie.text.input_builder import InputBuilder
+
+_Ids = TypeVar("_Ids", list[int], NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Job:
         name: the client's own id of the request, by which another request can stop it.
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: PromptIds
     params: GenerationParams
     renderer: Renderer
     stream: bool
@@ -117,7 +122,7 @@ class Service:
         if self.is_stopping:
             raise ApiError(503, STOPPED)
 
-    def encode(self, text: str, where: str, keep: int | None = None) -> list[int]:
+    def encode(self, text: str, where: str, keep: int | None = None) -> NDArray[np.int64]:
         """The tokens of a bare prompt, as MindIE's ms backend has them made (mf_tokenizer_wrapper.py:34).
 
         Args:
@@ -134,7 +139,7 @@ class Service:
         elif self.settings.truncation:
             text = text[: self._longest_text]
         self._check_length(utf16_length(text))
-        ids: list[int] = self.tokenizer([text], return_tensors="np")["input_ids"][0].tolist()
+        ids: NDArray[np.int64] = self.tokenizer([text], return_tensors="np")["input_ids"][0]
         return self.cut(ids if keep is None else ids[-keep:])
 
     def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any], length: int) -> list[int]:
@@ -143,7 +148,7 @@ class Service:
             self._check_length(length)
         return self.cut(InputBuilder(self.tokenizer).make_context(0, messages, **options))
 
-    def cut(self, ids: list[int]) -> list[int]:
+    def cut(self, ids: _Ids) -> _Ids:
         """With `truncation` the beginning of a prompt that is too long (llm_manager_impl.cpp:1526)."""
         return ids[: self.engine.config.longest_prompt] if self.settings.truncation else ids
 

@@ -115,13 +115,9 @@ def read_native(service: Service, data: dict[str, Any]) -> Job:
     body = validate(NativeRequest, data)
     if (body.inputs is None) == (body.input_id is None):
         raise invalid("The request must have either inputs or input_id.")
-    if body.inputs is not None:
-        prompt = service.encode(text_of(body.inputs, "inputs"), "inputs")
-    else:
-        prompt = service.cut(body.input_id or [])
-    wanted = body.parameters
+    text, wanted = body.inputs, body.parameters
     return Job(
-        prompt,
+        service.cut(body.input_id or []) if text is None else service.encode(text_of(text, "inputs"), "inputs"),
         service.params(wanted, wanted.max_new_tokens),
         NativeRenderer(wanted.details, service.settings.full_text),
         body.stream,

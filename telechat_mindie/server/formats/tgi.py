@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 from pydantic import Field
 
 from telechat_mindie.engine.output import Output
@@ -48,7 +50,7 @@ class TgiRenderer(Renderer):
     """
 
     def __init__(
-        self, wanted: TgiParameters, prompt: str, prompt_ids: Sequence[int], *, as_list: bool, full_text: bool
+        self, wanted: TgiParameters, prompt: str, prompt_ids: NDArray[np.int64], *, as_list: bool, full_text: bool
     ) -> None:
         super().__init__(full_text)
         self._wanted = wanted
@@ -60,7 +62,7 @@ class TgiRenderer(Renderer):
         (answer,) = answers
         body: dict[str, object] = {}
         if self._wanted.details or self._wanted.decoder_input_details:
-            prefill = self._prompt_ids if self._wanted.decoder_input_details else ()
+            prefill = self._prompt_ids.tolist() if self._wanted.decoder_input_details else ()
             details = self._details(answer)
             seed = details.pop("seed")
             details |= {"prefill": list(map(_token, prefill)), "seed": seed}
