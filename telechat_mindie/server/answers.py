@@ -1,11 +1,15 @@
-"""What a request has got so far: one answer for each of its sequences."""
+"""What a request has got so far, one answer for each of its sequences, and how a format shows it."""
 
 from __future__ import annotations
 
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.sampler import TokenLogprobs
+from telechat_mindie.server.http.errors import dump
 
 _REASONS = {FinishReason.EOS: "eos_token", FinishReason.LENGTH: "length", FinishReason.MAX_SEQ: "length"}
 
@@ -17,13 +21,13 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)  # seconds between tokens
+    intervals: list[float] = field(default_factory=list)  # seconds between tokens
     last: Output | None = None
 
     def add(self, output: Output) -> None:
         if output.token_ids:
             if self.last is not None:
-                self.gaps.append(output.timings.now - self.last.timings.now)
+                self.intervals.append(output.timings.now - self.last.timings.now)
             self.token_ids += output.token_ids
             self.logprobs += output.logprobs
         self.text += output.text
@@ -58,13 +62,47 @@ class Answer:
             return None
         return _REASONS.get(self.last.finish_reason, "stop_sequence")
 
+    def ending(self) -> dict[str, object]:
+        """How it ended and how long it is, as all formats but OpenAI's begin their details."""
+        return {"finish_reason": self.finish_reason, "generated_tokens": len(self.token_ids)}
 
-def usage(answers: list[Answer], show_cached: bool) -> dict[str, object]:
-    """OpenAI's count of tokens; `cached_tokens` only where there is a prefix cache, as in MindIE."""
-    last = answers[0].last
-    prompt = 0 if last is None else last.prompt_tokens
-    generated = sum(len(answer.token_ids) for answer in answers)
-    counted: dict[str, object] = {"prompt_tokens": prompt}
-    if show_cached:
-        counted["prompt_tokens_details"] = {"cached_tokens": 0 if last is None else last.cached_tokens}
-    return counted | {"completion_tokens": generated, "total_tokens": prompt + generated}
+    def step_times(self) -> dict[str, int | None]:
+        """Milliseconds of the last step, in a stream of MindIE's own format and of Triton's."""
+        if not self.intervals:
+            return {"prefill_time": round(self.first_token_seconds * 1000), "decode_time": None}
+        return {"prefill_time": None, "decode_time": round(self.intervals[-1] * 1000)}
+
+
+class Renderer(ABC):
+    """One request's format. A new one for each request, since a stream may have state.
+
+    Args:
+        full_text: each event of a stream repeats the whole text (fullTextEnabled).
+    """
+
+    media_type = "text/event-stream"  # of a stream, also of vLLM's, which is none
+    end: bytes = b""  # behind the last event of a stream
+
+    def __init__(self, full_text: bool = False) -> None:
+        self._full_text = full_text
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Answer]) -> object:
+        """The JSON of the finished answers, best first."""
+
+    @abstractmethod
+    def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
+        """The JSON of each event for an output of answer `index`, which includes it."""
+
+    def frame(self, event: object) -> bytes:
+        """An event, or the error that ends a stream, as bytes."""
+        return b"data: " + dump(event) + b"\n\n"
+
+    def piece(self, answer: Answer, output: Output) -> str:
+        """The text that a stream shows of an output: the new one, or all so far."""
+        return answer.text if self._full_text else output.text
+
+
+def request_id() -> str:
+    """The `id` of an answer whose request brought none."""
+    return f"endpoint_common_{uuid.uuid4().hex}"

@@ -9,11 +9,7 @@ from importlib import resources
 from fastapi import APIRouter, FastAPI, Response
 
 from telechat_mindie import __version__
-from telechat_mindie.server.formats.chat import chat_routes
-from telechat_mindie.server.formats.completions import completion_routes
-from telechat_mindie.server.formats.mindie import native_routes
-from telechat_mindie.server.formats.tgi import tgi_routes
-from telechat_mindie.server.formats.triton import triton_routes
+from telechat_mindie.server.formats.routes import format_routes
 from telechat_mindie.server.http.errors import ApiError
 from telechat_mindie.server.http.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
 from telechat_mindie.server.http.openapi import document
@@ -37,11 +33,7 @@ class Plane(Enum):
 
 
 def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> FastAPI:
-    """The routes of the planes that share a port.
-
-    Args:
-        is_local: the port is on a loopback address.
-    """
+    """The routes of the planes that share a port, which `is_local` to this machine or is not."""
     planes = set(planes)
     app = FastAPI(
         title="telechat-mindie",
@@ -54,9 +46,8 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> FastA
     )
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     if Plane.BUSINESS in planes:
-        for routes in (native_routes, tgi_routes, chat_routes, completion_routes, triton_routes, model_routes):
-            app.include_router(routes(service))
-        app.include_router(page_routes())
+        for router in (format_routes(service), model_routes(service), page_routes()):
+            app.include_router(router)
     if Plane.MANAGEMENT in planes:
         app.include_router(management_routes(service))
     if Plane.METRICS in planes:

@@ -1,4 +1,4 @@
-"""What the bodies of all request formats have in common: how fields are typed, and how a wrong one is told."""
+"""What the bodies of all request formats have in common: how fields are typed, and what is said of a wrong one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from telechat_mindie.server.http.errors import ApiError, invalid
-from telechat_mindie.server.limits import (
-    MAX_SEQUENCES,
-    MAX_STOP_LENGTH,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKENS,
-    MAX_STOP_TOTAL,
-    MAX_TIMEOUT,
-)
 from telechat_mindie.units import INT32_MAX
 
+MAX_STOP_STRINGS = 1024
+MAX_STOP_LENGTH = 1024  # UTF-16 units, as all of MindIE's lengths of texts
+MAX_STOP_TOTAL = 32 * 1024
+MAX_STOP_TOKENS = 1024  # distinct ones; ours: each is compared with each token
+MAX_SEQUENCES = 128  # best_of and n
+MAX_PROMPT_TOKENS = 1024 * 1024
+MAX_TIMEOUT = 65535  # seconds
 INT64_MAX = 2**63 - 1
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -61,6 +60,8 @@ Tokens = Annotated[int, Field(gt=0, le=INT32_MAX)]
 Seed = Annotated[int, Field(ge=0, le=INT64_MAX)]
 Sequences = Annotated[int, Field(ge=1, le=MAX_SEQUENCES)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_PROMPT_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Positive = Annotated[float, Field(gt=0, le=FLOAT32_MAX)]
 Temperature = Annotated[float, Field(ge=0, le=FLOAT32_MAX)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -83,7 +84,7 @@ def validate(model: type[Body], data: dict[str, Any]) -> Body:
     try:
         return model.model_validate(without_nulls(data))
     except ValidationError as failure:
-        raise explain(failure) from None
+        raise _first_fault(failure) from None
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +96,7 @@ def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def explain(failure: ValidationError) -> ApiError:
-    """The first fault as a sentence: what, and what was found."""
+def _first_fault(failure: ValidationError) -> ApiError:
     fault = failure.errors(include_url=False)[0]
     # pydantic names the branch of a union (`str`, `list[str]`), which says nothing to a client.
     path = [str(step) for step in fault["loc"] if isinstance(step, int) or re.fullmatch(r"\w+", step)]

@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.engine.engine import Engine
+from telechat_mindie.engine.engine import Engine, EngineBusyError, EngineStoppedError
 from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.params import GenerationParams
-from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.errors import InputError, TelechatMindieError
 from telechat_mindie.server.answers import Answer
-from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine
+from telechat_mindie.server.http.errors import STOPPED, ApiError
 
 PromptIds = Sequence[int] | NDArray[np.int64]
 
@@ -32,6 +32,15 @@ class Ended(enum.Enum):
 
 class ClientGoneError(Exception):
     """Nobody is there to be answered."""
+
+
+def from_engine(error: TelechatMindieError) -> ApiError:
+    """What MindIE answers where its engine refuses a request (single_llm_pnd_req_handler.cpp:95-108)."""
+    if isinstance(error, EngineBusyError):
+        return ApiError(503, str(error))
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, STOPPED)
+    return ApiError(424 if isinstance(error, InputError) else 500, f"Failed to enqueue the request: {error}")
 
 
 class Generation:
@@ -94,7 +103,7 @@ class Generation:
 
         Raises:
             ApiError: 500 the engine failed or took too long, 503 the server stops.
-            ClientGoneError: `cancel` was told so.
+            ClientGoneError: the client left.
         """
         left = len(self.answers)
         self._watch()

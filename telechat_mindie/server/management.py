@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from telechat_mindie import __version__
 from telechat_mindie.engine.output import FinishReason
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import TelechatMindieError
-from telechat_mindie.server.http.errors import STOPPED, ApiError, dump
+from telechat_mindie.server.http.errors import STOPPED, ApiError, json_response
 from telechat_mindie.server.metrics import CONTENT_TYPE
-from telechat_mindie.server.models import check_model, info
 from telechat_mindie.server.service import Service
 
 DEFAULT_PROBE_SECONDS, MAX_PROBE_SECONDS = 10, 600  # endpoint_def.h: SIMULATE_CV_WAIT_TIME, CV_WAIT_TIME
@@ -30,17 +30,18 @@ def management_routes(service: Service) -> APIRouter:
     @router.get("/v2/health/live")
     async def live() -> Response:
         _check_alive(service)
-        return _message(200, "Service is alive but busy") if _is_busy(service) else Response()
+        return json_response({"message": "Service is alive but busy"}) if _is_busy(service) else Response()
 
     @router.get("/v2/health/ready")
     async def ready() -> Response:
         _check_alive(service)
-        return _message(503, "Service is alive but busy. Send fewer requests.") if _is_busy(service) else Response()
+        message = {"message": "Service is alive but busy. Send fewer requests."}
+        return json_response(message, 503) if _is_busy(service) else Response()
 
     @router.get("/v2/models/{model}/ready")
     async def model_ready(model: str) -> Response:
         _check_alive(service)
-        check_model(service, model)
+        service.check_model(model)
         return Response()
 
     @router.get("/health/timed")
@@ -57,7 +58,29 @@ def management_routes(service: Service) -> APIRouter:
     @router.get("/info")
     async def get_info() -> dict[str, Any]:
         _check_alive(service)
-        return info(service)
+        settings, engine = service.settings, service.engine.config
+        model = {
+            "model_device_type": "cpu",
+            "model_dtype": service.defaults.dtype,
+            "model_id": settings.model_name,
+            "model_pipeline_tag": "text-generation",
+            "model_sha": None,
+            "max_total_tokens": engine.max_seq_len,
+        }
+        return {  # in TGI's form
+            "docker_label": None,
+            "max_batch_total_tokens": engine.max_prefill_tokens,
+            "max_best_of": 1,
+            "max_concurrent_requests": engine.max_batch_size,
+            "max_stop_sequences": None,
+            "max_waiting_tokens": None,
+            "sha": None,
+            "validation_workers": None,
+            "version": __version__,
+            "waiting_served_ratio": None,
+            "models": [model],
+            "max_input_length": engine.max_input_token_len,
+        }
 
     @router.get("/v1/config")
     async def config() -> dict[str, Any]:
@@ -93,7 +116,7 @@ def management_routes(service: Service) -> APIRouter:
     @router.get("/v2/models/{model}/getSlotCount")
     async def slot_count(model: str) -> dict[str, Any]:
         _check_alive(service)
-        check_model(service, model)
+        service.check_model(model)
         resources, engine = _resources(service), service.engine.config
         return {
             "total_slots": engine.max_batch_size,
@@ -150,14 +173,10 @@ def _is_busy(service: Service) -> bool:
     return stats.waiting > 0 or stats.running >= service.engine.config.max_batch_size
 
 
-def _message(status: int, text: str) -> Response:
-    return Response(dump({"message": text}), status, media_type="application/json")
-
-
 async def _probe(service: Service, seconds: int) -> Response:
     """Compute one token within the time. A server that is busy computes anyway, and counts as healthy."""
     if service.is_stopping:
-        return Response(dump({"status": "healthy"}), media_type="application/json")
+        return json_response({"status": "healthy"})
     try:
         params = GenerationParams(max_new_tokens=1, priority=1, timeout=seconds)
         stream = service.engine.add_async([service.tokenizer.bos_token_id], params)
@@ -166,7 +185,7 @@ async def _probe(service: Service, seconds: int) -> Response:
     async for output in stream:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.CANCELLED):
             raise ApiError(500, f"Service is abnormal: {output.error or f'no token within {seconds} seconds'}")
-    return Response(dump({"status": "healthy"}), media_type="application/json")
+    return json_response({"status": "healthy"})
 
 
 def _resources(service: Service) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from telechat_mindie.engine.output import EngineStats
 from telechat_mindie.server.answers import Answer
@@ -30,30 +29,7 @@ WINDOW_SECONDS = 10.0
 RECENT = 1000
 """Requests over which /metrics-json averages (DYNAMIC_AVERAGE_WINDOW_SIZE)."""
 
-
-class Histogram:
-    """Counts observations up to each bucket's bound."""
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
-        self.name = name
-        self.text = text
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        index = next((index for index, bound in enumerate(self._bounds) if value <= bound), len(self._bounds))
-        self._counts[index] += 1
-        self._sum += value
-
-    def family(self, labels: Sequence[str]) -> Metric:
-        family = HistogramMetricFamily(self.name, self.text, labels=("model_name",))
-        seen, buckets = 0, []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            seen += count
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), float(seen)))
-        family.add_metric(labels, buckets, self._sum)
-        return family
+disable_created_metrics()  # type: ignore[no-untyped-call]  # MindIE has no series of when a histogram was made
 
 
 class Metrics:
@@ -66,11 +42,14 @@ class Metrics:
         self._warm_up_tokens = stats().generated_tokens
         self.received = self.succeeded = self.failed = 0
         self.prompt_tokens = 0
-        self.first_token = Histogram("time_to_first_token_seconds", "Seconds to the first token.", FIRST_TOKEN_BUCKETS)
-        self.token_time = Histogram("time_per_output_token_seconds", "Seconds between tokens.", TOKEN_TIME_BUCKETS)
-        self.request_time = Histogram("e2e_request_latency_seconds", "Seconds of whole requests.", REQUEST_BUCKETS)
-        self.prompt_length = Histogram("request_prompt_tokens", "Tokens of prompts.", TOKEN_BUCKETS)
-        self.answer_length = Histogram("request_generation_tokens", "Tokens of answers.", TOKEN_BUCKETS)
+        self._histograms: list[Histogram] = []
+        self._first_token = self._make(
+            "time_to_first_token_seconds", "Seconds to the first token.", FIRST_TOKEN_BUCKETS
+        )
+        self._token_time = self._make("time_per_output_token_seconds", "Seconds between tokens.", TOKEN_TIME_BUCKETS)
+        self._request_time = self._make("e2e_request_latency_seconds", "Seconds of whole requests.", REQUEST_BUCKETS)
+        self._prompt_length = self._make("request_prompt_tokens", "Tokens of prompts.", TOKEN_BUCKETS)
+        self._answer_length = self._make("request_generation_tokens", "Tokens of answers.", TOKEN_BUCKETS)
         self.recent_first_tokens: deque[float] = deque(maxlen=RECENT)  # seconds
         self.recent_token_times: deque[float] = deque(maxlen=RECENT)
         self._registry = CollectorRegistry()
@@ -79,19 +58,19 @@ class Metrics:
     def accept(self, prompt_tokens: int) -> None:
         """A prompt went to the engine."""
         self.prompt_tokens += prompt_tokens
-        self.prompt_length.observe(prompt_tokens)
+        self._prompt_length.observe(prompt_tokens)
 
     def succeed(self, answers: Sequence[Answer], seconds: float) -> None:
         """A request was answered, `seconds` after it came."""
         self.succeeded += 1
-        self.request_time.observe(seconds)
-        self.answer_length.observe(sum(len(answer.token_ids) for answer in answers))
+        self._request_time.observe(seconds)
+        self._answer_length.observe(sum(len(answer.token_ids) for answer in answers))
         for answer in answers:
-            self.first_token.observe(answer.first_token_seconds)
-            for gap in answer.gaps:
-                self.token_time.observe(gap)
-            if answer.gaps:
-                self.recent_token_times.append(sum(answer.gaps) / len(answer.gaps))
+            self._first_token.observe(answer.first_token_seconds)
+            for interval in answer.intervals:
+                self._token_time.observe(interval)
+            if answer.intervals:
+                self.recent_token_times.append(sum(answer.intervals) / len(answer.intervals))
         self.recent_first_tokens.append(answers[0].first_token_seconds)
 
     def text(self) -> bytes:
@@ -102,40 +81,36 @@ class Metrics:
         """Called by the registry."""
         stats = self._stats()
         prefill, decode = self._throughput(stats)
-        hosts = stats.host_blocks_total
-        for name, text, count in (
-            ("request_received", "Requests that came.", self.received),
-            ("request_success", "Requests that were answered.", self.succeeded),
-            ("request_failed", "Requests that were refused or failed.", self.failed),
-            ("prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
-            ("generation_tokens", "Tokens of answers.", stats.generated_tokens - self._warm_up_tokens),
-            ("num_preemptions", "Times that a running request gave its cache back.", stats.preemptions),
+        failed = self.failed / max(self.received, 1)
+        host_use = stats.host_blocks_used / stats.host_blocks_total if stats.host_blocks_total else 0.0
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        for kind, name, text, value in (
+            (counter, "request_received", "Requests that came.", self.received),
+            (counter, "request_success", "Requests that were answered.", self.succeeded),
+            (counter, "request_failed", "Requests that were refused or failed.", self.failed),
+            (counter, "prompt_tokens", "Tokens of prompts.", self.prompt_tokens),
+            (counter, "generation_tokens", "Tokens of answers.", stats.generated_tokens - self._warm_up_tokens),
+            (counter, "num_preemptions", "Times that a running request gave its cache back.", stats.preemptions),
+            (gauge, "num_requests_running", "Requests that hold cache.", stats.running),
+            (gauge, "num_requests_waiting", "Requests that wait for cache.", stats.waiting),
+            (gauge, "num_requests_swapped", "Requests whose cache is in host memory.", stats.swapped),
+            (gauge, "avg_prompt_throughput_toks_per_s", "Tokens of prompts a second.", prefill),
+            (gauge, "avg_generation_throughput_toks_per_s", "Tokens of answers a second.", decode),
+            (gauge, "failed_request_perc", "Failed part of the requests, 1 for all.", failed),
+            (gauge, "npu_cache_usage_perc", "Used part of the cache, 1 for all.", stats.block_use),
+            (gauge, "cpu_cache_usage_perc", "Used part of the host's.", host_use),
+            (gauge, "npu_prefix_cache_hit_rate", "Part of the prompts found in the cache.", stats.prefix_hit_rate),
         ):
-            counter = CounterMetricFamily(name, text, labels=("model_name",))
-            counter.add_metric(self._labels, count)
-            yield counter
-        for name, text, value in (
-            ("num_requests_running", "Requests that hold cache.", stats.running),
-            ("num_requests_waiting", "Requests that wait for cache.", stats.waiting),
-            ("num_requests_swapped", "Requests whose cache is in host memory.", stats.swapped),
-            ("avg_prompt_throughput_toks_per_s", "Tokens of prompts a second.", prefill),
-            ("avg_generation_throughput_toks_per_s", "Tokens of answers a second.", decode),
-            ("failed_request_perc", "Failed part of the requests, 1 for all.", self.failed / max(self.received, 1)),
-            ("npu_cache_usage_perc", "Used part of the cache, 1 for all.", stats.block_use),
-            ("cpu_cache_usage_perc", "Used part of the host's.", stats.host_blocks_used / hosts if hosts else 0.0),
-            ("npu_prefix_cache_hit_rate", "Part of the prompts found in the cache.", stats.prefix_hit_rate),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=("model_name",))
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for histogram in (
-            self.first_token,
-            self.token_time,
-            self.request_time,
-            self.prompt_length,
-            self.answer_length,
-        ):
-            yield histogram.family(self._labels)
+            family = kind(name, text, labels=("model_name",))
+            family.add_metric(self._labels, value)
+            yield family
+        for histogram in self._histograms:
+            yield from histogram.collect()
+
+    def _make(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
+        histogram = Histogram(name, text, ("model_name",), registry=None, buckets=bounds)
+        self._histograms.append(histogram)
+        return histogram.labels(*self._labels)
 
     def _throughput(self, stats: EngineStats) -> tuple[float, float]:
         """Tokens a second of prompts and answers since the oldest look that is in the window."""

@@ -1,5 +1,5 @@
-"""What the server says of its model: OpenAI's /v1/models, Triton's /v2, TGI's /info, MindIE's /v1/config
-(single_req_infer_interface/parse_protocol.cpp, http_wrapper/http_handler.cpp:1390-1530), and /v1/tokenizer."""
+"""What the business plane says of its model: OpenAI's /v1/models, Triton's /v2 and MindIE's /v1/tokenizer
+(single_req_infer_interface/parse_protocol.cpp, http_wrapper/http_handler.cpp:1390-1530)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pydantic import Field
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
 from telechat_mindie.server.fields import RequestBody, validate
-from telechat_mindie.server.formats.logprobs import TokenTexts
 from telechat_mindie.server.http.body import parse
-from telechat_mindie.server.http.errors import ApiError, dump, invalid
+from telechat_mindie.server.http.errors import invalid, json_response
 from telechat_mindie.server.http.openapi import accepts
 from telechat_mindie.server.service import Service
 
@@ -25,14 +24,6 @@ class TokenizerRequest(RequestBody):
 
     inputs: str = Field(min_length=1, examples=["生抽与老抽的区别？"])
     do_decode: bool = Field(default=True, description="false: only count")
-
-
-def check_model(service: Service, name: str) -> None:
-    """Raises:
-    ApiError: 404, the model in a path is not the one that is served.
-    """
-    if name != service.settings.model_name:
-        raise ApiError(404, f"Model {name} not found.")
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -49,7 +40,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models/{model}")
     async def model_card(model: str) -> dict[str, Any]:
-        check_model(service, model)
+        service.check_model(model)
         return {"id": model, "object": "model", "created": service.started, "owned_by": OWNER}
 
     @router.get("/v2")
@@ -65,7 +56,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v2/models/{model}")
     async def model_metadata(model: str) -> dict[str, Any]:
-        check_model(service, model)
+        service.check_model(model)
         return {
             "name": model,
             "platform": OWNER,
@@ -75,7 +66,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v2/models/{model}/config")
     async def model_config(model: str) -> dict[str, Any]:
-        check_model(service, model)
+        service.check_model(model)
         return {
             "model_name": model,
             "input_datatype": "UINT32",
@@ -91,36 +82,9 @@ def model_routes(service: Service) -> APIRouter:
     @router.post("/v1/tokenizer", openapi_extra=accepts(TokenizerRequest))
     async def tokenizer(request: Request) -> Response:
         raw = await service.bodies.read(request)
-        return Response(dump(await service.in_thread(_tokenize, service, raw)), media_type="application/json")
+        return json_response(await service.in_thread(_tokenize, service, raw))
 
     return router
-
-
-def info(service: Service) -> dict[str, Any]:
-    """GET /info of the management plane, in TGI's form."""
-    settings, engine = service.settings, service.engine.config
-    model = {
-        "model_device_type": "cpu",
-        "model_dtype": service.defaults.dtype,
-        "model_id": settings.model_name,
-        "model_pipeline_tag": "text-generation",
-        "model_sha": None,
-        "max_total_tokens": engine.max_seq_len,
-    }
-    return {
-        "docker_label": None,
-        "max_batch_total_tokens": engine.max_prefill_tokens,
-        "max_best_of": 1,
-        "max_concurrent_requests": engine.max_batch_size,
-        "max_stop_sequences": None,
-        "max_waiting_tokens": None,
-        "sha": None,
-        "validation_workers": None,
-        "version": __version__,
-        "waiting_served_ratio": None,
-        "models": [model],
-        "max_input_length": engine.max_input_token_len,
-    }
 
 
 def _tokenize(service: Service, raw: bytes) -> dict[str, Any]:
@@ -129,8 +93,5 @@ def _tokenize(service: Service, raw: bytes) -> dict[str, Any]:
         ids = service.encode(body.inputs, "inputs").tolist()
     except InputError as error:
         raise invalid(str(error)) from None
-    texts = TokenTexts(service.tokenizer)
-    pieces = (
-        [texts.of(token, ids[max(0, place - 3) : place]) for place, token in enumerate(ids)] if body.do_decode else []
-    )
-    return {"token_number": len(ids), "tokens": [piece for piece in pieces if piece]}
+    texts = [service.token_text(token, ids, place) for place, token in enumerate(ids)] if body.do_decode else []
+    return {"token_number": len(ids), "tokens": [text for text in texts if text]}

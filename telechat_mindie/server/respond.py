@@ -12,19 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from telechat_mindie.server.generation import ClientGoneError, Ended, Generation
-from telechat_mindie.server.http.errors import ApiError, dump
+from telechat_mindie.server.http.errors import ApiError, dump, error_response
 from telechat_mindie.server.service import Job, Service
-
-_JSON = "application/json"
 
 
 class BrokenOffError(Exception):
-    """A stream that had begun ended with an error, which the client was told."""
-
-
-def error_response(error: ApiError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 503 else None
-    return Response(dump(error.content()), error.status, headers, _JSON)
+    """A stream that had begun ended with an error, as its last event says."""
 
 
 class Answering(Response):
@@ -80,7 +73,7 @@ async def _whole(job: Job, generation: Generation, send: Send) -> None:
     if job.count > 1:
         answers = sorted(answers, key=lambda answer: -answer.total_logprob)
     body = dump(job.renderer.whole(answers))
-    await _start(send, _JSON, len(body))
+    await _start(send, "application/json", len(body))
     await send({"type": "http.response.body", "body": body})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError
+from telechat_mindie.server.answers import Renderer
 from telechat_mindie.server.fields import RequestBody, utf16_length
-from telechat_mindie.server.generation import Ended, Generation, PromptIds
+from telechat_mindie.server.generation import Ended, Generation, PromptIds, from_engine
 from telechat_mindie.server.host import EngineHost
 from telechat_mindie.server.http.body import BodyReader, parse
-from telechat_mindie.server.http.errors import STOPPED, ApiError, from_engine, invalid
+from telechat_mindie.server.http.errors import STOPPED, ApiError, invalid
 from telechat_mindie.server.metrics import Metrics
-from telechat_mindie.server.render import Renderer
 from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.settings import ServerSettings
 from telechat_mindie.text.input_builder import InputBuilder
+
+CONTEXT = 3
+"""Tokens that a token's text depends on: a character has at most four bytes, and each may be a token."""
+
+TokenText = Callable[[int, Sequence[int], int], str]
+"""`Service.token_text`"""
 
 _Ids = TypeVar("_Ids", list[int], NDArray[np.int64])
 
@@ -53,7 +59,7 @@ class Job:
 
 
 class Service:
-    """One server's state. All methods but `prepare` and what it calls belong to the event loop."""
+    """One server's state. All methods but `_prepare` and what it calls belong to the event loop."""
 
     def __init__(self, settings: ServerSettings, host: EngineHost) -> None:
         self.settings = settings
@@ -118,6 +124,11 @@ class Service:
         if job.name is not None and self.named.get(job.name) is generation:
             del self.named[job.name]
 
+    def check_model(self, name: str) -> None:
+        """Refuse a path that names another model than the one that is served."""
+        if name != self.settings.model_name:
+            raise ApiError(404, f"Model {name} not found.")
+
     def refuse_if_stopping(self) -> None:
         if self.is_stopping:
             raise ApiError(503, STOPPED)
@@ -152,14 +163,33 @@ class Service:
         """With `truncation` the beginning of a prompt that is too long (llm_manager_impl.cpp:1526)."""
         return ids[: self.engine.config.longest_prompt] if self.settings.truncation else ids
 
-    def params(
-        self, body: RequestBody, max_new_tokens: int | None, count: int = 1, logprobs: int | None = None
-    ) -> GenerationParams:
-        """The engine's parameters for a body with, or without, a `timeout` of its own."""
-        seconds = min(getattr(body, "timeout", None) or self.limits.request_seconds, self.limits.request_seconds)
-        return generation_params(
-            body, self.defaults, max_new_tokens=max_new_tokens, timeout=seconds, count=count, logprobs=logprobs
+    def token_text(self, token: int, ids: Sequence[int], place: int) -> str:
+        """What `token` adds to the text of `ids[:place]`, so that the texts of all tokens are that of the answer.
+
+        A character of several tokens belongs to the last of them; the others have no text.
+        """
+        context = ids[max(0, place - CONTEXT) : place]
+        # A slice of an array is read as a window of it: `Detokenizer.decode`.
+        return self.tokenizer.decode(np.array([*context, token], np.int64)[len(context) :])
+
+    def job(
+        self,
+        prompt_ids: PromptIds,
+        fields: RequestBody,
+        max_new_tokens: int | None,
+        renderer: Renderer,
+        stream: bool,
+        count: int = 1,
+        logprobs: int | None = None,
+        name: str | None = None,
+    ) -> Job:
+        """What to do for a body, or its `parameters`, which may have a `timeout` of their own."""
+        timeout: int | None = getattr(fields, "timeout", None)
+        seconds = min(timeout or self.limits.request_seconds, self.limits.request_seconds)
+        params = generation_params(
+            fields, self.defaults, max_new_tokens=max_new_tokens, timeout=seconds, count=count, logprobs=logprobs
         )
+        return Job(prompt_ids, params, renderer, stream, count, timeout is not None, name)
 
     @cached_property
     def _longest_token(self) -> int:

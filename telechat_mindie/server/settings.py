@@ -13,8 +13,8 @@ from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.mindie import SERVER_PORTS, exported_home
 from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.server.http.limits import Limits
 from telechat_mindie.server.http.tls import TlsFiles
-from telechat_mindie.server.limits import Limits
 from telechat_mindie.service import schema
 from telechat_mindie.service.schema.settings import Settings
 

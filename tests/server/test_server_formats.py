@@ -170,7 +170,7 @@ class TestTriton:
         given = {"name": "input0", "shape": [1, 2], "datatype": "UINT32", "data": ids}
         body = {
             "id": "mine-1",
-            "inputs": [given | {"parameters": {"max_new_tokens": 3, "top_k": 0, "seed": None}}],
+            "inputs": [given | {"parameters": {"max_new_tokens": None, "top_k": 0, "seed": None}}],
             "outputs": [{"name": ""}],
         }
         answer = server.post("/v2/models/nano/infer", body).json()

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from typing import ClassVar
 
 import httpx
 import pytest
 from helpers.null_model import NullRunner
 from helpers.server import nano_directory
+from telechat_mindie.engine.stats import EngineStats
 
 from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.output import FinishReason, Output, Timings
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.server.answers import Answer
 from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.formats.vllm import VllmRequest
 from telechat_mindie.server.generation import Generation
 from telechat_mindie.server.host import EngineHost, num_blocks
-from telechat_mindie.server.http.body import BodyReader, parse
+from telechat_mindie.server.http.body import MAX_JSON_DEPTH, BodyReader, parse
 from telechat_mindie.server.http.errors import ApiError
-from telechat_mindie.server.limits import MAX_JSON_DEPTH, Limits
-from telechat_mindie.server.metrics import Histogram
+from telechat_mindie.server.http.limits import Limits
+from telechat_mindie.server.metrics import Metrics
 from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.service import Service
 from telechat_mindie.server.settings import Address, plain_settings, read_settings
@@ -168,14 +171,61 @@ class TestBodies:
         assert asyncio.run(run()) == (503, 0)
 
 
-def test_histograms_count_up_to_their_bounds():
-    histogram = Histogram("seconds", "Text.", (1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe(value)
-    samples = {(s.name, s.labels.get("le")): s.value for s in histogram.family(("m",)).samples}
-    assert samples[("seconds_bucket", "1.0")] == 2 and samples[("seconds_bucket", "2.0")] == 3
-    assert samples[("seconds_bucket", "+Inf")] == samples[("seconds_count", None)] == 4
-    assert samples[("seconds_sum", None)] == 12.0
+def test_metrics_on_the_wire():
+    """Names, bounds and kinds as MindIE has them, and no series beside those."""
+    stats = EngineStats(
+        running=1,
+        waiting=2,
+        swapped=3,
+        blocks_total=10,
+        blocks_used=5,
+        host_blocks_total=4,
+        host_blocks_used=1,
+        preemptions=6,
+        prompt_tokens=100,
+        cached_tokens=25,
+        generated_tokens=50,
+        received=9,
+        finished={},
+    )
+    metrics = Metrics("m", lambda: stats)
+    metrics.received, metrics.failed = 4, 1
+    for tokens in (10, 11, 200_000):
+        metrics.accept(tokens)
+    answer = Answer(token_ids=[1, 2, 3], intervals=[0.01, 3.0])
+    metrics.succeed([answer], 59.0)
+    text = metrics.text().decode()
+    assert "_created" not in text
+    for line in """
+        # TYPE request_received_total counter
+        request_received_total{model_name="m"} 4.0
+        request_success_total{model_name="m"} 1.0
+        prompt_tokens_total{model_name="m"} 200021.0
+        failed_request_perc{model_name="m"} 0.25
+        npu_cache_usage_perc{model_name="m"} 0.5
+        cpu_cache_usage_perc{model_name="m"} 0.25
+        # HELP request_prompt_tokens Tokens of prompts.
+        # TYPE request_prompt_tokens histogram
+        request_prompt_tokens_bucket{le="10.0",model_name="m"} 1.0
+        request_prompt_tokens_bucket{le="50.0",model_name="m"} 2.0
+        request_prompt_tokens_bucket{le="128000.0",model_name="m"} 2.0
+        request_prompt_tokens_bucket{le="+Inf",model_name="m"} 3.0
+        request_prompt_tokens_count{model_name="m"} 3.0
+        request_prompt_tokens_sum{model_name="m"} 200021.0
+        time_per_output_token_seconds_bucket{le="0.01",model_name="m"} 1.0
+        time_per_output_token_seconds_count{model_name="m"} 2.0
+        e2e_request_latency_seconds_bucket{le="50.0",model_name="m"} 0.0
+        e2e_request_latency_seconds_bucket{le="60.0",model_name="m"} 1.0
+        """.strip().splitlines():
+        assert line.strip() in text.splitlines()
+    bounds = Counter(line.split("_bucket")[0] for line in text.splitlines() if "_bucket" in line)
+    assert bounds == {
+        "time_to_first_token_seconds": 17,
+        "time_per_output_token_seconds": 14,
+        "e2e_request_latency_seconds": 11,
+        "request_prompt_tokens": 16,
+        "request_generation_tokens": 16,
+    }
 
 
 class TestBrokenEngine:

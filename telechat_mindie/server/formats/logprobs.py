@@ -2,70 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from telechat_mindie.engine.sampler import TokenLogprobs
-from telechat_mindie.text.tokenizer import TelechatTokenizer
+from telechat_mindie.server.service import TokenText
 
-_CONTEXT = 3  # tokens: a character has at most four bytes, and each may be a token
-
-
-class TokenTexts:
-    """The text that a token adds to the answer before it, so that the texts of all tokens are the answer's.
-
-    A character of several tokens belongs to the last of them; the others have no text.
-    """
-
-    def __init__(self, tokenizer: TelechatTokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def of(self, token: int, before: Sequence[int]) -> str:
-        context = list(before[-_CONTEXT:])
-        # A slice of an array is read as a window of it: `Detokenizer.decode`.
-        return self._tokenizer.decode(np.array([*context, token], np.int64)[len(context) :])
+Texts = list[tuple[str, float]]
 
 
 def chat_content(
-    texts: TokenTexts, answer_ids: Sequence[int], reports: Sequence[TokenLogprobs]
+    token_text: TokenText, answer_ids: Sequence[int], reports: Sequence[TokenLogprobs]
 ) -> list[dict[str, object]]:
     """`logprobs.content` for the last `len(reports)` tokens of an answer."""
-    content = []
-    for place, report in enumerate(reports, len(answer_ids) - len(reports)):
-        before = answer_ids[max(0, place - _CONTEXT) : place]
-        own = _entry(texts.of(report.token_id, before), report.logprob)
-        tops = [_entry(texts.of(token, before), logprob) for token, logprob in report.top]
-        content.append(own | {"top_logprobs": tops})
-    return content
+    return [
+        _entry(text, logprob) | {"top_logprobs": [_entry(*top) for top in tops]}
+        for text, logprob, tops in _texts(token_text, answer_ids, reports)
+    ]
 
 
 def completion_lists(
-    texts: TokenTexts, answer_ids: Sequence[int], reports: Sequence[TokenLogprobs], offset: int
+    token_text: TokenText, answer_ids: Sequence[int], reports: Sequence[TokenLogprobs], offset: int
 ) -> tuple[dict[str, object], int]:
     """`logprobs` of a completion for the last `len(reports)` tokens, and the offset behind them.
 
     Args:
         offset: bytes of the answer before these tokens; MindIE counts bytes, OpenAI characters.
     """
-    offsets, tokens, top_logprobs = [], [], []
-    for place, report in enumerate(reports, len(answer_ids) - len(reports)):
-        before = answer_ids[max(0, place - _CONTEXT) : place]
-        text = texts.of(report.token_id, before)
+    offsets, tokens, logprobs, top_logprobs = [], [], [], []
+    for text, logprob, tops in _texts(token_text, answer_ids, reports):
         offsets.append(offset)
         offset += len(text.encode())
         tokens.append(text)
-        tops = {text: report.logprob}
-        for token, logprob in report.top:
-            tops.setdefault(texts.of(token, before), logprob)
-        top_logprobs.append(tops)
+        logprobs.append(logprob)
+        texts = {text: logprob}
+        for top_text, top_logprob in tops:  # tokens may have the same text: the first of them counts
+            texts.setdefault(top_text, top_logprob)
+        top_logprobs.append(texts)
     lists: dict[str, object] = {
         "text_offset": offsets,
-        "token_logprobs": [report.logprob for report in reports],
+        "token_logprobs": logprobs,
         "tokens": tokens,
         "top_logprobs": top_logprobs,
     }
     return lists, offset
+
+
+def _texts(
+    token_text: TokenText, answer_ids: Sequence[int], reports: Sequence[TokenLogprobs]
+) -> Iterator[tuple[str, float, Texts]]:
+    """Text and log probability of each reported token, and those of the most likely ones in its place."""
+    for place, report in enumerate(reports, len(answer_ids) - len(reports)):
+        tops = [(token_text(token, answer_ids, place), logprob) for token, logprob in report.top]
+        yield token_text(report.token_id, answer_ids, place), report.logprob, tops
 
 
 def _entry(text: str, logprob: float) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from telechat_mindie.engine.output import Output
-from telechat_mindie.server.answers import Answer
+from telechat_mindie.server.answers import Answer, Renderer
 from telechat_mindie.server.fields import (
     Penalty,
     Positive,
@@ -24,7 +24,6 @@ from telechat_mindie.server.fields import (
 )
 from telechat_mindie.server.formats.mindie import text_of
 from telechat_mindie.server.http.errors import dump, invalid
-from telechat_mindie.server.render import Renderer
 from telechat_mindie.server.service import Job, Service
 from telechat_mindie.units import INT32_MAX
 
@@ -63,8 +62,8 @@ class VllmRequest(VllmSampling):
 class VllmRenderer(Renderer):
     """A stream is no SSE: each JSON object ends with a NUL byte (:318)."""
 
-    def __init__(self, prompt: str, full_text: bool) -> None:
-        super().__init__(full_text)
+    def __init__(self, service: Service, prompt: str) -> None:
+        super().__init__(service.settings.full_text)
         self._prompt = prompt
 
     def whole(self, answers: Sequence[Answer]) -> object:
@@ -112,10 +111,5 @@ def read_vllm(service: Service, data: dict[str, Any]) -> Job:
         raise invalid(f"Adapter {body.model} is not loaded.")
     count = count_sequences(body, equal_in_streams=False)
     prompt = text_of(body.prompt, "prompt")
-    return Job(
-        service.encode(prompt, "prompt"),
-        service.params(body, body.max_tokens, count),
-        VllmRenderer(prompt, service.settings.full_text),
-        body.stream,
-        count,
-    )
+    renderer = VllmRenderer(service, prompt)
+    return service.job(service.encode(prompt, "prompt"), body, body.max_tokens, renderer, body.stream, count)

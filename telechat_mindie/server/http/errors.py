@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from telechat_mindie.engine.engine import EngineBusyError, EngineStoppedError
-from telechat_mindie.errors import InputError, TelechatMindieError
+from starlette.responses import Response
 
 ERROR_TYPES = {
     400: "Bad Request",
@@ -45,15 +44,14 @@ def invalid(text: str) -> ApiError:
     return ApiError(422, text)
 
 
-def from_engine(error: TelechatMindieError) -> ApiError:
-    """What MindIE answers where its engine refuses a request (single_llm_pnd_req_handler.cpp:95-108)."""
-    if isinstance(error, EngineBusyError):
-        return ApiError(503, str(error))
-    if isinstance(error, EngineStoppedError):
-        return ApiError(503, STOPPED)
-    return ApiError(424 if isinstance(error, InputError) else 500, f"Failed to enqueue the request: {error}")
-
-
 def dump(value: object) -> bytes:
     """JSON as MindIE writes it: no spaces, and UTF-8 rather than escapes."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump(value), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    return json_response(error.content(), error.status, {"Retry-After": "1"} if error.status == 503 else None)

@@ -11,8 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from telechat_mindie.server.http.errors import ApiError
-from telechat_mindie.server.respond import error_response
+from telechat_mindie.server.http.errors import ApiError, error_response
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from telechat_mindie.server.limits import Limits
+from telechat_mindie.server.http.limits import Limits
 
 
 def bounded_protocol(limits: Limits) -> type[H11Protocol]:

@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions: the request, and its rules (single_req_vllm_openai_infer_interface.cpp:41-600)."""
+"""What OpenAI's two routes take, and the rules between fields (single_req_vllm_openai_infer_interface.cpp:41-600,
+single_req_vllm_openai_completions_infer_interface.cpp)."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from telechat_mindie.server.fields import RequestBody, utf16_length
+from telechat_mindie.server.fields import RequestBody, TokenIds, utf16_length
 from telechat_mindie.server.formats.vllm import VllmSampling
 from telechat_mindie.server.http.errors import invalid
-from telechat_mindie.server.limits import MAX_TOP_LOGPROBS
 
+MAX_TOP_LOGPROBS = 20
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\u4e00-\u9fa5-]{1,64}$")]
 Filled = Annotated[str, Field(min_length=1)]
 
@@ -70,6 +71,13 @@ class ChatRequest(VllmSampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="variables for the chat template")
+
+
+class CompletionRequest(VllmSampling):
+    model: Filled
+    prompt: Filled | TokenIds = Field(examples=["生抽与老抽的区别？"])
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
 
 
 def check_messages(messages: list[Message]) -> None:

@@ -1,25 +1,13 @@
-"""Every bound of the server that is not a bound of the engine."""
+"""How much of everything a client may take; what a request may ask for is in `server/fields.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_JSON_DEPTH = 11
-"""Objects and lists within each other. MindIE drops, silently, what is nested deeper (src/utils/safe_io.cpp:20-52)."""
-
-MAX_STOP_STRINGS = 1024
-MAX_STOP_LENGTH = 1024  # UTF-16 units, as all of MindIE's lengths of texts
-MAX_STOP_TOTAL = 32 * 1024
-MAX_STOP_TOKENS = 1024  # distinct ones; ours: each is compared with each token
-MAX_SEQUENCES = 128  # best_of and n
-MAX_TOP_LOGPROBS = 20
-MAX_PROMPT_TOKENS = 1024 * 1024
-MAX_TIMEOUT = 65535  # seconds
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of everything a client may take.
+    """The bounds of a server that are not bounds of its engine.
 
     Args:
         body_bytes: of one request (maxRequestLength).

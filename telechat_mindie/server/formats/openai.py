@@ -1,0 +1,207 @@
+"""POST /v1/chat/completions and /v1/completions: the answers (single_req_vllm_openai_infer_interface.cpp:933-1200,
+single_req_vllm_openai_completions_infer_interface.cpp)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from telechat_mindie.engine.output import Output
+from telechat_mindie.engine.sampler import TokenLogprobs
+from telechat_mindie.server.answers import Answer, Renderer, request_id
+from telechat_mindie.server.fields import validate
+from telechat_mindie.server.formats.logprobs import chat_content, completion_lists
+from telechat_mindie.server.formats.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    check_logprobs,
+    check_messages,
+    conversation,
+    offered_tools,
+    text_length,
+)
+from telechat_mindie.server.formats.tool_calls import ToolCallParser, split_calls
+from telechat_mindie.server.formats.vllm import check_top_k, count_sequences
+from telechat_mindie.server.http.errors import invalid
+from telechat_mindie.server.service import Job, Service
+
+Fields = dict[str, Any]
+
+
+class OpenAIRenderer(Renderer):
+    """What both formats have around their choices.
+
+    Args:
+        service: for its settings and tokenizer.
+        with_logprobs: report log probabilities.
+    """
+
+    end = b"data: [DONE]\n\n"
+    kind: ClassVar[str]  # `object` of a whole answer
+
+    def __init__(self, service: Service, with_logprobs: bool) -> None:
+        super().__init__(service.settings.full_text)
+        self._head: Fields = {"id": request_id(), "object": self.kind, "created": int(time.time())}
+        self._head["model"] = service.settings.model_name
+        self._show_cached = service.engine.config.prefix_cache
+        self._token_text = service.token_text if with_logprobs else None
+
+    def _body(self, choices: Sequence[Fields], counted: Sequence[Answer] = ()) -> Fields:
+        """The whole answer, or an event; with the `usage` of the answers that are counted."""
+        body = {**self._head, "choices": choices}
+        return {**body, "usage": self._usage(counted)} if counted else body
+
+    def _usage(self, answers: Sequence[Answer]) -> Fields:
+        """The count of tokens; `cached_tokens` only where there is a prefix cache, as in MindIE."""
+        last = answers[0].last
+        prompt = 0 if last is None else last.prompt_tokens
+        generated = sum(len(answer.token_ids) for answer in answers)
+        usage: Fields = {"prompt_tokens": prompt}
+        if self._show_cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": 0 if last is None else last.cached_tokens}
+        return {**usage, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+class ChatRenderer(OpenAIRenderer):
+    """A message, or its deltas.
+
+    Args:
+        count: answers.
+        parse_tools: look for tool calls.
+    """
+
+    kind = "chat.completion"
+
+    def __init__(self, service: Service, count: int, *, parse_tools: bool, with_logprobs: bool) -> None:
+        super().__init__(service, with_logprobs)
+        self._parsers = [ToolCallParser() for _ in range(count)] if parse_tools else []
+        self._is_first = True
+
+    def whole(self, answers: Sequence[Answer]) -> object:
+        choices = []
+        for index, answer in enumerate(answers):
+            content, calls = split_calls(answer.text) if self._parsers else (answer.text, [])
+            message = {"role": "assistant", "content": content, "tool_calls": calls}
+            logprobs = self._logprobs(answer, len(answer.logprobs))
+            choices.append(_choice(index, "message", message, logprobs, _reason(answer, bool(calls))))
+        return self._body(choices, answers)
+
+    def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
+        if self._is_first:  # of all choices, as MindIE opens them together
+            self._is_first = False
+            self._head["object"] = "chat.completion.chunk"
+            for choice in range(len(answers)):
+                yield self._chunk(choice, {"content": ""})
+        answer = answers[index]
+        deltas = self._deltas(index, answer, output)
+        if not deltas and not answer.is_finished:
+            return
+        *earlier, last = deltas or [{"content": ""}]
+        for delta in earlier:
+            yield self._chunk(index, delta)
+        logprobs = self._logprobs(answer, len(output.logprobs))
+        if not answer.is_finished:
+            yield self._chunk(index, last, logprobs)
+            return
+        called = bool(self._parsers) and self._parsers[index].found
+        event = self._chunk(index, last, logprobs, _reason(answer, called), [answer])
+        yield event | {"full_text": answer.text} if self._full_text else event
+
+    def _deltas(self, index: int, answer: Answer, output: Output) -> list[Fields]:
+        if not self._parsers:
+            return [{"content": self.piece(answer, output)}]
+        parser = self._parsers[index]
+        pieces = [*parser.put(output.text), *(parser.flush() if answer.is_finished else ())]
+        # Behind a call, the template's line ends are no content.
+        texts_and_calls = [
+            piece for piece in pieces if not (isinstance(piece, str) and parser.found and piece.isspace())
+        ]
+        return [{"content": piece} if isinstance(piece, str) else {"tool_calls": [piece]} for piece in texts_and_calls]
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Fields,
+        logprobs: object = None,
+        reason: str | None = None,
+        counted: Sequence[Answer] = (),
+    ) -> Fields:
+        return self._body([_choice(index, "delta", {"role": "assistant", **delta}, logprobs, reason)], counted)
+
+    def _logprobs(self, answer: Answer, count: int) -> Fields | None:
+        """Of the answer's last `count` tokens."""
+        if self._token_text is None:
+            return None
+        reports = answer.logprobs[len(answer.logprobs) - count :]
+        return {"content": chat_content(self._token_text, answer.token_ids, reports)}
+
+
+class CompletionRenderer(OpenAIRenderer):
+    """A text, or its pieces; `count` answers."""
+
+    kind = "text_completion"
+
+    def __init__(self, service: Service, count: int, with_logprobs: bool) -> None:
+        super().__init__(service, with_logprobs)
+        self._offsets = [0] * count  # bytes of each answer that events have reported on
+
+    def whole(self, answers: Sequence[Answer]) -> object:
+        choices = [self._choice(index, answer, answer.text, answer.logprobs) for index, answer in enumerate(answers)]
+        return self._body(choices, answers)
+
+    def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
+        answer = answers[index]
+        choice = self._choice(index, answer, self.piece(answer, output), output.logprobs)
+        yield self._body([choice], [answer] if answer.is_finished else ())
+
+    def _choice(self, index: int, answer: Answer, text: str, reports: Sequence[TokenLogprobs]) -> Fields:
+        logprobs = None
+        if self._token_text is not None:
+            lists = completion_lists(self._token_text, answer.token_ids, reports, self._offsets[index])
+            logprobs, self._offsets[index] = lists
+        return _choice(index, "text", text, logprobs, _reason(answer), stop_reason=None)
+
+
+def _choice(index: int, name: str, content: object, logprobs: object, reason: str | None, **more: object) -> Fields:
+    return {"index": index, name: content, "logprobs": logprobs, **more, "finish_reason": reason}
+
+
+def _reason(answer: Answer, called: bool = False) -> str | None:
+    """OpenAI's word for why an answer ended."""
+    reason = answer.finish_reason
+    if reason in ("eos_token", "stop_sequence"):
+        return "tool_calls" if called else "stop"
+    return reason
+
+
+def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
+    if body.model != service.settings.model_name:
+        raise invalid(f"Model {body.model} not found: this is {service.settings.model_name}.")
+    if body.use_beam_search:
+        raise invalid("Parameter use_beam_search is not supported.")
+    check_top_k(body)
+
+
+def read_chat(service: Service, data: Fields) -> Job:
+    body = validate(ChatRequest, data)
+    _check(service, body)
+    check_messages(body.messages)
+    count = count_sequences(body, equal_in_streams=True)
+    top_logprobs = check_logprobs(body)
+    turns, tools = conversation(body.messages), offered_tools(body, data.get("tools") or [])
+    options: Fields = {"chat_template_kwargs": body.chat_template_kwargs}
+    if tools:
+        options["tools"] = tools
+    prompt = service.encode_chat(turns, options, text_length(turns, tools))
+    renderer = ChatRenderer(service, count, parse_tools=bool(tools), with_logprobs=top_logprobs is not None)
+    return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, top_logprobs)
+
+
+def read_completion(service: Service, data: Fields) -> Job:
+    body = validate(CompletionRequest, data)
+    _check(service, body)
+    count = count_sequences(body, equal_in_streams=True)
+    prompt = service.encode(body.prompt, "prompt") if isinstance(body.prompt, str) else service.cut(body.prompt)
+    renderer = CompletionRenderer(service, count, body.logprobs is not None)
+    return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, body.logprobs)
