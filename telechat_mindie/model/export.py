@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 from mindspore.common.api import _cell_graph_executor
 from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
@@ -19,12 +18,8 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import OutputError
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
-from telechat_mindie.model.kernels.ascend_graphs import (
-    AscendCache,
-    DecodeGraph,
-    PrefillGraph,
-)
-from telechat_mindie.model.mindir import GraphFile, Value, parse_mindir, read_mindir
+from telechat_mindie.model.kernels.ascend_graphs import AscendCache, DecoderGraph
+from telechat_mindie.model.mindir import GraphFile, Value, parse_mindir
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
 from telechat_mindie.staging import reporting_os_errors, write_file
@@ -32,7 +27,7 @@ from telechat_mindie.staging import reporting_os_errors, write_file
 WRITTEN_LAYERS = 2
 """Layers of a graph file: all of a model's are alike, and the second is there to show what one adds."""
 
-GRAPHS: dict[str, Callable[[nn.Cell], nn.Cell]] = {"prefill": PrefillGraph, "decode": DecodeGraph}
+GRAPHS = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +135,7 @@ def export(
     graphs = {}
     for kind, (one, all_written) in compiled.items():
         write_file(paths[kind], all_written)
-        graphs[kind] = _report(paths[kind], parse_mindir(one, kind), read_mindir(paths[kind]))
+        graphs[kind] = _report(paths[kind], parse_mindir(one, kind), parse_mindir(all_written, kind))
     parameters = sum(
         math.prod(target.rank_shape(tp))
         for target in mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
@@ -196,7 +191,7 @@ def _decoder(
 def _mindir(decoder: tuple[TelechatForCausalLM, AscendKernels], kind: str, external_cache: bool) -> bytes:
     """The compiled graph, serialised. mindspore.export does the same and then writes every parameter's data."""
     model, kernels = decoder
-    graph = GRAPHS[kind](model)
+    graph = DecoderGraph(model)
     inputs = kernels.call_shape(len(model.cache.keys) if external_cache else 0).inputs(history=kind == "decode")
     graph.set_inputs(*inputs)
     compiled, _ = _cell_graph_executor.compile(graph, *inputs, phase="export.mindir", do_convert=False)

@@ -1,4 +1,4 @@
-"""A MINDIR file read back: what goes in and out, which parameters and how many of each operator."""
+"""A MINDIR graph read back: what goes in and out, which parameters and how many of each operator."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 
 NO_WORK = frozenset({"Constant", "Load", "UpdateState", "Depend", "MakeTuple", "TupleGetItem", "Shape"})
 """Nodes that order and name values; no kernel runs for them."""
-
-DTYPE_NAMES = {
-    "FLOAT": "float32",
-    "FLOAT16": "float16",
-    "BFLOAT16": "bfloat16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
-"""MindIR's names of the dtypes that a decoder's graph holds, and ours."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +35,12 @@ class GraphFile:
     operators: Counter[str]
 
 
-def read_mindir(path: Path) -> GraphFile:
-    """Read the graph in `path`.
+def parse_mindir(data: bytes, where: object) -> GraphFile:
+    """The graph in the bytes of a MINDIR file; `where` names them in errors.
 
     Raises:
-        InputError: the file is missing, is not a MINDIR model, or holds a dtype that no decoder has.
+        InputError: not a MINDIR model, or one that holds a dtype that no decoder has.
     """
-    if not path.is_file():
-        raise InputError("no such file", where=path)
-    return parse_mindir(path.read_bytes(), path)
-
-
-def parse_mindir(data: bytes, where: object) -> GraphFile:
-    """The graph in the bytes of a MINDIR file; `where` names them in errors, which are those of `read_mindir`."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from mindspore.train import mind_ir_pb2
 
@@ -72,9 +55,10 @@ def parse_mindir(data: bytes, where: object) -> GraphFile:
 
     def value(name: str, tensor: Any) -> Value:
         kind = names(tensor.data_type)
-        if kind not in DTYPE_NAMES:
+        dtype = "float32" if kind == "FLOAT" else kind.lower()  # the others are called as here
+        if dtype not in DTYPES:
             raise InputError("has an unexpected dtype", where=f"{where}: {name}", found=kind)
-        return Value(name, DTYPE_NAMES[kind], tuple(None if size < 0 else size for size in tensor.dims))
+        return Value(name, dtype, tuple(None if size < 0 else size for size in tensor.dims))
 
     def values(infos: Iterable[Any]) -> Iterator[Value]:
         for info in infos:

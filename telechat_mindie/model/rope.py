@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import ml_dtypes
 import numpy as np
+
+from telechat_mindie.dtypes import DTYPES
 
 THETA = 10000.0
 """Hard-wired in the published modelling code, which reads no rope_theta."""
-
-_ROUND = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 class RotaryTable:
@@ -49,7 +48,7 @@ class RotaryTable:
         self._dynamic = extend_method == "DYNAMIC_NTK"
         self._theta = THETA * (scaling_factor if extend_method == "NTK" else 1.0)
         self._interpolation = np.float32(scaling_factor if extend_method == "PI" else 1.0)
-        self._round = _ROUND[rotary_dtype]
+        self._round = DTYPES[rotary_dtype].numpy
 
     def tables(self, positions: np.ndarray, sequence_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines [T, head_dim / 2] in float32, rounded to the rotary dtype.
@@ -74,9 +73,9 @@ class RotaryTable:
         scaled = positions[:, None].astype(np.float32) / self._interpolation
         angles = scaled * _inverse_frequencies(self._head_dim, self._theta, alpha)
         cos, sin = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
-        if self._round is np.float32:
-            return cos, sin
-        return cos.astype(self._round).astype(np.float32), sin.astype(self._round).astype(np.float32)
+        # A copy only where there is something to round.
+        cos, sin = cos.astype(self._round, copy=False), sin.astype(self._round, copy=False)
+        return cos.astype(np.float32, copy=False), sin.astype(np.float32, copy=False)
 
     def extension(self, length: int) -> tuple[float, float]:
         """(alpha, scale of the tables) for a sequence of `length` tokens."""

@@ -406,7 +406,7 @@ def test_each_call_goes_to_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = AscendGraphs(nn.Cell(), kernels.call_shape())
     for name in ("prefill", "decode"):
         monkeypatch.setattr(graphs, name, lambda *inputs, name=name: (name, len(inputs)))
-    for batch, expected in ((_batch([4], [4]), ("prefill", 8)), (_batch([1], [4]), ("decode", 9))):
+    for batch, expected in ((_batch([4], [4]), ("prefill", 9)), (_batch([1], [4]), ("decode", 9))):
         (call,) = kernels.calls(batch)
         assert graphs(call.token_ids, call.logits_rows, call.inputs) == expected
         external = graphs(call.token_ids, call.logits_rows, call.inputs, ([call.token_ids], [call.token_ids]))

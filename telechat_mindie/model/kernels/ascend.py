@@ -24,8 +24,6 @@ from telechat_mindie.model.kernels.checks import traced_check
 from telechat_mindie.model.kernels.interface import Call
 from telechat_mindie.model.rope import RotaryTable
 
-"""PagedAttention and FlashAttentionScore know no other."""
-
 HALF_TABLES = 2
 """ApplyRotaryPosEmb's cos_format: one row of cosines a token, the two halves of a head side by side (neox)."""
 

@@ -59,12 +59,12 @@ def _parameters(name: str, count: int, shape: tuple[int, ...], dtype: str, on_de
     )
 
 
-class PrefillGraph(nn.Cell):
-    """The decoder for sequences without history.
+class DecoderGraph(nn.Cell):
+    """The decoder for sequences without history, or, with block tables, for those that have some.
 
-    The arguments' names matter: the attention kernels look up the graph inputs `batch_valid_length` and `q_seq_lens`
-    by name and read the lengths there, on the host. `key_cache` and `value_cache`, every layer's, come from MindIE
-    where it owns the cache (npu_mem_size -1).
+    The latter are decode, prefix hits, chunks and draft tokens. The arguments' names matter: the attention kernels look
+    up the graph inputs `batch_valid_length` and `q_seq_lens` by name and read the lengths there, on the host.
+    `key_cache` and `value_cache`, every layer's, come from MindIE where it owns the cache (npu_mem_size -1).
     """
 
     def __init__(self, model: nn.Cell) -> None:
@@ -81,38 +81,14 @@ class PrefillGraph(nn.Cell):
         batch_valid_length: Tensor,
         q_seq_lens: Tensor,
         attention_mask: Tensor,
+        block_tables: Tensor | None = None,
         key_cache: tuple[Tensor, ...] | None = None,
         value_cache: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         inputs = (cos, sin, slot_mapping, batch_valid_length, q_seq_lens, attention_mask)
+        tables = () if block_tables is None else (block_tables,)
         caches = None if key_cache is None else (key_cache, value_cache)
-        return self.model(token_ids, logits_rows, inputs, caches)
-
-
-class DecodeGraph(nn.Cell):
-    """The decoder for sequences with history: decode, prefix hits, chunks and draft tokens. Names as above."""
-
-    def __init__(self, model: nn.Cell) -> None:
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(
-        self,
-        token_ids: Tensor,
-        logits_rows: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slot_mapping: Tensor,
-        batch_valid_length: Tensor,
-        q_seq_lens: Tensor,
-        attention_mask: Tensor,
-        block_tables: Tensor,
-        key_cache: tuple[Tensor, ...] | None = None,
-        value_cache: tuple[Tensor, ...] | None = None,
-    ) -> Tensor:
-        inputs = (cos, sin, slot_mapping, batch_valid_length, q_seq_lens, attention_mask, block_tables)
-        caches = None if key_cache is None else (key_cache, value_cache)
-        return self.model(token_ids, logits_rows, inputs, caches)
+        return self.model(token_ids, logits_rows, inputs + tables, caches)
 
 
 @dataclass(frozen=True)
@@ -131,12 +107,12 @@ class CallShape:
     table_dtype: str
     external_layers: int = 0
 
-    def inputs(self, history: bool) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-        """The arguments of DecodeGraph (`history`) or PrefillGraph; a size is None where calls differ in it.
+    def inputs(self, history: bool) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
+        """The arguments of DecoderGraph; a size is None where calls differ in it.
 
         Those are T tokens, R rows of logits, B sequences, W blocks and, in decode, both axes of the mask.
         """
-        arguments: list[Tensor | tuple[Tensor, ...]] = [
+        arguments: list[Tensor | tuple[Tensor, ...] | None] = [
             _unknown(None),  # token_ids
             _unknown(None),  # logits_rows
             _unknown(None, self.head_dim, dtype=self.table_dtype),  # cos
@@ -148,7 +124,7 @@ class CallShape:
         if history:
             arguments += [_unknown(None, None, dtype=self.dtype), _unknown(None, None)]
         else:
-            arguments.append(_unknown(TRIANGLE, TRIANGLE, dtype=self.dtype))
+            arguments += [_unknown(TRIANGLE, TRIANGLE, dtype=self.dtype), None]
         if self.external_layers:
             block = (None, self.block_size, self.kv_heads, self.head_dim)
             caches = [_unknown(*block, dtype=self.dtype) for _ in range(self.external_layers)]
@@ -164,8 +140,8 @@ class AscendGraphs:
     """A decoder compiled twice, called with what `AscendKernels.calls` gives; neither graph is compiled again."""
 
     def __init__(self, model: nn.Cell, shape: CallShape) -> None:
-        self.prefill = PrefillGraph(model)
-        self.decode = DecodeGraph(model)
+        self.prefill = DecoderGraph(model)
+        self.decode = DecoderGraph(model)
         self.prefill.set_inputs(*shape.inputs(history=False))
         self.decode.set_inputs(*shape.inputs(history=True))
 
@@ -176,6 +152,7 @@ class AscendGraphs:
         inputs: tuple[Tensor, ...],
         caches: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> Tensor:
-        graph = self.decode if len(inputs) == DECODE_INPUTS else self.prefill
+        history = len(inputs) == DECODE_INPUTS
+        graph, arguments = (self.decode, inputs) if history else (self.prefill, (*inputs, None))
         external = () if caches is None else (mutable(tuple(caches[0])), mutable(tuple(caches[1])))
-        return graph(token_ids, logits_rows, *inputs, *external)
+        return graph(token_ids, logits_rows, *arguments, *external)

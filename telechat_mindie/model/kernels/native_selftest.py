@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import ml_dtypes
 import numpy as np
+
+from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 
 TOLERANCE = 1e-4
 """Of the largest result: float32 sums of a few hundred products are well below, a wrong element is well above."""
 
-STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+STORED = tuple(DTYPES[name].numpy for name in WEIGHT_DTYPES)
 
 
 def call(library: ctypes.CDLL, name: str, inputs: list[np.ndarray], shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
