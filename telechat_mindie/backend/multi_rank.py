@@ -1,4 +1,4 @@
-"""Every rank of a directory on this machine, behind the interface of one ModelRunner."""
+"""Every rank of a directory on this machine, behind what the engine uses of one ModelRunner."""
 
 from __future__ import annotations
 
@@ -47,15 +47,10 @@ class MultiRankRunner:
         RankError: a rank ended before it was ready.
     """
 
-    use_legacy = False
-
     def __init__(self, model_path: Path, num_blocks: int, block_size: int, cpu_mem_size: int = 0) -> None:
         directory = ModelDir.open(model_path)
         self.model_config = ModelConfig(directory)
         self.tokenizer = TelechatTokenizer.from_pretrained(model_path)
-        self.num_layers = directory.config.num_layers
-        self.num_kv_heads = directory.config.num_kv_heads // directory.tp
-        self.head_size = directory.config.head_dim
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         atexit.register(self.close)
@@ -142,8 +137,9 @@ class MultiRankRunner:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         answers: dict[int, dict[str, Any]] = {}
+        failed: list[dict[str, Any]] = []
         while len(answers) < len(self._connections):
-            waiting = {self._connections[rank]: rank for rank in range(len(self._connections)) if rank not in answers}
+            waiting = {other: rank for rank, other in enumerate(self._connections) if rank not in answers}
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select(list(waiting), [], [], left)
             if not readable:
@@ -159,7 +155,6 @@ class MultiRankRunner:
             if failed and (not failed[0]["kind"] or timeout is not None):
                 self.close()
                 raise _as_error(failed[0])
-        failed = [answer for answer in answers.values() if "error" in answer]
         if failed:
             raise _as_error(failed[0])
         return [answers[rank] for rank in range(len(answers))]

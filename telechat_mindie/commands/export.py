@@ -22,6 +22,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
+    from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.model_dir.layout import ModelDir
@@ -34,7 +35,7 @@ def export(
             raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
         config = VARIANTS[variant]
         tp = tp or 1
-        dtype = dtype or ("bfloat16" if config.is_moe else "float16")
+        dtype = choose_dtype(dtype or "auto", "float32", config)
     else:
         directory = ModelDir.open(model_path)
         config = directory.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
@@ -125,11 +125,11 @@ def export(
             raise OutputError("exists already", where=path, advice="Use --force to replace it.")
     ms.set_context(mode=ms.GRAPH_MODE)
     written = min(WRITTEN_LAYERS, config.num_layers)
-    model, single = (
+    decoders = [
         _decoder(dataclasses.replace(config, num_layers=layers), tp, dtype, num_blocks, block_size)
-        for layers in (written, 1)
-    )
-    compiled = {kind: [_mindir(decoder, kind, external_cache) for decoder in (single, model)] for kind in GRAPHS}
+        for layers in (1, written)
+    ]
+    compiled = {kind: [_mindir(decoder, kind, external_cache) for decoder in decoders] for kind in GRAPHS}
     with reporting_os_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
     graphs = {}
@@ -163,9 +163,7 @@ def _collective(name: str, **attributes: Any) -> ops.Primitive:
     return primitive
 
 
-def _decoder(
-    config: TelechatConfig, tp: int, dtype: str, num_blocks: int, block_size: int
-) -> tuple[TelechatForCausalLM, AscendKernels]:
+def _decoder(config: TelechatConfig, tp: int, dtype: str, num_blocks: int, block_size: int) -> TelechatForCausalLM:
     """Rank 0's decoder whose parameters have a name, shape and dtype but no data."""
     kind = getattr(ms, AscendKernels.weight_dtype(dtype))
     config.check_tp(tp)
@@ -173,26 +171,20 @@ def _decoder(
     def take(name: str, shape: tuple[int, ...]) -> Parameter:
         return Parameter(Tensor(None, kind, shape, Zero()), requires_grad=False)
 
+    kv_heads = config.num_kv_heads // tp
     with no_init_parameters():
         cache = AscendCache(
-            config.num_layers,
-            num_blocks,
-            block_size,
-            config.num_kv_heads // tp,
-            config.head_dim,
-            dtype,
-            on_device=False,
+            config.num_layers, num_blocks, block_size, kv_heads, config.head_dim, dtype, on_device=False
         )
         kernels = AscendKernels(config, tp, cache, RotaryTable(config.head_dim))
-        model = TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
-    return model, kernels
+        return TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
 
 
-def _mindir(decoder: tuple[TelechatForCausalLM, AscendKernels], kind: str, external_cache: bool) -> bytes:
+def _mindir(model: TelechatForCausalLM, kind: str, external_cache: bool) -> bytes:
     """The compiled graph, serialised. mindspore.export does the same and then writes every parameter's data."""
-    model, kernels = decoder
-    graph = DecoderGraph(model)
-    inputs = kernels.call_shape(len(model.cache.keys) if external_cache else 0).inputs(history=kind == "decode")
+    graph, kernels = DecoderGraph(model), cast(AscendKernels, model.kernels)
+    shape = kernels.call_shape(external_layers=len(model.cache.keys) if external_cache else 0)
+    inputs = shape.inputs(history=kind == "decode")
     graph.set_inputs(*inputs)
     compiled, _ = _cell_graph_executor.compile(graph, *inputs, phase="export.mindir", do_convert=False)
     data: bytes = _cell_graph_executor._get_func_graph_proto(graph, compiled, "mind_ir")
