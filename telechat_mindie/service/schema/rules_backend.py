@@ -114,8 +114,10 @@ def prefill_tokens(settings: Settings) -> Iterator[Violation]:
     tokens, prompt = settings.get(PREFILL_TOKENS), settings.deploy.get("maxInputTokenLen")
     if tokens is not None and prompt is not None and tokens < prompt:
         if settings.schedule.get("templateType") == "Standard":
-            expected, repair = f"at least {prompt}, which is maxInputTokenLen", "Raise it, best to maxSeqLen."
-            yield error(PREFILL_TOKENS, "prefill-tokens", expected, tokens, repair)
+            repair = "Raise it to maxInputTokenLen, better to maxSeqLen."
+            yield error(
+                PREFILL_TOKENS, "prefill-tokens", f"at least {prompt}, which is maxInputTokenLen", tokens, repair
+            )
     elif tokens is not None and settings.generation == "1.0" and not 5120 <= tokens <= 409600:
         # The range of 1.0 in the MindSpore project's docs r2.6.0, usage/mindie_deployment.md; public examples for
         # the same release go below it and start.
