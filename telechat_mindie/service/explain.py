@@ -35,20 +35,22 @@ class Explained:
 
 def explain(rendered: RenderedConfig) -> tuple[Explained, ...]:
     """Every value of a rendered file, in the file's order."""
-    decided = {entry.location: entry for entry in rendered.derived}
-    meanings = {
-        location: field.description or "" for location, field in walk_fields(model_of(rendered.options.generation))
-    }
-    before = dict(_leaves(rendered.base, ()))
+    fields = walk_fields(model_of(rendered.options.generation))
     untouched: Origin = "MindIE default" if rendered.options.template is None else "template"
-    rows = []
-    for location, value in _leaves(rendered.config, ()):
-        entry = decided.get(location)
-        origin = untouched if entry is None else entry.origin
-        reason = meanings.get(location, "") if entry is None else entry.reason
-        changed = location not in before or before[location] != value
-        rows.append(Explained(json_path(location), value, origin, reason, changed))
-    return tuple(rows)
+    accounts: dict[Location, tuple[Origin, str]] = {
+        location: (untouched, field.description or "") for location, field in fields
+    }
+    accounts.update({entry.location: (entry.origin, entry.reason) for entry in rendered.derived})
+    before = dict(_leaves(rendered.base, ()))
+    return tuple(
+        Explained(
+            json_path(location),
+            value,
+            *accounts.get(location, (untouched, "")),
+            changed=location not in before or before[location] != value,
+        )
+        for location, value in _leaves(rendered.config, ())
+    )
 
 
 def _leaves(value: Any, location: Location) -> Iterator[tuple[Location, Any]]:

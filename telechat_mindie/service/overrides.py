@@ -11,10 +11,11 @@ from pydantic.fields import FieldInfo
 from telechat_mindie.errors import InputError
 from telechat_mindie.service import schema
 from telechat_mindie.service.schema.service import model_of
+from telechat_mindie.service.schema.settings import model_location
 from telechat_mindie.service.schema.structure import check_structure, walk_fields
 from telechat_mindie.service.schema.violations import Location
 
-MODEL_ENTRY: Location = ("BackendConfig", "ModelDeployConfig", "ModelConfig", 0)
+MODEL_ENTRY = model_location(0)
 
 
 def parse_override(text: str, generation: str) -> tuple[Location, Any]:
@@ -47,9 +48,10 @@ def set_value(config: dict[str, Any], location: Location, value: Any) -> None:
 
 
 def _find(steps: tuple[str, ...], generation: str, text: str) -> tuple[Location, FieldInfo | None]:
+    fields = list(walk_fields(model_of(generation)))
     found = [
         (location, field)
-        for location, field in walk_fields(model_of(generation))
+        for location, field in fields
         if tuple(step for step in location if isinstance(step, str))[-len(steps) :] == steps
         and "LoraModules" not in location[:-1]  # a list to be given as a whole: the default has no entry
     ]
@@ -64,14 +66,12 @@ def _find(steps: tuple[str, ...], generation: str, text: str) -> tuple[Location,
             found=", ".join(schema.json_path(location) for location, _ in found),
             advice="Write more of the path.",
         )
-    names = {str(location[-1]) for location, _ in walk_fields(model_of(generation))}
-    similar = difflib.get_close_matches(steps[-1], names, n=3)
+    similar = difflib.get_close_matches(steps[-1], {str(location[-1]) for location, _ in fields}, n=3)
+    listed = "docs/mindie-conf.md tells where they are listed."
     raise InputError(
         f"is no field of MindIE {generation}",
         where=f"--set {text}",
-        advice=f"Did you mean {' or '.join(similar)}?"
-        if similar
-        else "docs/mindie-conf.md tells where they are listed.",
+        advice=f"Did you mean {' or '.join(similar)}?" if similar else listed,
     )
 
 
@@ -94,13 +94,12 @@ def _is_text(field: FieldInfo) -> bool:
 def _check(location: Location, value: Any, generation: str, text: str) -> None:
     config = schema.default_config(generation)
     set_value(config, location, value)
-    shipped = schema.default_config(generation)
-    for place, violations in check_structure(generation, config, shipped).items():
-        for violation in violations:
-            if place[: len(location)] == location and violation.severity == "error":
-                raise InputError(
-                    "is not a value that MindIE takes",
-                    where=f"--set {text}",
-                    expected=violation.expected,
-                    found=violation.found,
-                )
+    for place, violations in check_structure(generation, config, schema.default_config(generation)).items():
+        errors = [violation for violation in violations if violation.severity == "error"]
+        if errors and place[: len(location)] == location:
+            raise InputError(
+                "is not a value that MindIE takes",
+                where=f"--set {text}",
+                expected=errors[0].expected,
+                found=errors[0].found,
+            )

@@ -18,12 +18,12 @@ _SCALAR = re.compile(r'[^\s,\]}"]+')
 
 @dataclass
 class _Node:
-    """A value: its characters [begin, end), and for an object where its members' keys begin."""
+    """A value: its characters [begin, end), and those of its quoted key where it is a member of an object."""
 
     begin: int
     end: int = 0
+    key: tuple[int, int] = (0, 0)
     children: dict[str | int, _Node] = field(default_factory=dict)
-    keys: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each member's quoted key
 
 
 def patch(text: str, values: Mapping[Location, Any], where: object) -> str:
@@ -56,7 +56,7 @@ def patch(text: str, values: Mapping[Location, Any], where: object) -> str:
                 edits.append((node.begin, node.end, _dump(value)))
         else:
             end, member = _addition(text, parent, str(location[-1]), value)
-            comma = ", " if end in added and not parent.keys else ""
+            comma = ", " if end in added and not parent.children else ""
             added[end] = added.get(end, "") + comma + member
     edits += [(position, position, members) for position, members in added.items()]
     for begin, end, replacement in sorted(edits, reverse=True):
@@ -70,22 +70,19 @@ def _dump(value: Any) -> str:
 
 def _addition(text: str, parent: _Node, name: str, value: Any) -> tuple[int, str]:
     """Where a new member goes and what is inserted, laid out like the member before it."""
-    if not parent.keys:
+    if not parent.children:
         return parent.begin + 1, f"{_dump(name)}: {_dump(value)}"
-    last = list(parent.keys)[-1]
-    begin, end = parent.keys[last]
-    before = _space_before(text, begin) or (" " if len(parent.keys) == 1 else "")
-    colon = text[end : parent.children[last].begin]
-    return parent.children[last].end, f",{before}{_dump(name)}{colon}{_dump(value)}"
+    last = list(parent.children.values())[-1]
+    before = _space_before(text, last.key[0]) or (" " if len(parent.children) == 1 else "")
+    colon = text[last.key[1] : last.begin]
+    return last.end, f",{before}{_dump(name)}{colon}{_dump(value)}"
 
 
 def _space_before(text: str, position: int) -> str:
-    begin = position
-    while begin and text[begin - 1] in " \t\r\n":
-        begin -= 1
-    # Blank lines that set members apart are not repeated.
-    space = text[begin:position]
+    before = text[:position]
+    space = before[len(before.rstrip(" \t\r\n")) :]
     newline = space.rfind("\n")
+    # Blank lines that set members apart are not repeated.
     return space if newline < 0 else ("\r\n" if space[:newline].endswith("\r") else "\n") + space[newline + 1 :]
 
 
@@ -94,19 +91,19 @@ def _scan(text: str, position: int) -> tuple[_Node, int]:
     node = _Node(position)
     opening = text[position]
     if opening == '"':
-        _, node.end = scanstring(text, position + 1)
+        node.end = scanstring(text, position + 1)[1]
     elif opening in "{[":
         position = _skip(text, position + 1)
         while text[position] not in "}]":
-            key: str | int = len(node.children)
+            begin = end = position
+            name: str | int = len(node.children)
             if opening == "{":
-                begin = position
-                key, position = scanstring(text, begin + 1)
-                node.keys[str(key)] = (begin, position)
-                position = _skip(text, _skip(text, position) + 1)  # over the colon
-            child, position = _scan(text, position)
-            node.children[key] = child
-            position = _skip(text, position)
+                name, end = scanstring(text, begin + 1)
+                position = _skip(text, _skip(text, end) + 1)  # over the colon
+            child, behind = _scan(text, position)
+            child.key = (begin, end)
+            node.children[name] = child
+            position = _skip(text, behind)
             if text[position] == ",":
                 position = _skip(text, position + 1)
         node.end = position + 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from telechat_mindie import templates
-from telechat_mindie.errors import ConfigError
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import Certificate, https_certificates
 from telechat_mindie.service.derive import Derived, derive
@@ -15,7 +15,6 @@ from telechat_mindie.service.overrides import set_value
 from telechat_mindie.service.patch import patch
 
 TEMPLATE = "conf_config.json.j2"
-SHOWN_ERRORS = 5
 
 
 @dataclass(frozen=True)
@@ -53,26 +52,21 @@ def render_service_config(
         InputError: an option does not fit the model directory or the host; see `derive`.
         ConfigError: the template cannot be read, or the result would violate a rule of MindIE.
     """
-    template = options.template
-    base_text = None if template is None else schema.read_text(template)
-    base = schema.default_config(options.generation) if base_text is None else schema.parse(base_text, where=template)
-    derived = derive(facts, options, base, is_free)
-    if base_text is None:
-        config = schema.default_config(options.generation)
+    generation, template = options.generation, options.template
+    if template is None:
+        base = schema.default_config(generation)
+        derived = derive(facts, options, base, is_free)
+        filled = copy.deepcopy(base)
         for entry in derived:
-            set_value(config, entry.location, entry.value)
-        text = templates.render(TEMPLATE, config=config)
+            set_value(filled, entry.location, entry.value)
+        text = templates.render(TEMPLATE, config=filled)
     else:
+        base_text = schema.read_text(template)
+        base = schema.parse(base_text, where=template)
+        derived = derive(facts, options, base, is_free)
         text = patch(base_text, {entry.location: entry.value for entry in derived}, where=template)
-    config = schema.parse(text, where=template or "the rendered file")
-    violations = schema.validate(config, options.generation)
-    errors = [violation for violation in violations if violation.severity == "error"]
-    if errors:
-        more = f" And {len(errors) - SHOWN_ERRORS} more." if len(errors) > SHOWN_ERRORS else ""
-        raise ConfigError(
-            f"would not be accepted by MindIE {options.generation}",
-            where=template or "the rendered file",
-            advice=" ".join(str(violation) for violation in errors[:SHOWN_ERRORS]) + more,
-        )
-    certificates = https_certificates(config, options.generation, options.mindie_home)
-    return RenderedConfig(text, config, base, options, derived, tuple(violations), certificates)
+    where = template or "the rendered file"
+    config = schema.parse(text, where)
+    warnings = schema.accept(config, generation, where)
+    certificates = https_certificates(config, generation, options.mindie_home)
+    return RenderedConfig(text, config, base, options, derived, warnings, certificates)

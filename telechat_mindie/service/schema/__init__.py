@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from telechat_mindie.errors import ConfigError
 from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.schema import rules_backend, rules_model, rules_plugin, rules_server
 from telechat_mindie.service.schema.files import default_config, json_schema, load, parse, read_text
@@ -29,6 +30,7 @@ __all__ = [
     "DEFAULT_GENERATION",
     "GENERATIONS",
     "Violation",
+    "accept",
     "default_config",
     "json_path",
     "json_schema",
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 RULES = (*rules_server.RULES, *rules_backend.RULES, *rules_model.RULES, *rules_plugin.RULES)
+
+
+SHOWN_ERRORS = 5
 
 
 def validate(data: Mapping[str, Any], generation: str) -> list[Violation]:
@@ -58,3 +63,18 @@ def validate(data: Mapping[str, Any], generation: str) -> list[Violation]:
     for rule in RULES:
         violations.extend(rule(settings))
     return sorted(violations, key=lambda violation: violation.severity)
+
+
+def accept(data: Mapping[str, Any], generation: str, where: object) -> tuple[Violation, ...]:
+    """The violations that MindIE passes over, where it would start with the file.
+
+    Raises:
+        ConfigError: it would not; the first five reasons are named.
+        InputError: the generation is unknown.
+    """
+    violations = validate(data, generation)
+    if errors := [str(violation) for violation in violations if violation.severity == "error"]:
+        more = f" And {len(errors) - SHOWN_ERRORS} more." if len(errors) > SHOWN_ERRORS else ""
+        advice = " ".join(errors[:SHOWN_ERRORS]) + more
+        raise ConfigError(f"would not be accepted by MindIE {generation}", where=where, advice=advice)
+    return tuple(violations)
