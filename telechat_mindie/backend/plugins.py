@@ -29,8 +29,8 @@ SERVED = tuple(name for name in PARAMETERS if name != "mtp")
 _WHERE = "plugin_params"
 
 
-def read_plugin_params(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The plugins that plugin_params names, and all that it holds; neither is judged yet.
+def read_plugin_params(text: str) -> dict[str, Any]:
+    """The JSON object; whether there are such plugins is not asked yet.
 
     Raises:
         InputError: not a short JSON object, or a plugin_type that is no string.
@@ -46,7 +46,13 @@ def read_plugin_params(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     kinds = params.get("plugin_type")
     if kinds is not None and not isinstance(kinds, str):
         raise InputError("must be a string", where=f"{_WHERE}: plugin_type", found=kinds)
-    return tuple(name for name in re.split(r",\s*", kinds or "") if name), params  # plugins/plugin_utils.py:120-121
+    return params
+
+
+def plugin_names(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The plugins that parsed plugin_params turn on."""
+    kinds = params.get("plugin_type") or ""
+    return tuple(name for name in re.split(r",\s*", kinds) if name)  # plugins/plugin_utils.py:120-121
 
 
 def parse_plugin_params(text: str | None) -> Mapping[str, Any]:
@@ -58,7 +64,8 @@ def parse_plugin_params(text: str | None) -> Mapping[str, Any]:
     """
     if text is None or text == "":
         return {}
-    names, params = read_plugin_params(text)
+    params = read_plugin_params(text)
+    names = plugin_names(params)
     for name in names:
         if name not in SERVED:
             where = f"{_WHERE}: plugin_type"

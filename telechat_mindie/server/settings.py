@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.backend.plugins import parse_plugin_params
+from telechat_mindie.backend.plugins import parse_plugin_params, plugin_names
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.mindie import SERVER_PORTS, exported_home
@@ -116,10 +116,7 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
         InputError: the generation is unknown, or the limits do not fit each other.
     """
     data = schema.load(path)
-    errors = [violation for violation in schema.validate(data, generation) if violation.severity == "error"]
-    if errors:
-        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise ConfigError("; ".join(str(error) for error in errors[:5]) + more, where=path)
+    schema.accept(data, generation, path)
     found = Settings.of(generation, data, ())
     if found.server["inferMode"] != "standard":
         raise ConfigError(
@@ -161,8 +158,8 @@ def _engine(found: Settings, model: Mapping[str, Any], limits: Limits) -> Engine
     deploy, schedule = found.deploy, found.schedule
     text = model.get("plugin_params")
     plugins = parse_plugin_params(text if isinstance(text, str) else _as_text(text))
-    kinds = {kind.strip() for kind in str(plugins.get("plugin_type", "")).split(",")}
-    for kind in sorted(kinds - {"", "prefix_cache", "splitfuse"}):
+    kinds = plugin_names(plugins)
+    for kind in sorted({*kinds} - {"prefix_cache", "splitfuse"}):
         raise InputError("is not a plugin of the embedded engine", where="plugin_params", found=kind)
     return EngineConfig(
         max_seq_len=deploy["maxSeqLen"],

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from telechat_mindie.backend.plugins import MAX_LENGTH, PARAMETERS, read_plugin_params
+from telechat_mindie.backend.plugins import MAX_LENGTH, PARAMETERS, plugin_names, read_plugin_params
 from telechat_mindie.errors import InputError
 from telechat_mindie.service.schema.settings import DEPLOY, SCHEDULE, SERVER, Rule, Settings, model_location
 from telechat_mindie.service.schema.violations import NOTHING, Location, Violation, Words, error, warning
@@ -59,15 +59,12 @@ def plugins(settings: Settings) -> Iterator[Violation]:
 def _read(location: Location, value: Any) -> Generator[Violation, None, Plugins]:
     """The plugins in a plugin_params value: none where it is empty, or where it is wrong as a whole."""
     text = value if isinstance(value, str) else json.dumps(value)  # model_deploy_config.cpp:209-213
-    names: tuple[str, ...] = ()
-    parameters: Mapping[str, Any] = {"plugin_type": ""}
     try:
-        if text:
-            names, parameters = read_plugin_params(text)
-        broken = parameters.get("plugin_type") is None
+        parameters = read_plugin_params(text) if text else {"plugin_type": ""}
     except InputError:
-        broken = True
-    if broken:
+        parameters = {}
+    names = plugin_names(parameters)
+    if parameters.get("plugin_type") is None:
         expected = f'at most {MAX_LENGTH} characters of JSON: an object with a string "plugin_type"'
         repair = 'Write one, such as {"plugin_type": "prefix_cache"}, or remove plugin_params.'
         yield error(location, "plugin-params", expected, value, repair)
