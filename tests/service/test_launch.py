@@ -54,7 +54,7 @@ def state(tmp_path, monkeypatch):
     home = tmp_path / "state" / "telechat-mindie"
     yield home
     runs = all_runs(home)
-    left = {run.name: processes.marked(str(run.path)) for run in runs}
+    left = {run.name: processes.members(str(run.path)) for run in runs}
     for pids in left.values():
         processes.send(pids, signal.SIGKILL)
     assert not any(left.values())
@@ -103,7 +103,7 @@ def test_success(begin, state):
     config = launch.run.config
     assert config.stat().st_mode & 0o777 == 0o640 and launch.run.path.stat().st_mode & 0o027 == 0
     daemon = launch.run.state().daemon
-    assert processes.read_process(daemon.pid).group == daemon.pid
+    assert os.getpgid(daemon.pid) == daemon.pid
     assert len(launch.run.members()) == 3  # daemon, worker, and a scheduler in a session of its own
     ended = launch.stop()
     assert (ended.reason, ended.survivors, len(ended.removed)) == ("stopped", (), 3)

@@ -22,7 +22,7 @@ from telechat_mindie.service.doctor.support import (
 OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
 DAEMONS = (DAEMON, SERVER)
 
-NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich")
+NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich", "psutil")
 
 
 def check_python(machine: Machine) -> Iterator[Finding]:

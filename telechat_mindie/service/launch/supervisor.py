@@ -101,7 +101,7 @@ def _wait(daemon: subprocess.Popen[bytes], timeout: float | None = None) -> bool
         received = signal.sigtimedwait(_SIGNALS, left)
         if received is not None and received.si_signo in _STOP:
             return True
-        processes.reap(_dead_children() - {daemon.pid})
+        processes.reap_others(daemon.pid)
     return False
 
 
@@ -114,15 +114,10 @@ def _kill_all(daemon: subprocess.Popen[bytes], seen: set[int]) -> set[int]:
             return left
         processes.send(left, signal.SIGKILL)
         daemon.poll()
-        processes.reap(left - {daemon.pid})
+        processes.reap_others(daemon.pid)
         time.sleep(0.01)
     daemon.wait()
     return set()
-
-
-def _dead_children() -> set[int]:
-    me = os.getpid()
-    return {pid for pid, process in processes.all_processes().items() if process.parent == me and process.zombie}
 
 
 def main() -> None:
