@@ -11,10 +11,11 @@ value, not even to hash or print it (keys are strings and integers), so nesting 
 
 from __future__ import annotations
 
+import io
 import pickletools
-import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from telechat_mindie.checkpoint.formats.bounds import checked_name, checked_shape, quoted
 from telechat_mindie.dtypes import DTYPES
@@ -26,7 +27,8 @@ MAX_OPCODES = 2_000_000
 STORAGE_DTYPES = {dtype.torch: dtype.name for dtype in DTYPES.values()}
 """Storage classes of the module torch, and the dtypes they stand for."""
 
-_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_NAMES = {opcode.code.encode("latin-1"): opcode.name for opcode in pickletools.opcodes}
+_READERS = {opcode.code.encode("latin-1"): opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg}
 _MAX_GLOBAL_LENGTH = 128
 _ADVICE = (
     "Nothing in the file was run. Re-save the weights with torch.save(model.state_dict(), path), or as safetensors."
@@ -97,53 +99,37 @@ class _Machine:
     """The stack machine. Its values are None, bool, int, float, str, tuple, list, dict, and the classes above."""
 
     def __init__(self, pickle: bytes, where: Path) -> None:
-        self._pickle = pickle
+        self._program = io.BytesIO(pickle)
         self._where = where
-        self._position = 0
         self._stack: list[object] = []
         self._marks: list[int] = []
         self._memo: dict[int, object] = {}
 
     def run(self) -> object:
         for _ in range(MAX_OPCODES):
-            name = _OPCODE_NAMES.get(self._uint(1), "unknown")
-            if name == "STOP":
-                result = self._pop()
-                if self._stack or self._marks or self._position != len(self._pickle):
+            code = self._program.read(1)
+            if code == b".":  # STOP
+                result = self._pop_several(1)[0]
+                if self._stack or self._marks or self._program.read(1):
                     raise self._refuse("goes on after its end")
                 return result
-            self._step(name)
+            self._step(code)
         raise self._refuse(f"has more than {MAX_OPCODES} opcodes")
 
-    def _step(self, name: str) -> None:
+    def _step(self, code: bytes) -> None:
         push = self._stack.append
+        name = _NAMES.get(code, "unknown")
         match name:
-            case "BINPUT":
-                self._memo[self._uint(1)] = self._top()
-            case "LONG_BINPUT":
-                self._memo[self._uint(4)] = self._top()
-            case "BINGET":
-                push(self._remembered(self._uint(1)))
-            case "LONG_BINGET":
-                push(self._remembered(self._uint(4)))
-            case "BININT1":
-                push(self._uint(1))
-            case "BININT2":
-                push(self._uint(2))
-            case "BININT":
-                push(int.from_bytes(self._take(4), "little", signed=True))
-            case "LONG1":
-                push(self._long())
-            case "BINFLOAT":
-                push(struct.unpack(">d", self._take(8))[0])
-            case "BINUNICODE":
-                push(self._text())
+            case "BININT1" | "BININT2" | "BININT" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                push(self._argument(code))
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[self._argument(code)] = self._top()
+            case "BINGET" | "LONG_BINGET":
+                push(self._remembered(self._argument(code)))
             case "NONE":
                 push(None)
-            case "NEWTRUE":
-                push(True)
-            case "NEWFALSE":
-                push(False)
+            case "NEWTRUE" | "NEWFALSE":
+                push(name == "NEWTRUE")
             case "EMPTY_TUPLE":
                 push(())
             case "EMPTY_LIST":
@@ -167,50 +153,35 @@ class _Machine:
             case "GLOBAL":
                 push(self._global())
             case "BINPERSID":
-                push(self._storage(self._pop()))
+                push(self._storage(self._pop_several(1)[0]))
             case "REDUCE":
                 function, arguments = self._pop_several(2)
                 push(self._reduce(function, arguments))
             case "BUILD":
-                self._build(self._pop())
+                self._build(self._pop_several(1)[0])
             case "PROTO":
-                if self._uint(1) != 2:
+                if self._argument(code) != 2:
                     raise self._refuse("is not of protocol 2, which torch.save writes unless told otherwise")
             case _:
-                raise self._refuse(f"uses the opcode {name}, which no state dict needs")
+                raise self._refuse(f"uses the opcode {name}, which no state dict needs" if code else "ends too early")
 
     # Reading the program.
 
-    def _take(self, count: int) -> bytes:
-        end = self._position + count
-        if end > len(self._pickle):
-            raise self._refuse("ends too early")
-        taken = self._pickle[self._position : end]
-        self._position = end
-        return taken
-
-    def _uint(self, count: int) -> int:
-        return int.from_bytes(self._take(count), "little")
-
-    def _long(self) -> int:
-        size = self._uint(1)
-        if size > 8:
-            raise self._refuse(f"has an integer of {size} bytes")
-        return int.from_bytes(self._take(size), "little", signed=True)
-
-    def _text(self) -> str:
+    def _argument(self, code: bytes) -> Any:
+        """The opcode's argument, of a kind that pickletools reads in time and memory like its bytes in the file."""
         try:
-            return self._take(self._uint(4)).decode()
-        except UnicodeDecodeError:
-            raise self._refuse("has a string that is not UTF-8") from None
+            value = _READERS[code](self._program)
+        except ValueError as error:
+            raise self._refuse(f"is damaged: {error}") from None
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise self._refuse(f"has an integer of {value.bit_length()} bits")
+        return value
 
     def _line(self) -> str:
-        end = self._pickle.find(b"\n", self._position, self._position + _MAX_GLOBAL_LENGTH)
-        if end < 0:
+        line = self._program.readline(_MAX_GLOBAL_LENGTH)
+        if not line.endswith(b"\n"):
             raise self._refuse("has an over-long global")
-        line = self._take(end - self._position)
-        self._position += 1
-        return line.decode("ascii", "backslashreplace")
+        return line[:-1].decode("ascii", "backslashreplace")
 
     # The stack.
 
@@ -222,10 +193,6 @@ class _Machine:
     def _top(self) -> object:
         self._require(1)
         return self._stack[-1]
-
-    def _pop(self) -> object:
-        self._require(1)
-        return self._stack.pop()
 
     def _pop_several(self, count: int) -> list[object]:
         self._require(count)
