@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections.abc import Callable
 
 from telechat_mindie.client.answers import Answers
-from telechat_mindie.client.conversation import Conversation
+from telechat_mindie.client.dialects import Message
 from telechat_mindie.errors import InputError, TelechatMindieError
 
 HELP = """\
@@ -30,17 +31,22 @@ class ChatLoop:
     On a terminal it prompts, keeps to itself what a terminal would obey, says how fast an answer was, and goes on after
     an error or an interrupt. In a pipe it reads one question a line and prints the answers and nothing else; there an
     error or an interrupt ends it.
+
+    Args:
+        answers: who answers.
+        system: the system text; None for the chat template's own.
     """
 
-    def __init__(self, answers: Answers, conversation: Conversation) -> None:
+    def __init__(self, answers: Answers, system: str | None) -> None:
         self._answers = answers
-        self._conversation = conversation
+        self._system = system
+        self._turns: list[Message] = []  # user and assistant by turns
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self._commands = {
+        self._commands: dict[str, Callable[[str], object]] = {
             "/system": self._set_system,
             "/history": self._print_history,
             "/reset": self._reset,
-            "/help": self._print_help,
+            "/help": lambda _: print(HELP),
         }
 
     def run(self) -> None:
@@ -81,8 +87,10 @@ class ChatLoop:
     def _read(self) -> str | None:
         """The next question or command, without white space around it; None at the end of the input."""
         line = self._read_line("> ")
-        if line is None or not line.startswith(_FENCE):
-            return line if line is None else line.strip()
+        if line is None:
+            return None
+        if not line.startswith(_FENCE):
+            return line.strip()
         lines = [line.removeprefix(_FENCE)]
         while not (end := lines[-1].rstrip()).endswith(_FENCE):
             line = self._read_line(". ")
@@ -116,7 +124,7 @@ class ChatLoop:
             print(self._shown(text), end="", flush=True)
 
         try:
-            figures = self._answers.answer(self._conversation.messages(question), emit)
+            figures = self._answers.answer([*self._opening(), {"role": "user", "content": question}], emit)
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -131,27 +139,26 @@ class ChatLoop:
             print()
         answer = "".join(pieces)
         if answer:
-            self._conversation.add(question, answer)
+            self._turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if figures is not None and self._interactive:
             self._note(str(figures))
 
     def _set_system(self, text: str) -> None:
-        self._conversation.system = text or None
+        self._system = text or None
         self._note("the system text is set" if text else "the chat template's own system text is back")
 
     def _reset(self, _: str) -> None:
-        self._conversation.reset()
+        self._turns.clear()
         self._note("the conversation is forgotten")
 
     def _print_history(self, _: str) -> None:
-        conversation = self._conversation
-        if conversation.system is not None:
-            print(f"system: {conversation.system}")
-        for turn in conversation.turns:
-            print(self._shown(f"{turn['role']}: {turn['content']}"))
+        for message in self._opening():
+            print(self._shown(f"{message['role']}: {message['content']}"))
 
-    def _print_help(self, _: str) -> None:
-        print(HELP)
+    def _opening(self) -> list[Message]:
+        """What was said so far."""
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, *self._turns]
 
     def _note(self, text: str) -> None:
         if self._interactive:

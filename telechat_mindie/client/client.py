@@ -66,25 +66,17 @@ class MindieClient:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def models(self) -> list[str]:
-        """The models that the service names (GET /v1/models).
-
-        Raises:
-            ServiceError: no such answer.
-        """
-        data = await self._exchange("GET", "/v1/models")
-        try:
-            return [str(model["id"]) for model in data["data"]]
-        except (KeyError, TypeError):
-            raise ServiceError("is no list of models", kind="bad answer", where=f"{self.url}/v1/models") from None
-
     async def first_model(self) -> str:
-        """The model to ask for where the user names none.
+        """The model to ask for where the user names none (GET /v1/models).
 
         Raises:
             ServiceError: the service names none either.
         """
-        models = await self.models()
+        data = await self._exchange("GET", "/v1/models")
+        try:
+            models = [str(model["id"]) for model in data["data"]]
+        except (KeyError, TypeError):
+            raise ServiceError("is no list of models", kind="bad answer", where=f"{self.url}/v1/models") from None
         if not models:
             raise ServiceError("names no model", kind="bad answer", where=self.url, advice="Name it with --model.")
         return models[0]
@@ -133,7 +125,7 @@ class MindieClient:
     @contextlib.asynccontextmanager
     async def _request(self, method: str, path: str, body: object = None) -> AsyncIterator[aiohttp.ClientResponse]:
         where = self.url + path
-        with _told(where):
+        with _named_faults(where):
             async with self._session.request(method, where, json=body, allow_redirects=False) as response:
                 if response.status != 200:
                     raise await _refusal(response, where)
@@ -179,30 +171,26 @@ def _base_url(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _named_faults(where: str) -> Iterator[None]:
     """Turn aiohttp's exceptions into sentences."""
     try:
         yield
-    except asyncio.TimeoutError:
-        raise ServiceError("took too long", kind="time-out", where=where, advice="Raise --timeout.") from None
-    except aiohttp.ClientConnectorCertificateError as error:
-        raise ServiceError(
-            f"shows a certificate that is not trusted: {error.certificate_error}",
-            kind="no connection",
-            where=where,
-            advice="Name the authority that signed it with --ca-cert.",
-        ) from None
-    except aiohttp.ClientConnectorError as error:
-        raise ServiceError(
-            f"cannot be reached: {error.strerror or error}",
-            kind="no connection",
-            where=where,
-            advice="Check the address, and that the service runs.",
-        ) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise ServiceError(
-            f"broke the connection off: {error or type(error).__name__}", kind="broken off", where=where
-        ) from None
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        what, kind, advice = _fault(error)
+        raise ServiceError(what, kind=kind, where=where, advice=advice) from None
+
+
+def _fault(error: Exception) -> tuple[str, str, str | None]:
+    """(what, kind, advice)"""
+    if isinstance(error, asyncio.TimeoutError):
+        return "took too long", "time-out", "Raise --timeout."
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        what = f"shows a certificate that is not trusted: {error.certificate_error}"
+        return what, "no connection", "Name the authority that signed it with --ca-cert."
+    if isinstance(error, aiohttp.ClientConnectorError):
+        what = f"cannot be reached: {error.strerror or error}"
+        return what, "no connection", "Check the address, and that the service runs."
+    return f"broke the connection off: {error or type(error).__name__}", "broken off", None
 
 
 async def _refusal(response: aiohttp.ClientResponse, where: str) -> ServiceError:

@@ -21,6 +21,9 @@ Prompt = str | Sequence[Message]
 """A conversation, or one text: a question in a chat, a bare prompt in TGI."""
 
 
+_DRAWS = ("temperature", "top_k", "top_p")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What a request asks of its answer; None leaves it to the service."""
@@ -32,6 +35,10 @@ class Sampling:
     repetition_penalty: float | None = None
     seed: int | None = None
     ignore_eos: bool = False
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Of these fields those that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +84,15 @@ class OpenAIChat:
 
     def body(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        body = {
+        return {
             "model": self.model,
             "messages": messages,
             "stream": True,
             # MindIE reports the usage unasked and does not read this; other OpenAI services want it.
             "stream_options": {"include_usage": True},
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-            "ignore_eos": sampling.ignore_eos or None,
+            **sampling.given("max_tokens", *_DRAWS, "repetition_penalty", "seed"),
+            **({"ignore_eos": True} if sampling.ignore_eos else {}),
         }
-        return {name: value for name, value in body.items() if value is not None}
 
     def delta(self, event: str) -> Delta | None:
         if event == "[DONE]":
@@ -120,21 +121,12 @@ class Tgi:
             raise InputError("takes texts, not conversations", where="the TGI format", advice="Use --api openai.")
         if sampling.ignore_eos:
             raise InputError("cannot go on after the end of an answer", where="the TGI format")
-        draws = (sampling.temperature, sampling.top_k, sampling.top_p)
-        parameters = {
-            "details": True,
-            "max_new_tokens": sampling.max_tokens,
-            "do_sample": True if any(value is not None for value in draws) else None,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-        }
-        return {
-            "inputs": prompt,
-            "parameters": {name: value for name, value in parameters.items() if value is not None},
-        }
+        parameters: dict[str, Any] = {"details": True}
+        if sampling.max_tokens is not None:
+            parameters["max_new_tokens"] = sampling.max_tokens
+        if sampling.given(*_DRAWS):
+            parameters["do_sample"] = True
+        return {"inputs": prompt, "parameters": parameters | sampling.given(*_DRAWS, "repetition_penalty", "seed")}
 
     def delta(self, event: str) -> Delta | None:
         data = _load(event, self.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from telechat_mindie.errors import TelechatMindieError
 
 
@@ -20,17 +22,7 @@ class ServiceError(TelechatMindieError):
         status: of the HTTP answer, where there was one other than 200.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        kind: str,
-        where: object = None,
-        expected: object = None,
-        found: object = None,
-        advice: str | None = None,
-        status: int | None = None,
-    ) -> None:
-        super().__init__(what, where=where, expected=expected, found=found, advice=advice)
+    def __init__(self, what: str, *, kind: str, status: int | None = None, **facts: Any) -> None:
+        super().__init__(what, **facts)
         self.kind = kind
         self.status = status

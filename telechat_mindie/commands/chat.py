@@ -42,7 +42,6 @@ def chat(
     """
     from telechat_mindie.client.answers import Answers, LocalAnswers, RemoteAnswers
     from telechat_mindie.client.chat_loop import ChatLoop
-    from telechat_mindie.client.conversation import Conversation
     from telechat_mindie.client.dialects import Sampling
 
     sampling = Sampling(
@@ -61,4 +60,4 @@ def chat(
         answers = RemoteAnswers(target, sampling, model=model, tls=tls, timeout=timeout)
     else:
         answers = LocalAnswers(Path(target), sampling)
-    ChatLoop(answers, Conversation(system)).run()
+    ChatLoop(answers, system).run()

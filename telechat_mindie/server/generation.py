@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from telechat_mindie.engine.engine import Engine, EngineBusyError, EngineStopped
 from telechat_mindie.engine.output import FinishReason, Output
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError, TelechatMindieError
-from telechat_mindie.server.answers import Answer
+from telechat_mindie.server.answers import Answer, Renderer
 from telechat_mindie.server.http.errors import STOPPED, ApiError
 
 PromptIds = Sequence[int] | NDArray[np.int64]
@@ -43,38 +44,46 @@ def from_engine(error: TelechatMindieError) -> ApiError:
     return ApiError(424 if isinstance(error, InputError) else 500, f"Failed to enqueue the request: {error}")
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, read and understood.
+
+    Args:
+        prompt_ids: the prompt.
+        params: of each sequence; a given seed is that of the first, the others follow.
+        renderer: of its format.
+        stream: answer token by token.
+        count: sequences; several whole answers come best first.
+        timed_by_client: the request brought the time-out in `params`.
+        name: the client's own id of the request, by which another request can stop it.
+    """
+
+    prompt_ids: PromptIds
+    params: GenerationParams
+    renderer: Renderer
+    stream: bool
+    count: int = 1
+    timed_by_client: bool = False
+    name: str | None = None
+
+
 class Generation:
     """A request in the engine. Made and submitted in any thread; the event loop does the rest.
 
     Args:
         engine: that runs in a thread of its own.
-        prompt_ids: the prompt.
-        params: of each sequence; a given seed is that of the first, the others follow.
-        count: sequences.
+        job: what it is to do.
         token_seconds: time-out for the next output.
-        timed_by_client: the time-out in `params` is the client's own, rather than the server's.
         loop: the event loop that reads the outputs.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompt_ids: PromptIds,
-        params: GenerationParams,
-        count: int,
-        *,
-        token_seconds: float,
-        timed_by_client: bool,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    def __init__(self, engine: Engine, job: Job, token_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
         self.id = uuid.uuid4().hex
-        self.prompt_ids = prompt_ids
-        self.answers = [Answer() for _ in range(count)]
+        self.job = job
+        self.answers = [Answer() for _ in range(job.count)]
         self.ended: Ended | None = None
         self._engine = engine
-        self._params = params
         self._token_seconds = token_seconds
-        self._timed_by_client = timed_by_client
         self._loop = loop
         self._outputs: asyncio.Queue[tuple[int, Output] | None] = asyncio.Queue()  # None: the wait took too long
         self._waits_since: float | None = None
@@ -87,11 +96,11 @@ class Generation:
             ApiError: the engine refuses.
         """
         for index in range(len(self.answers)):
-            params = self._params
+            params = self.job.params
             if params.seed is not None:
                 params = dataclasses.replace(params, seed=(params.seed + index) % 2**63)
             try:
-                self._engine.submit(self.prompt_ids, params, partial(self._deliver, index), self._request_id(index))
+                self._engine.submit(self.job.prompt_ids, params, partial(self._deliver, index), self._request_id(index))
             except TelechatMindieError as error:
                 self._cancel_all()
                 raise from_engine(error) from None
@@ -143,7 +152,7 @@ class Generation:
         if reason is FinishReason.ERROR:
             raise ApiError(500, f"The engine failed: {output.error}")
         if reason is FinishReason.DEADLINE:
-            whose = "client timeout" if self._timed_by_client else "server e2eTimeout"
+            whose = "client timeout" if self.job.timed_by_client else "server e2eTimeout"
             raise ApiError(500, f"Engine callback timeout: {whose}")
         if reason is FinishReason.CANCELLED and self.ended is not Ended.STOPPED:
             raise ApiError(503, STOPPED)

@@ -6,7 +6,7 @@ import asyncio
 import re
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from telechat_mindie import __version__
 from telechat_mindie.engine.output import FinishReason
@@ -22,25 +22,28 @@ DEFAULT_PROBE_SECONDS, MAX_PROBE_SECONDS = 10, 600  # endpoint_def.h: SIMULATE_C
 def management_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["management"])
 
-    @router.get("/health")
+    async def check_alive() -> None:
+        service.refuse_if_stopping()
+        if not service.host.is_alive:
+            raise ApiError(500, "Service is abnormal: the engine ended.")
+
+    alive = [Depends(check_alive)]
+
+    @router.get("/health", dependencies=alive)
     async def health() -> Response:
-        _check_alive(service)
         return Response()
 
-    @router.get("/v2/health/live")
+    @router.get("/v2/health/live", dependencies=alive)
     async def live() -> Response:
-        _check_alive(service)
         return json_response({"message": "Service is alive but busy"}) if _is_busy(service) else Response()
 
-    @router.get("/v2/health/ready")
+    @router.get("/v2/health/ready", dependencies=alive)
     async def ready() -> Response:
-        _check_alive(service)
         message = {"message": "Service is alive but busy. Send fewer requests."}
         return json_response(message, 503) if _is_busy(service) else Response()
 
-    @router.get("/v2/models/{model}/ready")
+    @router.get("/v2/models/{model}/ready", dependencies=alive)
     async def model_ready(model: str) -> Response:
-        _check_alive(service)
         service.check_model(model)
         return Response()
 
@@ -55,9 +58,8 @@ def management_routes(service: Service) -> APIRouter:
             raise ApiError(404, f"The time must be 1 to {MAX_PROBE_SECONDS} seconds.")
         return await _probe(service, number)
 
-    @router.get("/info")
+    @router.get("/info", dependencies=alive)
     async def get_info() -> dict[str, Any]:
-        _check_alive(service)
         settings, engine = service.settings, service.engine.config
         model = {
             "model_device_type": "cpu",
@@ -95,14 +97,12 @@ def management_routes(service: Service) -> APIRouter:
             "cacheBlockSize": engine.block_size,
         }
 
-    @router.get("/v1/status")
+    @router.get("/v1/status", dependencies=alive)
     async def status() -> dict[str, Any]:
-        _check_alive(service)
         return _status(_resources(service))
 
-    @router.get("/v2/status")
+    @router.get("/v2/status", dependencies=alive)
     async def status_v2() -> dict[str, Any]:
-        _check_alive(service)
         resources = _resources(service)
         blocks = resources["availBlockNum"]
         more = {
@@ -113,9 +113,8 @@ def management_routes(service: Service) -> APIRouter:
         }
         return _status(resources | more)
 
-    @router.get("/v2/models/{model}/getSlotCount")
+    @router.get("/v2/models/{model}/getSlotCount", dependencies=alive)
     async def slot_count(model: str) -> dict[str, Any]:
-        _check_alive(service)
         service.check_model(model)
         resources, engine = _resources(service), service.engine.config
         return {
@@ -124,9 +123,8 @@ def management_routes(service: Service) -> APIRouter:
             "available_tokens_length": resources["availBlockNum"] * engine.block_size,
         }
 
-    @router.get("/metrics-json")
+    @router.get("/metrics-json", dependencies=alive)
     async def metrics_json() -> dict[str, Any]:
-        _check_alive(service)
         return _metrics_json(service)
 
     @router.get("/v1/engine-server/running-status")
@@ -159,12 +157,6 @@ def metrics_routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return router
-
-
-def _check_alive(service: Service) -> None:
-    service.refuse_if_stopping()
-    if not service.host.is_alive:
-        raise ApiError(500, "Service is abnormal: the engine ended.")
 
 
 def _is_busy(service: Service) -> bool:
@@ -224,13 +216,6 @@ def _metrics_json(service: Service) -> dict[str, Any]:
         "processingInferRequestNum": resources["runningRequestNum"] + resources["swappedRequestNum"],
         "remainBlocks": resources["availBlockNum"],
     }
-    return {
-        "resultType": "vector",
-        "result": [
-            {
-                "metric": [{"__name__": name, "job": "node", "instance": f"{where.host}:{where.port}"}],
-                "value": str(value),
-            }
-            for name, value in values.items()
-        ],
-    }
+    labels = {"job": "node", "instance": f"{where.host}:{where.port}"}
+    result = [{"metric": [{"__name__": name, **labels}], "value": str(value)} for name, value in values.items()]
+    return {"resultType": "vector", "result": result}

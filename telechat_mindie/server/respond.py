@@ -11,9 +11,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from telechat_mindie.server.generation import ClientGoneError, Ended, Generation
+from telechat_mindie.server.generation import ClientGoneError, Ended, Generation, Job
 from telechat_mindie.server.http.errors import ApiError, dump, error_response
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 
 
 class BrokenOffError(Exception):
@@ -55,31 +55,31 @@ class Answering(Response):
             raise ApiError(503, f"Too many requests: {service.limits.requests} are served or wait. Try again later.")
         service.refuse_if_stopping()
         raw = await service.bodies.read(self._request)
-        job, generation = await service.begin(raw, self._read)
-        service.metrics.accept(len(job.prompt_ids))
+        generation = await service.begin(raw, self._read)
+        service.metrics.accept(len(generation.job.prompt_ids))
         watcher = asyncio.create_task(_watch(receive, generation))
         try:
-            await (_stream if job.stream else _whole)(job, generation, send)
+            await (_stream if generation.job.stream else _whole)(generation, send)
         finally:
             watcher.cancel()
-            service.end(job, generation, Ended.CLIENT)
+            service.end(generation, Ended.CLIENT)
         return generation
 
 
-async def _whole(job: Job, generation: Generation, send: Send) -> None:
+async def _whole(generation: Generation, send: Send) -> None:
     async for _ in generation.outputs():
         pass
     answers = generation.answers
-    if job.count > 1:
+    if len(answers) > 1:
         answers = sorted(answers, key=lambda answer: -answer.total_logprob)
-    body = dump(job.renderer.whole(answers))
+    body = dump(generation.job.renderer.whole(answers))
     await _start(send, "application/json", len(body))
     await send({"type": "http.response.body", "body": body})
 
 
-async def _stream(job: Job, generation: Generation, send: Send) -> None:
+async def _stream(generation: Generation, send: Send) -> None:
     """Until the first output the status is open: an error before it has its own."""
-    renderer, is_started = job.renderer, False
+    renderer, is_started = generation.job.renderer, False
     try:
         async for index, output in generation.outputs():
             if not is_started:

@@ -129,10 +129,10 @@ async def _run(
     service: Service, servers: list[tuple[_Listener, socket.socket]], on_ready: Callable[[], object]
 ) -> None:
     loop = asyncio.get_running_loop()
-    told_twice = asyncio.Event()
+    told_again = asyncio.Event()
 
     def stop() -> None:
-        (told_twice if service.stop_wanted.is_set() else service.stop_wanted).set()
+        (told_again if service.stop_wanted.is_set() else service.stop_wanted).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -142,7 +142,7 @@ async def _run(
             await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
         on_ready()
         await service.stop_wanted.wait()
-        await _drain(service, told_twice)
+        await _drain(service, told_again)
     finally:
         for server, _ in servers:
             server.should_exit = True
@@ -150,11 +150,11 @@ async def _run(
         service.close()
 
 
-async def _drain(service: Service, told_twice: asyncio.Event) -> None:
+async def _drain(service: Service, told_again: asyncio.Event) -> None:
     """Refuse new requests, and give unfinished answers their time; those that need more are told of the end."""
     service.is_stopping = True
     give_up = asyncio.get_running_loop().time() + (0 if service.is_forced else service.limits.drain_seconds)
-    while service.in_flight and not told_twice.is_set() and asyncio.get_running_loop().time() < give_up:
+    while service.in_flight and not told_again.is_set() and asyncio.get_running_loop().time() < give_up:
         await asyncio.sleep(0.05)
     for generation in list(service.running.values()):
         generation.cancel(Ended.SHUTDOWN)

@@ -6,18 +6,16 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError
 from telechat_mindie.server.answers import Renderer
 from telechat_mindie.server.fields import RequestBody, utf16_length
-from telechat_mindie.server.generation import Ended, Generation, PromptIds, from_engine
+from telechat_mindie.server.generation import Ended, Generation, Job, PromptIds, from_engine
 from telechat_mindie.server.host import EngineHost
 from telechat_mindie.server.http.body import BodyReader, parse
 from telechat_mindie.server.http.errors import STOPPED, ApiError, invalid
@@ -29,33 +27,11 @@ from telechat_mindie.text.input_builder import InputBuilder
 CONTEXT = 3
 """Tokens that a token's text depends on: a character has at most four bytes, and each may be a token."""
 
+Result = TypeVar("Result")
 TokenText = Callable[[int, Sequence[int], int], str]
 """`Service.token_text`"""
 
 _Ids = TypeVar("_Ids", list[int], NDArray[np.int64])
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request, read and understood.
-
-    Args:
-        prompt_ids: the prompt.
-        params: of each sequence.
-        renderer: of its format.
-        stream: answer token by token.
-        count: sequences; several whole answers come best first.
-        timed_by_client: the request brought the time-out in `params`.
-        name: the client's own id of the request, by which another request can stop it.
-    """
-
-    prompt_ids: PromptIds
-    params: GenerationParams
-    renderer: Renderer
-    stream: bool
-    count: int = 1
-    timed_by_client: bool = False
-    name: str | None = None
 
 
 class Service:
@@ -75,54 +51,45 @@ class Service:
         self.is_forced = False  # to stop without waiting for answers
         self.stop_wanted = asyncio.Event()  # a route asks the process to end
         self.running: dict[str, Generation] = {}  # by id
-        self.named: dict[str, Generation] = {}  # by the client's own id
+        self.named: dict[str | None, Generation] = {}  # by the client's own id
         self.in_flight = 0  # requests for an answer, from their first byte to their last
         self._threads = ThreadPoolExecutor(settings.threads, "telechat-request")
 
-    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run what takes long in one of the threads for it."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    async def begin(self, raw: bytes, read: Callable[[dict[str, Any]], Job]) -> tuple[Job, Generation]:
+    async def begin(self, raw: bytes, read: Callable[[dict[str, Any]], Job]) -> Generation:
         """Parse a body and start what it asks for.
 
         Raises:
             ApiError: the body, or the engine, refuses.
         """
-        loop = asyncio.get_running_loop()
-        job, generation = await self.in_thread(self._prepare, raw, read, loop)
+        generation = await self.in_thread(self._prepare, raw, read, asyncio.get_running_loop())
         if self.is_stopping:
             generation.cancel(Ended.SHUTDOWN)
         self.running[generation.id] = generation
-        if job.name is not None:
-            self.named[job.name] = generation
-        return job, generation
+        if generation.job.name is not None:
+            self.named[generation.job.name] = generation
+        return generation
 
     def _prepare(
         self, raw: bytes, read: Callable[[dict[str, Any]], Job], loop: asyncio.AbstractEventLoop
-    ) -> tuple[Job, Generation]:
+    ) -> Generation:
         try:
             job = read(parse(raw))
         except InputError as error:
             raise invalid(str(error)) from None
-        generation = Generation(
-            self.engine,
-            job.prompt_ids,
-            job.params,
-            job.count,
-            token_seconds=self.limits.token_seconds,
-            timed_by_client=job.timed_by_client,
-            loop=loop,
-        )
+        generation = Generation(self.engine, job, self.limits.token_seconds, loop)
         generation.submit()
-        return job, generation
+        return generation
 
-    def end(self, job: Job, generation: Generation, by: Ended) -> None:
+    def end(self, generation: Generation, by: Ended) -> None:
         """Forget a request that was answered, or whose client left."""
         generation.cancel(by)
         self.running.pop(generation.id, None)
-        if job.name is not None and self.named.get(job.name) is generation:
-            del self.named[job.name]
+        if self.named.get(generation.job.name) is generation:
+            del self.named[generation.job.name]
 
     def check_model(self, name: str) -> None:
         """Refuse a path that names another model than the one that is served."""

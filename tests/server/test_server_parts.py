@@ -21,7 +21,7 @@ from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.answers import Answer
 from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.formats.vllm import VllmRequest
-from telechat_mindie.server.generation import Generation
+from telechat_mindie.server.generation import Generation, Job
 from telechat_mindie.server.host import EngineHost, num_blocks
 from telechat_mindie.server.http.body import MAX_JSON_DEPTH, BodyReader, parse
 from telechat_mindie.server.http.errors import ApiError
@@ -308,9 +308,8 @@ class TestWaiting:
                 pass
 
         loop = asyncio.get_running_loop()
-        generation = Generation(
-            ManualEngine(), [1], GenerationParams(), 1, token_seconds=0.2, timed_by_client=False, loop=loop
-        )
+        job = Job([1], GenerationParams(), renderer=None, stream=True)
+        generation = Generation(ManualEngine(), job, 0.2, loop)
         generation.submit()
         delivered[0](self.output(None))
         loop.call_later(engine_seconds, delivered[0], self.output(FinishReason.LENGTH))

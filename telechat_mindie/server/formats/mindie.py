@@ -21,8 +21,9 @@ from telechat_mindie.server.fields import (
     Tokens,
     validate,
 )
+from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 
 
 class Parameters(RequestBody):

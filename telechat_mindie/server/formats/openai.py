@@ -22,9 +22,10 @@ from telechat_mindie.server.formats.openai_requests import (
     text_length,
 )
 from telechat_mindie.server.formats.tool_calls import ToolCallParser, split_calls
-from telechat_mindie.server.formats.vllm import check_top_k, count_sequences
+from telechat_mindie.server.formats.vllm import count_sequences
+from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 
 Fields = dict[str, Any]
 
@@ -180,7 +181,6 @@ def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
         raise invalid(f"Model {body.model} not found: this is {service.settings.model_name}.")
     if body.use_beam_search:
         raise invalid("Parameter use_beam_search is not supported.")
-    check_top_k(body)
 
 
 def read_chat(service: Service, data: Fields) -> Job:

@@ -22,9 +22,10 @@ from telechat_mindie.server.formats.triton import (
     stop_infer,
 )
 from telechat_mindie.server.formats.vllm import VllmRequest
+from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.openapi import accepts
 from telechat_mindie.server.respond import Answering
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 
 Read = Callable[[Service, dict[str, Any]], Job]
 

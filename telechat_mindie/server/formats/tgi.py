@@ -14,8 +14,9 @@ from telechat_mindie.server.answers import Answer, Renderer
 from telechat_mindie.server.fields import RequestBody, Stop, Tokens, validate
 from telechat_mindie.server.formats.mindie import Parameters, text_of
 from telechat_mindie.server.formats.vllm import read_vllm
+from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 
 
 class TgiParameters(Parameters):

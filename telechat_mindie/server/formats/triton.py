@@ -14,10 +14,10 @@ from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer, Renderer, request_id
 from telechat_mindie.server.fields import RequestBody, RequestId, Share, TokenIds, Tokens, validate, without_nulls
 from telechat_mindie.server.formats.mindie import NativeParameters, text_of
-from telechat_mindie.server.generation import Ended
+from telechat_mindie.server.generation import Ended, Job
 from telechat_mindie.server.http.body import parse
 from telechat_mindie.server.http.errors import ApiError, dump, invalid, json_response
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 from telechat_mindie.units import INT32_MAX
 
 

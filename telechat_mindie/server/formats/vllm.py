@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer, Renderer
@@ -23,11 +24,19 @@ from telechat_mindie.server.fields import (
     validate,
 )
 from telechat_mindie.server.formats.mindie import text_of
+from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import dump, invalid
-from telechat_mindie.server.service import Job, Service
+from telechat_mindie.server.service import Service
 from telechat_mindie.units import INT32_MAX
 
-TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}})]
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("top_k", f"must be -1, or 1 to {INT32_MAX}")
+    return value
+
+
+TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
 
 
 class VllmSampling(RequestBody):
@@ -98,15 +107,8 @@ def count_sequences(body: VllmSampling, *, equal_in_streams: bool) -> int:
     return count
 
 
-def check_top_k(body: VllmSampling) -> None:
-    """-1 stands for all, so 0 stands for nothing."""
-    if body.top_k == 0:
-        raise invalid(f"Parameter top_k must be -1, or 1 to {INT32_MAX}, got 0.")
-
-
 def read_vllm(service: Service, data: dict[str, Any]) -> Job:
     body = validate(VllmRequest, data)
-    check_top_k(body)
     if body.model not in (None, "None", service.settings.model_name):
         raise invalid(f"Adapter {body.model} is not loaded.")
     count = count_sequences(body, equal_in_streams=False)
