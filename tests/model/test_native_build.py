@@ -194,3 +194,10 @@ def test_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str) 
     monkeypatch.setenv("TELECHAT_CPU_KERNELS", wrong)
     with pytest.raises(InputError, match="native or mindspore"):
         selection.select_cpu_kernels()
+
+
+def test_describe_names_path_dtype_and_threads(monkeypatch):
+    monkeypatch.delenv("TELECHAT_CPU_KERNELS", raising=False)
+    monkeypatch.setenv("TELECHAT_CPU_THREADS", "1")
+    name = native_build.library().instruction_set.name
+    assert selection.describe_cpu_kernels("bfloat16") == f"native {name} (bfloat16 weights), 1 thread"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -226,11 +225,3 @@ def test_unusable_arguments_end_in_an_error_not_in_a_crash(
             models[0].single_rank.logits(unusable)
         assert reason in capfd.readouterr().err
     agree(models, Traffic(np.random.default_rng(5)).step([], [3]))
-
-
-@pytest.mark.parametrize("models", ["mha-float32"], indirect=True)
-def test_describe_names_path_dtype_and_threads(models: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TELECHAT_CPU_THREADS", "1")
-    describe: Callable[[str], str] = models[0].kernels.describe
-    name = native_build.library().instruction_set.name
-    assert describe("bfloat16") == f"native {name} (bfloat16 weights), 1 thread"

@@ -57,11 +57,6 @@ class CpuKernels(nn.Cell):
         return "float32"
 
     @staticmethod
-    def describe(stored: str, tp: int = 1) -> str:
-        """One line for a person: the weights' dtype."""
-        return f"MindSpore ({CpuKernels.weight_dtype(stored)} weights)"
-
-    @staticmethod
     def single_rank_decoder(decoder: nn.Cell) -> None:
         """Nothing here runs a decoder but its graph."""
 

@@ -70,13 +70,6 @@ class NativeKernels(nn.Cell):
     def cache_dtype(stored: str) -> str:
         return "float32"
 
-    @staticmethod
-    def describe(stored: str, tp: int = 1) -> str:
-        """One line for a person: the path, the weights' dtype, the threads of each rank."""
-        threads = native_build.thread_count(tp)
-        name = native_build.library().instruction_set.name
-        return f"native {name} ({stored} weights), {threads} thread{'s' if threads > 1 else ''}"
-
     def single_rank_decoder(self, decoder: nn.Cell) -> NativeDecoder:
         return NativeDecoder(decoder, self.library, self.runs)
 

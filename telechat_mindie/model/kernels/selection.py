@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from telechat_mindie.errors import InputError
-from telechat_mindie.model.kernels.native_build import NativeUnavailable, library
+from telechat_mindie.model.kernels.native_build import NativeUnavailable, library, thread_count
 
 if TYPE_CHECKING:
     from telechat_mindie.model.kernels.cpu import CpuKernels
@@ -26,27 +26,38 @@ def select_cpu_kernels() -> type[NativeKernels] | type[CpuKernels]:
         InputError: TELECHAT_CPU_KERNELS is neither "native" nor "mindspore".
         NativeUnavailable: it is "native", and the native kernels cannot be had.
     """
-    choice = os.environ.get("TELECHAT_CPU_KERNELS")
-    if choice is not None and choice not in CHOICES:
-        raise InputError("is unknown", where="TELECHAT_CPU_KERNELS", expected=" or ".join(CHOICES), found=repr(choice))
-    if choice == "native":
-        library()
-    if choice == "mindspore" or (choice is None and not _native_available()):
-        from telechat_mindie.model.kernels.cpu import CpuKernels
+    if _is_native():
+        from telechat_mindie.model.kernels.native import NativeKernels
 
-        return CpuKernels
-    from telechat_mindie.model.kernels.native import NativeKernels
+        return NativeKernels
+    from telechat_mindie.model.kernels.cpu import CpuKernels
 
-    return NativeKernels
+    return CpuKernels
 
 
 def describe_cpu_kernels(stored: str, tp: int = 1) -> str:
     """The kernels that a directory with weights of dtype `stored` would run with, in one line for a person.
 
+    It names the instruction set, the dtype that weights are kept in and the threads of each rank, without MindSpore.
+
     Raises:
         InputError, NativeUnavailable: as `select_cpu_kernels` says.
     """
-    return select_cpu_kernels().describe(stored, tp)
+    if not _is_native():
+        return "MindSpore (float32 weights)"
+    threads = thread_count(tp)
+    name = library().instruction_set.name
+    return f"native {name} ({stored} weights), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _is_native() -> bool:
+    choice = os.environ.get("TELECHAT_CPU_KERNELS")
+    if choice is not None and choice not in CHOICES:
+        raise InputError("is unknown", where="TELECHAT_CPU_KERNELS", expected=" or ".join(CHOICES), found=repr(choice))
+    if choice == "native":
+        library()  # raises where it cannot be had
+        return True
+    return choice is None and _native_available()
 
 
 @lru_cache(maxsize=1)
