@@ -36,13 +36,18 @@ def render(template: str, **values: Any) -> str:
     Raises:
         ConfigError: a value that the target cannot hold: NaN, infinity, a NUL character.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= FILTERS
     source = resources.files("telechat_mindie.model_dir_template").joinpath(template).read_text(encoding="utf-8")
     try:
-        return environment.from_string(source).render(values)
+        return environment().from_string(source).render(values)
     except ConfigError as error:
         raise ConfigError(str(error), where=template.removesuffix(".j2")) from None
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """Jinja's, with the filters."""
+    made = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    made.filters |= FILTERS
+    return made
 
 
 def _json(value: Any) -> str:

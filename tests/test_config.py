@@ -6,8 +6,10 @@ import json
 
 import pytest
 from helpers.checkpoints import CONFIG, MOE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from telechat_mindie.config import TelechatConfig
+from telechat_mindie.config import SPELLINGS, TelechatConfig
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.variants import VARIANTS, label_for
 
@@ -120,6 +122,50 @@ def test_refused_with_the_key_named(changes, key):
     data = {name: value for name, value in (CONFIG | changes).items() if value is not None}
     with pytest.raises(ConfigError, match=key):
         TelechatConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"n_layer": 10**9}, "n_layer"),
+        ({"n_layer": 1 << 31}, "n_layer"),
+        ({"num_local_experts": 10**9, "num_experts_per_tok": 2}, "num_local_experts"),
+        ({"n_layer": 1000, "num_local_experts": 1000, "num_experts_per_tok": 2}, "n_layer, num_local_experts"),
+        ({"hidden_size": 1 << 30}, "hidden_size"),
+        ({"vocab_size": 1 << 30}, "vocab_size"),
+        ({"ffn_hidden_size": 10**400}, "ffn_hidden_size"),
+        ({"n_head": 1 << 20, "hidden_size": 1 << 20}, "n_head"),
+        ({"seq_length": 1 << 32}, "seq_length"),
+    ],
+)
+def test_sizes_are_bounded(changes, key):
+    """Whatever lists layers, experts or ranks would take minutes and gigabytes for these."""
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        TelechatConfig.from_dict(CONFIG | changes)
+
+
+SIZES = st.one_of(
+    st.sampled_from([0, 1, 2, 8, 64, 512, 1023, 1024, 4096, 1 << 14, 1 << 20, 1 << 24, 1 << 31, 10**18, 10**400]),
+    st.integers(-3, 1 << 33),
+    st.sampled_from([None, True, 1.5, float("nan"), "8", [], {}, [8]]),
+)
+KEYS = [key for keys in SPELLINGS.values() for key in keys] + ["head_dim", "model_type", "architectures", "rope_theta"]
+
+
+@settings(max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=st.dictionaries(st.sampled_from(KEYS), SIZES, max_size=4))
+def test_any_config_is_refused_or_soon_listed(changes):
+    from telechat_mindie.checkpoint.mapping import mindformers_targets
+
+    try:
+        config = TelechatConfig.from_dict(CONFIG | changes)
+    except ConfigError as error:
+        assert str(error)
+        return
+    tp = config.allowed_tp()
+    assert tp[0] == 1 and config.parameter_count > 0 and label_for(config)
+    if config.num_layers * max(1, config.num_experts) < 4096:  # the greatest take seconds
+        assert mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
 
 
 def test_allowed_tp():

@@ -18,12 +18,16 @@ from helpers.checkpoints import MOE, make_checkpoint
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from telechat_mindie.errors import OutputError
+from telechat_mindie.errors import ModelDirError, OutputError
+from telechat_mindie.model_dir import build as build_module
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.staging import StagedDirectory
 
 LAST_SHARD = "model-00002-of-00002.safetensors"
+
+
+INJECTED = "hide\nmodel:\n  arch:\n    type: evil"
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,15 @@ def make_fifo(checkpoint):
     os.mkfifo(file)
 
 
+def write(name, **content):
+    return lambda checkpoint: (checkpoint / name).write_text(json.dumps(content))
+
+
+def edit_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def larger_tokenizer(checkpoint):
     train_tiny_tokenizer(checkpoint, vocab_size=530)
 
@@ -215,6 +228,15 @@ def larger_tokenizer(checkpoint):
         (larger_tokenizer, "vocab"),
         (lambda path: [file.unlink() for file in path.glob("model*")], "holds no weights"),
         (lambda path: (path / "generation_config.json").write_text('{"top_k": "5"}'), "top_k: has the wrong type"),
+        (write("generation_config.json", max_new_tokens="many"), "max_new_tokens: has the wrong type"),
+        (write("generation_config.json", max_new_tokens=0), "max_new_tokens: must be positive"),
+        (write("generation_config.json", temperature=float("nan")), "NaN"),
+        (write("tokenizer_config.json", clean_up_tokenization_spaces=True), "clean_up_tokenization_spaces: would"),
+        (write("tokenizer_config.json", turn_tokens=INJECTED), "turn_tokens: has an unknown value"),
+        (write("tokenizer_config.json", control_tokens=INJECTED), "control_tokens: has an unknown value"),
+        (write("tokenizer_config.json", chat_template="{% for"), "tokenizer_config.json: "),
+        (write("tokenizer_config.json", chat_template=[{"name": "tools", "template": ""}]), "names no default"),
+        (lambda path: edit_config(path, n_layer=10**9), "n_layer: is out of range"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(checkpoint, tmp_path, damage, message):
@@ -225,6 +247,33 @@ def test_bad_input_is_one_line_and_leaves_nothing(checkpoint, tmp_path, damage, 
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert message in done.stderr and "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_null_counts_as_absent(checkpoint, tmp_path):
+    nothing = dict.fromkeys(("max_new_tokens", "top_k", "top_p", "temperature", "do_sample", "eos_token_id"))
+    write("generation_config.json", **nothing)(checkpoint)
+    write("tokenizer_config.json", turn_tokens=None, control_tokens=None, chat_template=None)(checkpoint)
+    build(tmp_path / "model", checkpoint)
+    serving = ModelDir.open(tmp_path / "model").serving
+    assert (serving.max_new_tokens, serving.top_k, serving.do_sample) == (512, 5, False)
+    assert "eos_token_id" not in json.loads((tmp_path / "model" / "generation_config.json").read_text())
+
+
+def test_numbers_that_yaml_would_take_for_texts(checkpoint, tmp_path):
+    write("generation_config.json", temperature=1e-05, repetition_penalty=1e16)(checkpoint)
+    edit_config(checkpoint, layer_norm_epsilon=1.25e-06)
+    build(tmp_path / "model", checkpoint)
+    directory = ModelDir.open(tmp_path / "model")
+    assert (directory.serving.temperature, directory.serving.repetition_penalty) == (1e-05, 1e16)
+    assert yaml.safe_load(directory.yaml_path.read_text())["model"]["model_config"]["rms_norm_eps"] == 1.25e-06
+
+
+def test_a_directory_that_would_not_open_never_appears(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "label_for", lambda config: "x")
+    monkeypatch.setattr(build_module, "_manifest", lambda *_: {"tp": 1})
+    with pytest.raises(ModelDirError, match="lacks dtype"):
+        build(tmp_path / "model", checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_odd_values_can_be_allowed(checkpoint, tmp_path):
