@@ -23,9 +23,9 @@ def verify(
     from telechat_mindie.model_dir.verify import check_against, check_files
 
     directory = ModelDir.open(model_path)
-    files = directory.manifest["files"]
+    files = directory.files
     with byte_progress("hashing") as start:
-        problems = check_files(directory, start(sum(entry["nbytes"] for entry in files.values())))
+        problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))
     if against is not None:
         with byte_progress("comparing") as start:
             problems += check_against(directory, against, start)

@@ -70,17 +70,17 @@ def check_tree(root: Path, user: User) -> Iterator[Finding]:
         yield error(
             "too-many-files", root, f"holds {MAX_ENTRIES} files or more", "Only the first were looked at; clean it up."
         )
-    found = [*path_findings(entries), *link_findings(entries), *permission_findings(entries, user)]
+    found = list(findings(entries, user))
     yield from found
     if not found:
         yield ok("files", root, f"{len(entries)} files and folders as MindIE wants them: owner, modes, paths, no links")
 
 
-def check_file(path: Path, user: User) -> Iterator[Finding]:
-    """The file rules for a single file."""
-    yield from path_findings([path])
-    yield from link_findings([path])
-    yield from permission_findings([path], user)
+def findings(entries: list[Path], user: User) -> Iterator[Finding]:
+    """The file rules for files and folders, of which the first is at their top."""
+    yield from path_findings(entries)
+    yield from link_findings(entries)
+    yield from permission_findings(entries, user)
 
 
 def path_findings(entries: list[Path]) -> Iterator[Finding]:

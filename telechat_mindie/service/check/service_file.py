@@ -14,7 +14,7 @@ from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, Severity, error, ok, warning
 from telechat_mindie.kv_budget import CacheShape
 from telechat_mindie.mindie import SERVER_PORTS
-from telechat_mindie.model_dir.modes import check_file
+from telechat_mindie.model_dir.modes import findings as file_findings
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import https_certificates
 from telechat_mindie.service.check.options import CheckOptions
@@ -33,7 +33,7 @@ def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptio
         facts: of the model directory; None where it cannot be opened, which is told elsewhere.
         options: of the check.
     """
-    files = list(check_file(path, options.user))
+    files = list(file_findings([path], options.user))
     yield from files
     if any(finding.id in ("link", "special-file") for finding in files):
         return
