@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from telechat_mindie.service.render import RenderedConfig
 
 
-VIOLATION = ("path", "rule", "expected", "found", "repair", "severity")  # of one that MindIE only warns about
 EXPLAIN_WIDTH = 76  # of the column of values; a longer one moves the rest of its line
 
 
@@ -110,14 +109,11 @@ def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
     """On stderr: what MindIE only warns about, and the certificates that are missing or to be provided."""
     for violation in rendered.warnings:
         print(f"warning: {violation}", file=sys.stderr)
-    absent = [certificate for certificate in rendered.certificates if certificate.present is not True]
+    absent = [f"{item.file} ({item.path.rpartition('.')[2]})" for item in rendered.certificates if not item.present]
     if absent:
-        place = "MindIE's home" if mindie_home is None else str(mindie_home)
-        state = "must be in" if mindie_home is None else "are missing in"
-        files = ", ".join(dict.fromkeys(f"{item.file} ({item.path.rpartition('.')[2]})" for item in absent))
-        print(
-            f"note: HTTPS is on, and these files {state} {place}: {files}. --insecure-http is without.", file=sys.stderr
-        )
+        state = "must be in MindIE's home" if mindie_home is None else f"are missing in {mindie_home}"
+        note = f"note: HTTPS is on, and these files {state}: {', '.join(dict.fromkeys(absent))}."
+        print(f"{note} --insecure-http is without.", file=sys.stderr)
 
 
 def _explain(rendered: RenderedConfig, title: str, as_json: bool) -> None:
@@ -147,7 +143,7 @@ def _print_result(rendered: RenderedConfig, output: Path | None) -> None:
         {
             "output": None if output is None else str(output),
             "config": rendered.config,
-            "warnings": [{name: getattr(violation, name) for name in VIOLATION} for violation in rendered.warnings],
+            "warnings": [violation.as_dict() for violation in rendered.warnings],
             "certificates": [asdict(certificate) for certificate in rendered.certificates],
         }
     )

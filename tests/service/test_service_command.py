@@ -97,6 +97,9 @@ def test_patching_in_place_keeps_the_users_text(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "warning: $.mine: unknown-key" in done.stderr
     text = (tmp_path / "c.json").read_text()
+    patch = ("--template", "c.json", "--mindie", "2.0", "--insecure-http", "--json")
+    (unknown,) = json.loads(run(model, *patch, cwd=tmp_path).stdout)["warnings"]
+    assert set(unknown) == {"path", "rule", "expected", "found", "repair", "severity"}
     assert '\t"mine": {\n\t\t"kept": true\n\t}' in text and list(json.loads(text)) == list(config)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.findings import Finding, Report
 from telechat_mindie.service import schema
 
 Config = dict[str, Any]
@@ -561,6 +562,16 @@ class TestRulesBetweenFields:
         mutate(config, "M.backendType", "atb")
         assert only_violation(config).rule == "plugin-conflict"
 
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", '{"plugin_type": 3}', '{"plugin_type": " la"}', '{"plugin_type": "la"}', " " * 1025]
+    )
+    def test_the_runner_refuses_what_the_rules_refuse(self, text: str) -> None:
+        config = valid_config()
+        mutate(config, "M.plugin_params", text)
+        assert {violation.severity for violation in schema.validate(config, "3.0.0.beta")} == {"error"}
+        with pytest.raises(InputError, match="plugin_params"):
+            parse_plugin_params(text)
+
     def test_the_readmes_own_recipe_cuts_answers(self) -> None:
         """maxSeqLen 8192 and maxInputTokenLen 6144 beside the shipped maxIterTimes: answers end at 512 tokens."""
         config = valid_config()
@@ -588,6 +599,34 @@ class TestRulesBetweenFields:
         mutate(config, "S.layerwiseDisaggregatedRoleType", "master")
         violation = only_violation(config)
         assert (violation.path, violation.found) == (path_of("S.layerwiseDisaggregated"), "true beside backendType")
+
+
+def test_a_violation_is_a_finding() -> None:
+    """`check` passes it on as it is, under the five fields that every finding has; all its own names stay."""
+    config = valid_config()
+    mutate(config, "S.maxLinkNum", 9999)
+    violation = only_violation(config)
+    assert isinstance(violation, Finding)
+    (listed,) = Report.of([violation]).as_dict()["findings"]
+    assert listed == {
+        "id": "range",
+        "severity": "error",
+        "where": "$.ServerConfig.maxLinkNum",
+        "message": "expected 1 to 4096, found 9999",
+        "advice": "Set it to 1 to 4096.",
+    }
+    own = {"path": listed["where"], "rule": "range", "expected": "1 to 4096", "found": "9999", "severity": "error"}
+    assert violation.as_dict() == {**own, "repair": listed["advice"]}
+
+
+def test_a_file_that_mindie_refuses_is_not_accepted() -> None:
+    config = valid_config()
+    mutate(config, "M.npuMemSize", -1)
+    assert [violation.rule for violation in schema.accept(config, "3.0.0.beta", "here")] == ["ms-npu-mem"]
+    for place in ("S.port", "S.metricsPort", "S.maxLinkNum", "C.maxBatchSize", "C.maxIterTimes", "M.worldSize"):
+        mutate(config, place, 0)
+    with pytest.raises(ConfigError, match=r"here: would not be accepted by MindIE 3\.0\.0\.beta.*And 1 more"):
+        schema.accept(config, "3.0.0.beta", "here")
 
 
 class TestGenerations:
@@ -652,34 +691,21 @@ class TestFiles:
             (b'{"a": 1}' + b" " * (10 * 1024 * 1024), "too large.*10485760 bytes"),
             (b"[1]", "no JSON object"),
             (b"{'a': 1}", r"config\.json:1:2: is not valid JSON.*no comments"),
-            (b'{\n  "a": 1,\n}', "config.json:[23]:.*is not valid JSON"),
-            (b'{"a": 1 // note\n}', "is not valid JSON"),
-            (b'{"a": NaN}', "NaN"),
             (b'{"a": {"b": 1, "b": 2}}', "key 'b' stands twice"),
             (b'{"a": "\xff"}', "is not UTF-8"),
-            (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-            (b'{"a": ' + b"9" * 5000 + b"}", "config.json"),
+            (b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", "nested too deeply.*at most 32"),
         ],
     )
     def test_bad_files_give_sentences(self, tmp_path: Path, content: bytes, sentence: str) -> None:
+        """`reading` has the rest."""
         path = tmp_path / "config.json"
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=sentence):
             schema.load(path)
 
-    def test_brackets_in_strings_are_no_depth(self, tmp_path: Path) -> None:
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps({"a": '\\"' + "[" * 1000}))
-        assert schema.load(path)["a"].endswith("[" * 1000)
-
-    def test_absent_and_special_files(self, tmp_path: Path) -> None:
+    def test_an_absent_file(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="missing"):
             schema.load(tmp_path / "none.json")
-        with pytest.raises(ConfigError, match="not a regular file"):
-            schema.load(tmp_path)
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(ConfigError, match="not a regular file"):
-            schema.load(tmp_path / "pipe")
 
 
 class TestJsonSchema:

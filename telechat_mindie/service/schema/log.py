@@ -16,6 +16,15 @@ def _check_level(value: str) -> str:
     return value
 
 
+Level = Annotated[StrictStr, AfterValidator(_check_level), FORGIVEN]
+Hours = Annotated[StrictInt, Field(ge=1, le=168, description="hours"), FORGIVEN]
+Since = Annotated[
+    StrictStr,
+    Field(pattern=r"^(\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2})?$", description="since when; the daemon fills it in"),
+    FORGIVEN,
+]
+
+
 class LogConfig(MindieObject):
     """LogConfig of 3.0.0.beta: a level for some hours, changed while the daemon runs.
 
@@ -24,11 +33,9 @@ class LogConfig(MindieObject):
     reference, which nlohmann::json leaves undefined (:217-235).
     """
 
-    dynamicLogLevel: Annotated[StrictStr, AfterValidator(_check_level), FORGIVEN]
-    dynamicLogLevelValidHours: Annotated[StrictInt, FORGIVEN] = Field(ge=1, le=168, description="hours")
-    dynamicLogLevelValidTime: Annotated[StrictStr, FORGIVEN] = Field(
-        pattern=r"^(\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2})?$", description="since when; the daemon fills it in"
-    )
+    dynamicLogLevel: Level
+    dynamicLogLevelValidHours: Hours
+    dynamicLogLevelValidTime: Since
 
 
 class LogConfig10(MindieObject):
@@ -47,10 +54,6 @@ class LogConfig10(MindieObject):
 class LogConfig20(LogConfig10):
     """LogConfig of 2.x: absent from 2.0, and in later releases the three keys of 3.0.0.beta."""
 
-    dynamicLogLevel: Annotated[StrictStr, AfterValidator(_check_level), FORGIVEN] = ""
-    dynamicLogLevelValidHours: Annotated[StrictInt, FORGIVEN] = Field(default=2, ge=1, le=168, description="hours")
-    dynamicLogLevelValidTime: Annotated[StrictStr, FORGIVEN] = Field(
-        default="",
-        pattern=r"^(\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2})?$",
-        description="since when; the daemon fills it in",
-    )
+    dynamicLogLevel: Level = ""
+    dynamicLogLevelValidHours: Hours = 2
+    dynamicLogLevelValidTime: Since = ""

@@ -44,6 +44,11 @@ class Violation(Finding):
         """What to change, as a full sentence."""
         return self.advice
 
+    def as_dict(self) -> dict[str, str]:
+        """For `service-config --json`, under the names that it has always had there."""
+        names = ("path", "rule", "expected", "found", "repair", "severity")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         return f"{self.path}: {self.rule}: {self.message}. {self.repair}"
 
