@@ -69,7 +69,10 @@ Address = Annotated[StrictStr, AfterValidator(_check_address)]
 ModelPath = Annotated[StrictStr, AfterValidator(_check_model_path)]
 Port = Annotated[StrictInt, Field(ge=LOWEST, le=HIGHEST)]
 UInt32 = Annotated[StrictInt, Field(ge=0, le=UINT32_MAX)]
-Policy = Annotated[StrictInt, Field(ge=0, le=3)]  # 0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ: param_checker.cpp:356-364
+Policy = Annotated[
+    StrictInt, Field(ge=0, le=3, description="0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ")
+]  # param_checker.cpp:356-364
+FileNames = Annotated[list[StrictStr], Field(description="1 to 3 file names")]
 
 ModelName = Annotated[
     StrictStr, Field(pattern=r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,254}[a-zA-Z0-9])?$")

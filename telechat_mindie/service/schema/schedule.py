@@ -20,7 +20,13 @@ def _check_mix_policy(value: int) -> int:
     return value
 
 
-MixPolicy = Annotated[StrictInt, AfterValidator(_check_mix_policy)]  # param_checker.cpp:366-373
+MixPolicy = Annotated[
+    StrictInt,
+    AfterValidator(_check_mix_policy),
+    Field(description="with Mix: 0 FCFS, 4 SJF, 5 LJF, 6 Skip-Join MLFQ, 7 SJF-MLFQ"),
+]  # param_checker.cpp:366-373
+ExpectedTime = Annotated[StrictInt, Field(ge=1, le=10_000, description="ms, with stageSelectPolicy 2")]
+SelectTime = Annotated[StrictInt, Field(ge=0, le=1000, description="ms; with supportSelectBatch")]
 
 
 class LayerwiseSchedule(MindieObject):
@@ -32,32 +38,26 @@ class LayerwiseSchedule(MindieObject):
 class ScheduleConfig10(MindieObject):
     """ScheduleConfig of 1.0, which the later generations extend."""
 
-    templateType: Literal["Standard", "Mix"] = Field(
-        description="Mix: prefill and decode in one batch (SplitFuse)"
-    )  # :287
+    templateType: Literal["Standard", "Mix"] = Field(description="Mix: SplitFuse, prefill and decode together")  # :287
     templateName: Literal["Standard_LLM"]  # :291
     cacheBlockSize: StrictInt = Field(ge=1, le=128, description="tokens of a KV block; a multiple of 16")  # :253
 
     maxPrefillBatchSize: UInt32 = Field(description="requests of a prefill batch; 0: maxBatchSize")  # :80, :268
     maxPrefillTokens: StrictInt = Field(ge=1, le=MAX_INPUT_TOKENS, description="tokens of a prefill batch")  # :266
-    prefillTimeMsPerReq: StrictInt = Field(ge=0, le=1000, description="ms; with supportSelectBatch")  # :278
-    prefillPolicyType: Policy = Field(description="0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ")  # :275
+    prefillTimeMsPerReq: SelectTime  # :278
+    prefillPolicyType: Policy  # :275
 
-    decodeTimeMsPerReq: StrictInt = Field(ge=0, le=1000, description="ms; with supportSelectBatch")  # :257
-    decodePolicyType: Policy = Field(description="0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ")  # :255
+    decodeTimeMsPerReq: SelectTime  # :257
+    decodePolicyType: Policy  # :255
 
     maxBatchSize: StrictInt = Field(ge=1, le=5000, description="requests of a decode batch")  # :259
     # config_manager_impl.cpp:347 refuses only 0; doc:152 asks for at most maxSeqLen, which a rule warns about.
     maxIterTimes: StrictInt = Field(ge=1, le=UINT32_MAX, description="new tokens that an answer may have")
     maxPreemptCount: UInt32 = Field(description="requests preempted at once; above 0 needs cpuMemSize")  # :261
     supportSelectBatch: StrictBool = Field(description="weigh prefill against decode in each round")  # :86
-    maxQueueDelayMicroseconds: StrictInt = Field(
-        ge=500, le=1_000_000, description="us until a batch goes as it is"
-    )  # :271
+    maxQueueDelayMicroseconds: StrictInt = Field(ge=500, le=1_000_000, description="us that a batch may wait")  # :271
 
-    policyType: MixPolicy = Field(
-        default=0, description="with Mix: 0 FCFS, 4 SJF, 5 LJF, 6 Skip-Join MLFQ, 7 SJF-MLFQ"
-    )  # :277
+    policyType: MixPolicy = 0  # :277
     enableSplit: StrictBool = False  # :142
     splitType: StrictBool = False  # :148
     splitStartType: StrictBool = False  # :152
@@ -70,16 +70,11 @@ class ScheduleConfig(ScheduleConfig10):
     """ScheduleConfig of 2.x and 3.0.0.beta."""
 
     maxFirstTokenWaitTime: StrictInt = Field(default=2500, ge=0, le=3_600_000, description="ms in the queue")  # :273
-    stageSelectPolicy: StrictInt = Field(
-        default=0, ge=0, le=2, description="0 prefill first, 1 throughput, 2 latency"
-    )  # :232
+    # :232
+    stageSelectPolicy: StrictInt = Field(default=0, ge=0, le=2, description="0 prefill first, 1 throughput, 2 latency")
     dynamicBatchSizeEnable: StrictBool = False  # :217
-    prefillExpectedTime: StrictInt = Field(
-        default=1500, ge=1, le=10_000, description="ms, with stageSelectPolicy 2"
-    )  # :237
-    decodeExpectedTime: StrictInt = Field(
-        default=50, ge=1, le=10_000, description="ms, with stageSelectPolicy 2"
-    )  # :242
+    prefillExpectedTime: ExpectedTime = 1500  # :237
+    decodeExpectedTime: ExpectedTime = 50  # :242
     bufferResponseEnabled: StrictBool = False  # :195
     distributedEnable: StrictBool = False  # :204
     enablChunkedPrefill: StrictBool = False  # :41, MindIE's spelling; nothing reads it

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from telechat_mindie.service.schema.base import Address, MindieObject, Port
+from telechat_mindie.service.schema.base import Address, FileNames, MindieObject, Port
 
 
 class HealthCheck(MindieObject):
@@ -23,31 +23,25 @@ class _Common(MindieObject):
     """What all three generations have."""
 
     ipAddress: Address = Field(description="business plane; the environment's MIES_CONTAINER_IP wins")  # c, :375, :623
-    managementIpAddress: Address = Field(
-        default="127.0.0.2", description="internal plane; absent: ipAddress"
-    )  # :376, :633
+    # :376, :633
+    managementIpAddress: Address = Field(default="127.0.0.2", description="internal plane; absent: ipAddress")
     port: Port = Field(description="business plane")  # c, :379
     managementPort: Port = Field(default=1026, description="internal plane; absent: port")  # :300, :380
     metricsPort: Port = Field(description="Prometheus metrics, on managementIpAddress")  # c, :382
-    maxLinkNum: StrictInt = Field(
-        ge=1, le=4096, description="requests served at once; twice as many may wait"
-    )  # c, :384
+    # c, :384
+    maxLinkNum: StrictInt = Field(ge=1, le=4096, description="requests served at once; twice as many may wait")
     httpsEnabled: StrictBool = Field(description="false: the tls* fields of this object are ignored")  # c, :347, :391
     fullTextEnabled: StrictBool = Field(default=False, description="a stream repeats the whole text each time")  # :311
-    inferMode: Literal["standard", "dmi"] = Field(
-        description="dmi: prefill and decode on separate instances"
-    )  # c, :373
+    # c, :373
+    inferMode: Literal["standard", "dmi"] = Field(description="dmi: prefill and decode on separate instances")
     openAiSupport: StrictStr = Field(default="vllm", description="anything else: OpenAI's own dialect")  # :362-367
 
     tlsCaPath: StrictStr = Field(default="security/ca/", description="folder of every plane's CA files")  # :465
-    tlsCaFile: list[StrictStr] = Field(default=["ca.pem"], description="1 to 3 file names")  # :461-470
+    tlsCaFile: FileNames = Field(default=["ca.pem"])  # :461-470
     tlsCert: StrictStr = "security/certs/server.pem"  # :438
-    tlsPk: StrictStr = Field(
-        default="security/keys/server.key.pem", description="private key, 3072 bits or more"
-    )  # doc:34
-    managementTlsCaFile: list[StrictStr] = Field(
-        default=["management_ca.pem"], description="1 to 3 file names"
-    )  # :511-529
+    # doc:34
+    tlsPk: StrictStr = Field(default="security/keys/server.key.pem", description="private key, 3072 bits or more")
+    managementTlsCaFile: FileNames = Field(default=["management_ca.pem"])  # :511-529
     managementTlsCert: StrictStr = "security/certs/management/server.pem"  # :487
     managementTlsPk: StrictStr = "security/keys/management/server.key.pem"  # :531
 
@@ -92,7 +86,7 @@ class ServerConfig(_Common, _RevocationLists):
     maxRequestLength: StrictInt = Field(default=40, ge=1, le=100, description="MB of a request's body")  # :321-325
     HealthCheckConfig: HealthCheck = HealthCheck()
 
-    metricsTlsCaFile: list[StrictStr] = Field(default=["metrics_ca.pem"], description="1 to 3 file names")  # :595-613
+    metricsTlsCaFile: FileNames = Field(default=["metrics_ca.pem"])  # :595-613
     metricsTlsCert: StrictStr = "security/certs/metrics/server.pem"  # :570
     metricsTlsPk: StrictStr = "security/keys/metrics/server.key.pem"  # :615
     metricsTlsCrlPath: StrictStr = "security/metrics/certs/"  # :576-593
