@@ -48,9 +48,7 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         "log": str(run.log),
         "model_path": plan.model_path,
         "ports": dict(plan.ports),
-        "started": None if state is None else state.started,
-        "ended": None if state is None else state.ended,
-        "returncode": None if state is None else state.returncode,
+        **{name: getattr(state, name, None) for name in ("started", "ended", "returncode")},  # None before the start
     }
 
 

@@ -26,8 +26,8 @@ def stop(
             {
                 "run": run.name,
                 "was_active": was_active,
-                "returncode": None if state is None else state.returncode,
-                "shared_memory_removed": [] if state is None else list(state.removed),
+                "returncode": getattr(state, "returncode", None),  # no state where it never started
+                "shared_memory_removed": list(getattr(state, "removed", ())),
             }
         )
     else:

@@ -10,7 +10,7 @@ from telechat_mindie.errors import InputError
 from telechat_mindie.kv_budget import FULL_BATCH, CacheShape, CardBudget
 from telechat_mindie.mindie import SERVER_PORTS
 from telechat_mindie.service import ports
-from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
+from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER
 from telechat_mindie.service.schema.violations import Location
@@ -38,8 +38,8 @@ class Derived:
 class _Ledger:
     """Takes each value down as it is decided, and lets `--set` win over it."""
 
-    def __init__(self, overrides: Mapping[Location, Any]) -> None:
-        self.overrides = dict(overrides)
+    def __init__(self, overrides: dict[Location, Any]) -> None:
+        self.overrides = overrides
         self.entries: list[Derived] = []
 
     def settle(self, location: Location, value: Any, origin: Origin, reason: str) -> Any:
@@ -71,11 +71,7 @@ def derive(
         InputError: an option is malformed, the devices do not fit tp and instances, a length exceeds the model's, or
             the memory of a card does not hold the weights and one request of maxSeqLen.
     """
-    overrides: dict[Location, Any] = {}
-    for text in options.overrides:
-        location, value = parse_override(text, options.generation)
-        overrides[location] = value
-    ledger = _Ledger(overrides)
+    ledger = _Ledger(dict(parse_override(text, options.generation) for text in options.overrides))
     _server(ledger, options, base, is_free)
     _devices(ledger, facts, options)
     max_seq_len = _lengths(ledger, facts, options)
@@ -111,22 +107,9 @@ def _devices(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> Non
     tp, instances = facts.tp, options.instances
     if not 1 <= instances <= 10:
         raise InputError("is not a number of instances", where=f"--instances {instances}", expected="1 to 10")
-    needed = tp * instances
-    devices = tuple(range(needed)) if options.devices is None else parse_devices(options.devices)
-    if len(devices) != needed:
-        whole, rest = divmod(len(devices), tp)
-        raise InputError(
-            "do not fit the model directory",
-            where=f"--devices {options.devices}",
-            expected=f"{needed} devices: tp {tp} in {instances} instance(s)",
-            found=f"{len(devices)}",
-            advice=f"Say --instances {whole} for all of them."
-            if whole and not rest
-            else f"Name {needed}, or build the directory for another tp.",
-        )
-    rows = [list(devices[start : start + tp]) for start in range(0, needed, tp)]
+    rows = device_groups(options.devices, tp, instances, "--instances")
     origin: Origin = "computed" if options.devices is None else "flag"
-    reason = f"the first {needed}" if options.devices is None else f"--devices {options.devices}"
+    reason = f"the first {tp * instances}" if options.devices is None else f"--devices {options.devices}"
     ledger.settle((*BACKEND, "modelInstanceNumber"), instances, "flag" if instances > 1 else "computed", "--instances")
     ledger.settle((*BACKEND, "npuDeviceIds"), rows, origin, f"{reason}, tp {tp} an instance")
     ledger.settle((*MODEL_ENTRY, "worldSize"), tp, "checkpoint", "the tp that the directory was built for")

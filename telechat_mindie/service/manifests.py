@@ -14,7 +14,7 @@ import yaml
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
 from telechat_mindie.mindie import DEFAULT_HOME, RANK_PORTS, SCHEDULER_HOST
-from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
+from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.staging import StagedDirectory, write_file
 from telechat_mindie.templates import render
@@ -104,24 +104,17 @@ def render_manifests(facts: ModelFacts, options: ManifestOptions) -> dict[str, s
         raise InputError(
             "cannot be mounted", where=facts.model_path, expected="letters, digits, `_`, `-`, `.` and `/` only"
         )
-    groups = _device_groups(facts, options)
-    name = dns_label(facts.model_name)
+    groups = device_groups(options.service.devices, facts.tp, options.replicas, "--replicas")
     config = _service_config(facts, options)
     server = config.config["ServerConfig"]
     values: dict[str, Any] = {
-        "name": name,
+        **vars(options),
+        "name": dns_label(facts.model_name),
         "version": __version__,
-        "image": options.image,
-        "replicas": options.replicas,
-        "namespace": options.namespace,
-        "claim": options.claim,
-        "resource": options.resource,
         "cards": facts.tp,
         "groups": groups,
         "host_model_path": facts.model_path,
         "model_path": f"{MODELS_FOLDER}/{facts.model_name}",
-        "mindie_home": options.mindie_home,
-        "shm_gb": options.shm_gb,
         "startup_failures": options.startup_minutes * 6,  # a probe every ten seconds
         "https": server["httpsEnabled"],
         "port": server["port"],
@@ -129,7 +122,6 @@ def render_manifests(facts: ModelFacts, options: ManifestOptions) -> dict[str, s
         "metrics_port": server["metricsPort"],
         "host_port_step": HOST_PORT_STEP,
         "environment": ENVIRONMENT,
-        "tls_secret": options.tls_secret,
         "tls_files": {secret_key(item.file): item.file for item in config.certificates},
         "config": config.text,
     }
@@ -162,22 +154,6 @@ def _service_config(facts: ModelFacts, options: ManifestOptions) -> RenderedConf
     service = replace(options.service, devices=None, instances=1, mindie_home=None)
     inside = replace(facts, model_path=f"{MODELS_FOLDER}/{facts.model_name}")
     return render_service_config(inside, service, is_free=lambda port: True)
-
-
-def _device_groups(facts: ModelFacts, options: ManifestOptions) -> list[list[int]]:
-    """Cards of the machine for each container."""
-    needed = facts.tp * options.replicas
-    asked = options.service.devices
-    devices = tuple(range(needed)) if asked is None else parse_devices(asked)
-    if len(devices) != needed:
-        raise InputError(
-            "do not fit the replicas",
-            where=f"--devices {asked}",
-            expected=f"{needed} devices: tp {facts.tp} in {options.replicas} container(s)",
-            found=len(devices),
-            advice="Change --devices or --replicas.",
-        )
-    return [list(devices[start : start + facts.tp]) for start in range(0, needed, facts.tp)]
 
 
 def _check(options: ManifestOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,21 +67,44 @@ def parse_devices(text: str) -> tuple[int, ...]:
     """`0-3,6` as (0, 1, 2, 3, 6), in the order given.
 
     Raises:
-        InputError: not of that form, a range that runs backwards, a device twice, or over 1024 devices.
+        InputError: not of that form, a range that runs backwards, a device twice, or over MAX_RANKS devices.
     """
     devices: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isascii() or not first.isdigit() or (dash and not (last.isascii() and last.isdigit())):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        begin, end = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not begin <= end < begin + MAX_RANKS:
             raise InputError(
                 "is not a list of devices", where=f"--devices {text}", expected="0-7 or 0,2,4-5", found=repr(part)
             )
-        begin, end = int(first), int(last) if dash else int(first)
-        if not begin <= end < begin + MAX_RANKS:
-            raise InputError("is not a range of devices", where=f"--devices {text}", found=repr(part))
         devices.extend(range(begin, end + 1))
     if len(set(devices)) != len(devices) or len(devices) > MAX_RANKS:
         raise InputError(
             "names a device twice, or too many", where=f"--devices {text}", found=f"{len(devices)} devices"
         )
     return tuple(devices)
+
+
+def device_groups(text: str | None, tp: int, copies: int, flag: str) -> list[list[int]]:
+    """The devices of each of `copies` of the model, tp apiece: those of `--devices TEXT`, or the first ones.
+
+    Args:
+        flag: the option that says how many copies, for the message.
+
+    Raises:
+        InputError: `parse_devices` refuses the text, or there are not exactly as many.
+    """
+    needed = tp * copies
+    devices = tuple(range(needed)) if text is None else parse_devices(text)
+    if len(devices) != needed:
+        whole, rest = divmod(len(devices), tp)
+        raise InputError(
+            "do not fit the model directory",
+            where=f"--devices {text}",
+            expected=f"{needed} devices: tp {tp}, {flag} {copies}",
+            found=len(devices),
+            advice=f"Name {needed}, or build the directory for another tp."
+            if rest or not whole
+            else f"Say {flag} {whole} for all of them.",
+        )
+    return [list(devices[start : start + tp]) for start in range(0, needed, tp)]

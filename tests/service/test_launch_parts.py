@@ -15,7 +15,11 @@ from helpers import stand_in_daemon
 from telechat_mindie.errors import ConfigError, InputError, OutputError
 from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
+from telechat_mindie.server.settings import read_settings
 from telechat_mindie.service import ports, schema
+from telechat_mindie.service.check.options import CheckOptions
+from telechat_mindie.service.doctor.machine import Machine
+from telechat_mindie.service.doctor.software import mindie_homes
 from telechat_mindie.service.launch import client, log_advice, shared_memory
 from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
 from telechat_mindie.service.launch.errors import LaunchError
@@ -23,7 +27,15 @@ from telechat_mindie.service.launch.installation import NotInstalledError, find_
 from telechat_mindie.service.launch.log_tail import LogTail, clean
 from telechat_mindie.service.launch.prepare import prepare
 from telechat_mindie.service.launch.processes import Identity
-from telechat_mindie.service.launch.rundir import Plan, RunDirectory, State, all_runs, find_run, locked, state_home
+from telechat_mindie.service.launch.rundir import (
+    LaunchPlan,
+    RunDirectory,
+    State,
+    all_runs,
+    find_run,
+    locked,
+    state_home,
+)
 from telechat_mindie.service.launch.running import stop_run
 from telechat_mindie.service.options import ServiceOptions
 
@@ -51,6 +63,21 @@ def test_the_named_home_wins_over_variables_and_these_over_path(mindie, tmp_path
     assert find_installation(None, environment).home == other
     assert find_installation(None, {"PATH": f"{mindie}/bin"}).home == mindie
     assert find_installation(None, {"MINDIE_LLM_HOME_PATH": str(other), "PATH": ""}).home == other
+
+
+def test_everybody_takes_the_same_variable_for_mindies_home(mindie, tmp_path, monkeypatch):
+    # As with both set_env.sh of 2.x sourced: mindie-llm lies beside mindie-service and has no daemon.
+    llm = mindie.parent / "mindie-llm"
+    llm.mkdir()
+    environment = {"MINDIE_LLM_HOME_PATH": str(llm), "MIES_INSTALL_PATH": str(mindie), "PATH": ""}
+    assert find_installation(None, environment).home == mindie
+    assert CheckOptions(environment=environment).home == mindie
+    assert mindie_homes(Machine(environment=environment))[0] == str(mindie)
+    config = schema.default_config("2.0")
+    config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0] |= {"backendType": "ms", "npuMemSize": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = read_settings(tmp_path / "config.json", "2.0", None, environment)
+    assert settings.business.tls.certificate.is_relative_to(mindie)
 
 
 def test_the_wheels_own_server_is_started_where_it_is_installed(mindie, tmp_path):
@@ -329,7 +356,7 @@ def test_a_line_cannot_drive_the_terminal():
 @pytest.fixture
 def make_run(tmp_path):
     def make(name, launcher=None, state=None):
-        plan = Plan(
+        plan = LaunchPlan(
             name, "/m", "3.0.0.beta", ("daemon",), {}, {"port": 2000}, {}, None, "m", launcher or Identity(1, -1)
         )
         run = RunDirectory(tmp_path / name)

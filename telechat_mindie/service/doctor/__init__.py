@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from telechat_mindie.findings import Finding, Report
-from telechat_mindie.service.doctor.host import (
-    check_limits,
-    check_memory,
-    check_ports,
-    check_shared_memory,
-    check_user,
-)
+from telechat_mindie.service.doctor.host import check_limits, check_memory, check_ports, check_shared_memory, check_user
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.npu import check_cann, check_cards
 from telechat_mindie.service.doctor.software import check_mindformers, check_mindie, check_mindspore, check_python

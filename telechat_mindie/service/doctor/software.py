@@ -7,17 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from telechat_mindie.errors import InputError
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
 from telechat_mindie.service.doctor.machine import Machine
-from telechat_mindie.service.doctor.support import (
-    release_of,
-    same_version,
-    stack_with,
-    stacks,
-    working_releases,
-)
+from telechat_mindie.service.doctor.support import release_of, same_version, stack_with, stacks, working_releases
 
 OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
 DAEMONS = (DAEMON, SERVER)
@@ -113,21 +106,13 @@ def mindie_homes(machine: Machine) -> list[str]:
 
 def find_daemon(machine: Machine) -> str | None:
     """The path of MindIE's daemon: on PATH, or in the bin folder of its home."""
-    for name in DAEMONS:
-        if found := machine.which(name):
-            return found
-    for home in mindie_homes(machine):
-        for name in DAEMONS:
-            if (path := machine.path(f"{home}/bin/{name}")).is_file():
-                return str(path)
-    return None
+    in_homes = (machine.path(f"{home}/bin/{name}") for home in mindie_homes(machine) for name in DAEMONS)
+    found = (*map(machine.which, DAEMONS), *(str(path) for path in in_homes if path.is_file()))
+    return next(filter(None, found), None)
 
 
 def check_mindie(machine: Machine) -> Iterator[Finding]:
-    """mindie_llm with its MindSpore wrapper, and the daemon.
-
-    A MindIE without the wrapper passes backendType ms in its C++ checks and then falls back without a word.
-    """
+    """mindie_llm with its MindSpore wrapper, and the daemon."""
     found, daemon, version = machine.package("mindie_llm"), find_daemon(machine), mindie_version(machine)
     if found is None and daemon is None:
         yield warning(
@@ -138,13 +123,9 @@ def check_mindie(machine: Machine) -> Iterator[Finding]:
         )
         return
     where = found[0] if found else daemon
-    wrapper = found is not None and (found[0] / MS_WRAPPER).is_dir()
-    try:
-        release = release_of(version) if version else None
-    except InputError:
-        release = None
+    release = release_of(version)
     advice = f"Install MindIE {working_releases()}."
-    if found is not None and not wrapper:
+    if found is not None and not (found[0] / MS_WRAPPER).is_dir():
         yield error(
             "ms-wrapper",
             found[0],

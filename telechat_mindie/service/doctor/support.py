@@ -9,8 +9,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from telechat_mindie.errors import InputError
-
 
 @dataclass(frozen=True, slots=True)
 class MindieRelease:
@@ -52,18 +50,10 @@ def stacks_source() -> str:
     return str(_table()["mindspore_source"])
 
 
-def release_of(version: str) -> MindieRelease:
-    """The row of a MindIE version.
-
-    Raises:
-        InputError: no row knows it.
-    """
-    for release in mindie_releases():
-        if re.search(release.pattern, version, re.IGNORECASE):
-            return release
-    raise InputError(
-        "is a MindIE version that the support table does not know", where=version, expected=working_releases()
-    )
+def release_of(version: str | None) -> MindieRelease | None:
+    """The row of a MindIE version; None for one that no row knows."""
+    rows = (row for row in mindie_releases() if version and re.search(row.pattern, version, re.IGNORECASE))
+    return next(rows, None)
 
 
 def working_releases() -> str:

@@ -43,12 +43,14 @@ def daemon_environment(
     variables: dict[str, str] = {}
     if home is not None:
         variables |= _home_variables(base, generation, home)
-    variables["MIES_CONFIG_JSON_PATH"] = str(config_path)
-    # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
-    variables["MINDIE_LLM_FRAMEWORK_BACKEND"] = "MS"
-    variables["MS_SCHED_HOST"] = SCHEDULER_HOST
-    variables["MS_SCHED_PORT"] = str(scheduler_port)
-    variables["LCAL_IF_PORT"] = str(exchange_port)
+    variables |= {
+        "MIES_CONFIG_JSON_PATH": str(config_path),
+        # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
+        "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
+        "MS_SCHED_HOST": SCHEDULER_HOST,
+        "MS_SCHED_PORT": str(scheduler_port),
+        "LCAL_IF_PORT": str(exchange_port),
+    }
     if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] = "0"  # MindSpore workers raise on it
     if shadow:

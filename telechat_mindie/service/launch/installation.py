@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.errors import InputError
 from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
 from telechat_mindie.service import DEFAULT_GENERATION
-from telechat_mindie.service.doctor.support import MindieRelease, release_of, working_releases
+from telechat_mindie.service.doctor.support import release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
 
 WORKER = "mindie_llm_backend"  # the console script that the daemon starts for each rank
@@ -85,7 +85,7 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
         )
     found = daemon_home or Path(folders["mindie_llm"])  # the wheel is its own home
     version = answer["version"] or _recorded_version(found)
-    release = _release(version)
+    release = release_of(version)
     if not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
         raise LaunchError(
             f"has no MindSpore backend: it would take backendType ms and then load the model as another backend "
@@ -108,18 +108,16 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
 
 def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Path | None, tuple[str, ...]]:
     """Its home and command line; no home for the wheel's console script, which lies beside Python."""
+    named = [Path(environment[name]) for name in HOME_VARIABLES if environment.get(name)]
+    for root in [home] if home else [*named, Path(DEFAULT_HOME).parent]:
+        for below in ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm"):
+            folder = Path(root, below).absolute()
+            if _is_executable(folder / "bin" / DAEMON):
+                return folder, (f"{folder}/bin/{DAEMON}",)
     if home is not None:
-        for folder in _homes_in(home):
-            if daemon := _executable(folder / "bin" / DAEMON):
-                return folder, (str(daemon),)
         raise LaunchError(
             f"holds no bin/{DAEMON}", where=home, advice="Name MindIE's folder: the one with bin/ and conf/ in it."
         )
-    named = [environment[name] for name in HOME_VARIABLES if environment.get(name)]
-    for name in (*named, str(Path(DEFAULT_HOME).parent)):
-        for folder in _homes_in(Path(name)):
-            if daemon := _executable(folder / "bin" / DAEMON):
-                return folder, (str(daemon),)
     search_path = environment.get("PATH", "")
     if command := shutil.which(SERVER, path=search_path):
         return None, (command,)
@@ -134,13 +132,8 @@ def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Pat
     )
 
 
-def _homes_in(folder: Path) -> Iterator[Path]:
-    for name in ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm"):
-        yield (folder / name).absolute()
-
-
-def _executable(path: Path) -> Path | None:
-    return path if path.is_file() and os.access(path, os.X_OK) else None
+def _is_executable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
 
 
 def _worker_python(home: Path | None, environment: Mapping[str, str]) -> Path:
@@ -151,7 +144,7 @@ def _worker_python(home: Path | None, environment: Mapping[str, str]) -> Path:
         with open(script, "rb") as file:
             first = file.readline(4096).decode(errors="replace").strip()
         interpreter = Path(first[2:].split()[0]) if first.startswith("#!") and first[2:].strip() else None
-        if interpreter is not None and interpreter.name != "env" and _executable(interpreter):
+        if interpreter is not None and interpreter.name != "env" and _is_executable(interpreter):
             return interpreter
     return Path(shutil.which("python3", path=search_path) or sys.executable)
 
@@ -179,17 +172,7 @@ def _ask(python: Path, home: Path | None, environment: Mapping[str, str]) -> dic
 
 def _recorded_version(home: Path) -> str | None:
     for folder in (home, home.parent):
-        try:
-            text = (folder / "version.info").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        if version := version_in(text):
-            return version
+        with contextlib.suppress(OSError):
+            if version := version_in((folder / "version.info").read_text(encoding="utf-8", errors="replace")):
+                return version
     return None
-
-
-def _release(version: str | None) -> MindieRelease | None:
-    try:
-        return release_of(version) if version else None
-    except InputError:
-        return None

@@ -35,14 +35,6 @@ class Cause:
     line: str
 
 
-@dataclass(frozen=True)
-class _Entry:
-    id: str
-    pattern: re.Pattern[str]
-    cause: str
-    advice: str
-
-
 @cache
 def table() -> dict[str, Any]:
     """log_advice.yaml as it stands."""
@@ -50,11 +42,8 @@ def table() -> dict[str, Any]:
 
 
 @cache
-def _entries() -> tuple[_Entry, ...]:
-    return tuple(
-        _Entry(row["id"], re.compile(row["pattern"], re.IGNORECASE), row["cause"], row["advice"])
-        for row in table()["causes"]
-    )
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(row["pattern"], re.IGNORECASE) for row in table()["causes"])
 
 
 @cache
@@ -83,12 +72,11 @@ def find_cause(lines: Iterable[str]) -> Cause | None:
     best: tuple[int, Cause] | None = None
     code: Cause | None = None
     for line in lines:
-        for rank, entry in enumerate(_entries()):
-            if best is not None and rank >= best[0]:
-                break
-            if match := entry.pattern.search(line):
+        for rank, pattern in enumerate(_patterns()[: None if best is None else best[0]]):
+            if match := pattern.search(line):
+                row = table()["causes"][rank]
                 groups = {name: text or "" for name, text in match.groupdict().items()}
-                best = rank, Cause(entry.id, entry.cause.format(**groups), entry.advice, line)
+                best = rank, Cause(row["id"], row["cause"].format(**groups), row["advice"], line)
                 break
         if code is None and (match := _CODE.search(line)) and match[0][5] != "W":
             code = Cause(match[0], f"MindIE says {explain_code(match[0])}", "Look at the lines before it.", line)

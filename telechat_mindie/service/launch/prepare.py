@@ -21,7 +21,7 @@ from telechat_mindie.service.launch.installation import (
     find_installation,
 )
 from telechat_mindie.service.launch.processes import Identity
-from telechat_mindie.service.launch.rundir import Plan, RunDirectory, all_runs
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 
@@ -45,7 +45,7 @@ class Prepared:
     """
 
     run: RunDirectory
-    plan: Plan
+    plan: LaunchPlan
     rendered: RenderedConfig
     facts: ModelFacts
     installation: Installation | None
@@ -110,7 +110,7 @@ def prepare(
         shadow=installation is None or not installation.has_mindformers,
         marker=str(run.path),
     )
-    plan = Plan(
+    plan = LaunchPlan(
         name=run.name,
         model_path=facts.model_path,
         generation=chosen,

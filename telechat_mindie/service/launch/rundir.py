@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ CONFIG, LOG, PLAN, STATE, SUPERVISOR_LOG = "config.json", "daemon.log", "plan.js
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """What is to be started. Written once, by `launch`.
 
     Attributes:
@@ -84,10 +84,10 @@ class RunDirectory:
     """The folder of one run: config.json, daemon.log, plan.json, state.json."""
 
     path: Path
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.path.name)
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     @property
     def config(self) -> Path:
@@ -97,7 +97,7 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / LOG
 
-    def create(self, plan: Plan, config_text: str) -> None:
+    def create(self, plan: LaunchPlan, config_text: str) -> None:
         """Make the folder, in place of an earlier run's; the config is written with the mode that MindIE asks for.
 
         Raises:
@@ -114,12 +114,12 @@ class RunDirectory:
         """Forget a run that never came to be."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def plan(self) -> Plan:
+    def plan(self) -> LaunchPlan:
         """Raises ConfigError: there is none, or not a whole one."""
         data = read_json(self.path / PLAN)
         with _whole(self.path / PLAN):
             launcher = Identity(**data.pop("launcher"))
-            return Plan(**{**data, "command": tuple(data["command"]), "launcher": launcher})
+            return LaunchPlan(**{**data, "command": tuple(data["command"]), "launcher": launcher})
 
     def state(self) -> State | None:
         """None before the daemon was started."""
