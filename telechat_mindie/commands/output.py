@@ -8,9 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-Fact = tuple[str, str, dict[str, Any]]
-"""What a command found out: a label and a text for people, and the values behind it by their names in JSON."""
-
 
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
@@ -36,12 +33,23 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False, indent=2))
 
 
-def print_facts(title: str, facts: Sequence[Fact], *, as_json: bool) -> None:
-    """One JSON object of all values, or a table of labels and texts."""
-    if as_json:
-        print_json({name: value for _, _, values in facts for name, value in values.items()})
-    else:
-        print_table(title, [(label, text) for label, text, _ in facts])
+class Facts:
+    """What a command found out: rows of label and text for people, and the values behind them by their JSON names."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str]] = []
+        self.values: dict[str, Any] = {}
+
+    def add(self, label: str, text: str, **values: Any) -> None:
+        self.rows.append((label, text))
+        self.values |= values
+
+    def show(self, title: str, *, as_json: bool) -> None:
+        """One JSON object of all values, or a table of labels and texts."""
+        if as_json:
+            print_json(self.values)
+        else:
+            print_table(title, self.rows)
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:

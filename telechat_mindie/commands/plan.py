@@ -29,7 +29,7 @@ def plan(
     from telechat_mindie.checkpoint.mapping import mindformers_targets, weights
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
-    from telechat_mindie.commands.output import Fact, print_facts, print_table
+    from telechat_mindie.commands.output import Facts, print_table
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
     from telechat_mindie.units import GB, format_bytes
@@ -51,51 +51,37 @@ def plan(
     shape = CacheShape(config.kv_bytes_per_token(made.dtype, tp), block_size)
     free, peak = shutil.disk_usage(target).free, peak_memory(made)
     short = max(0, made.output_bytes - free)
+    facts = Facts()
+    facts.add(
+        "source",
+        f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}",
+        source={"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
+        parameters=config.parameter_count,
+    )
+    facts.add(
+        "output",
+        f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}",
+        dtype=made.dtype,
+        tp=tp,
+        files=[{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
+        output_bytes=made.output_bytes,
+    )
+    nbytes = made.rank_bytes
+    facts.add("weights a card", f"{format_bytes(nbytes)} ({nbytes:,} bytes)", rank_bytes=nbytes)
+    per_token = shape.token_bytes
+    facts.add("KV cache", f"{per_token:,} bytes a token and card", kv_bytes_per_token=per_token, max_seq_len=length)
+    facts.add("peak memory", f"about {format_bytes(peak)}, whatever the model", peak_memory_bytes=peak)
     missing = f": {format_bytes(short)} too little" if short else ""
-    facts: list[Fact] = [
-        (
-            "source",
-            f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}",
-            {
-                "source": {"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
-                "parameters": config.parameter_count,
-            },
-        ),
-        (
-            "output",
-            f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}",
-            {
-                "dtype": made.dtype,
-                "tp": tp,
-                "files": [{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
-                "output_bytes": made.output_bytes,
-            },
-        ),
-        (
-            "weights a card",
-            f"{format_bytes(made.rank_bytes)} ({made.rank_bytes:,} bytes)",
-            {"rank_bytes": made.rank_bytes},
-        ),
-        (
-            "KV cache",
-            f"{shape.token_bytes:,} bytes a token and card",
-            {"kv_bytes_per_token": shape.token_bytes, "max_seq_len": length},
-        ),
-        ("peak memory", f"about {format_bytes(peak)}, whatever the model", {"peak_memory_bytes": peak}),
-        (
-            "disk",
-            f"{format_bytes(free)} free in {target.resolve()}{missing}",
-            {"disk_free_bytes": free, "disk_short_bytes": short},
-        ),
-    ]
+    disk = f"{format_bytes(free)} free in {target.resolve()}{missing}"
+    facts.add("disk", disk, disk_free_bytes=free, disk_short_bytes=short)
     if not no_probe:
         speed = probe_disk(target)
         # Reading and writing go on side by side; a disk that does both takes the sum.
         seconds = (source.nbytes + made.output_bytes) / speed
-        text = f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
-        facts.append(("time", text, {"disk_bytes_per_second": round(speed), "estimated_seconds": round(seconds)}))
+        time = f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
+        facts.add("time", time, disk_bytes_per_second=round(speed), estimated_seconds=round(seconds))
     if device_mem is not None:
-        budget = CardBudget.of(device_mem, made.rank_bytes, config.vocab_size)
+        budget = CardBudget.of(device_mem, nbytes, config.vocab_size)
         room = budget.room(shape, length)
         fit = {
             "device_bytes": int(budget.card * GB),
@@ -104,9 +90,9 @@ def plan(
             "kv_tokens": room.tokens,
             "sequences": room.sequences,
         }
-        text = f"{budget}: {budget.cache} of cache, {room.tokens:,} tokens, {room.sequences} sequences of {length}"
-        facts.append((f"a {device_mem:g} GB card", text, {"fit": fit}))
-    print_facts(str(checkpoint or variant), facts, as_json=as_json)
+        held = f"{budget.cache} GB of cache: {room.tokens:,} tokens, {room.sequences} sequences of {length}"
+        facts.add(f"a {device_mem:g} GB card", f"{budget}, so {held}", fit=fit)
+    facts.show(str(checkpoint or variant), as_json=as_json)
     if not as_json:
         ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
         listing = [(made.path(0, shard).replace("rank_0", ranks), f"{shard.nbytes:,}") for shard in made.shards]

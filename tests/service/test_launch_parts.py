@@ -13,6 +13,7 @@ import pytest
 from helpers import stand_in_daemon
 
 from telechat_mindie.errors import ConfigError, InputError, OutputError
+from telechat_mindie.mindie import RANK_PORTS
 from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.server.settings import read_settings
@@ -148,14 +149,7 @@ def test_workers_whose_python_lacks_this_package_are_refused(mindie, tmp_path):
 
 def environment_for(base, generation="3.0.0.beta", home=None, shadow=False):
     return daemon_environment(
-        base,
-        generation=generation,
-        home=home,
-        config_path=Path("/run/config.json"),
-        scheduler_port=8090,
-        exchange_port=8129,
-        shadow=shadow,
-        marker="/run",
+        base, RunDirectory(Path("/run")), RANK_PORTS, generation=generation, home=home, shadow=shadow
     )
 
 

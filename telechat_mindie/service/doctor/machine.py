@@ -11,8 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 PROBE_SECONDS = 15.0  # npu-smi answers in a second or two; with a hung driver it never does
+
+
+class Package(NamedTuple):
+    """An installed Python package; the version is empty where none is recorded."""
+
+    folder: Path
+    version: str
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Machine:
         """`/dev/shm` under `root`."""
         return self.root / absolute.lstrip("/")
 
-    def package(self, name: str) -> tuple[Path, str] | None:
-        """Folder and version of an installed package, without importing it; the version is empty if not recorded."""
+    def package(self, name: str) -> Package | None:
+        """An installed package, without importing it."""
         try:
             spec = importlib.machinery.PathFinder.find_spec(name, list(self.search_path))
         except (ImportError, OSError, ValueError):
@@ -49,8 +57,8 @@ class Machine:
         for distribution in metadata.distributions(path=list(self.search_path)):
             recorded = (distribution.metadata["Name"] or "").lower().replace("-", "_")
             if recorded == name:
-                return folder, distribution.version
-        return folder, ""
+                return Package(folder, distribution.version)
+        return Package(folder, "")
 
     def which(self, command: str) -> str | None:
         """The path of a command, None if there is none."""

@@ -156,7 +156,7 @@ def check_cann(machine: Machine) -> Iterator[Finding]:
         )
         return
     mindspore = machine.package("mindspore")
-    row = stack_with(mindspore=mindspore[1]) if mindspore and mindspore[1] else None
+    row = stack_with(mindspore=mindspore.version) if mindspore and mindspore.version else None
     if row is not None and not same_version(row.cann, cann):
         fitting = next((stack.mindspore for stack in stacks() if same_version(stack.cann, cann)), None)
         advice = f"Install CANN {row.cann}" + (f", or MindSpore {fitting}." if fitting else ".")

@@ -42,14 +42,14 @@ def check_mindspore(machine: Machine) -> Iterator[Finding]:
             f"pip install '{wanted}'",
         )
         return
-    version = found[1]
+    version = found.version
     release = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if not version:
-        yield warning("mindspore", found[0], "has no recorded version", f"Make sure that it is {wanted}.")
+        yield warning("mindspore", found.folder, "has no recorded version", f"Make sure that it is {wanted}.")
     elif not OLDEST_MINDSPORE <= release < NEWEST_MINDSPORE:
-        yield error("mindspore", found[0], f"is {version}, outside {wanted}", f"pip install '{wanted}'")
+        yield error("mindspore", found.folder, f"is {version}, outside {wanted}", f"pip install '{wanted}'")
     else:
-        yield ok("mindspore", found[0], version)
+        yield ok("mindspore", found.folder, version)
 
 
 def check_mindformers(machine: Machine) -> Iterator[Finding]:
@@ -58,37 +58,37 @@ def check_mindformers(machine: Machine) -> Iterator[Finding]:
     if found is None:
         yield ok("mindformers", "mindformers", "is not installed; launch puts this package in its place")
         return
-    version = found[1]
+    version = found.version
     row = stack_with(mindformers=version) if version else None
     mindspore = machine.package("mindspore")
     if row is None:
         known = ", ".join(stack.mindformers for stack in stacks())
         yield warning(
-            "mindformers", found[0], f"is {version or 'of unknown version'}", f"Releases that are known: {known}."
+            "mindformers", found.folder, f"is {version or 'of unknown version'}", f"Releases that are known: {known}."
         )
     elif row.telechat_mindie.startswith("no"):
         yield error(
             "mindformers",
-            found[0],
+            found.folder,
             f"is {version}, which does not go with this package ({row.telechat_mindie})",
             "Install mindformers 1.6.0 or later, or none.",
         )
-    elif mindspore is not None and mindspore[1] and not same_version(row.mindspore, mindspore[1]):
+    elif mindspore is not None and mindspore.version and not same_version(row.mindspore, mindspore.version):
         yield warning(
             "mindformers",
-            found[0],
-            f"{version} was released for MindSpore {row.mindspore}, and {mindspore[1]} is installed",
+            found.folder,
+            f"{version} was released for MindSpore {row.mindspore}, and {mindspore.version} is installed",
             f"pip install mindspore=={row.mindspore}, or uninstall mindformers: this package does without it.",
         )
     else:
-        yield ok("mindformers", found[0], version)
+        yield ok("mindformers", found.folder, version)
 
 
 def mindie_version(machine: Machine) -> str | None:
     """The installed MindIE's version: of the package mindie_llm, or of the version.info in its home."""
     found = machine.package("mindie_llm")
-    if found is not None and found[1]:
-        return found[1]
+    if found is not None and found.version:
+        return found.version
     for home in mindie_homes(machine):
         text = machine.read(f"{home}/version.info") or machine.read(f"{Path(home).parent}/version.info") or ""
         if version := version_in(text):
@@ -122,13 +122,13 @@ def check_mindie(machine: Machine) -> Iterator[Finding]:
             f"MindIE {working_releases()} serve TeleChat2 through MindSpore.",
         )
         return
-    where = found[0] if found else daemon
+    where = found.folder if found else daemon
     release = release_of(version)
     advice = f"Install MindIE {working_releases()}."
-    if found is not None and not (found[0] / MS_WRAPPER).is_dir():
+    if found is not None and not (found.folder / MS_WRAPPER).is_dir():
         yield error(
             "ms-wrapper",
-            found[0],
+            found.folder,
             f"MindIE {version or 'of unknown version'} has no {MS_WRAPPER}: it would take backendType ms and fall back "
             "without a word",
             advice,

@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -94,11 +95,8 @@ def _exchange(
     url: str, method: str, path: str, body: object, timeout: float, tls: ssl.SSLContext | None
 ) -> tuple[int, bytes]:
     parts = urlsplit(url)
-    connection: http.client.HTTPConnection
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=tls)
-    else:
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+    kind = partial(http.client.HTTPSConnection, context=tls) if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     try:
         payload = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})

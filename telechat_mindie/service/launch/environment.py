@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import telechat_mindie.backend
-from telechat_mindie.mindie import HOME_VARIABLES, SCHEDULER_HOST
+from telechat_mindie.mindie import HOME_VARIABLES, RANK_PORTS, SCHEDULER_HOST
 from telechat_mindie.service.launch.processes import MARKER
+from telechat_mindie.service.launch.rundir import RunDirectory
 
 SHADOW = Path(telechat_mindie.backend.__file__).parent / "shadow"
 """The folder whose `mindformers` stands in for the real one."""
@@ -19,37 +20,32 @@ docs/zh/user_guide/user_manual/logging_configuration.md."""
 
 def daemon_environment(
     base: Mapping[str, str],
+    run: RunDirectory,
+    ports: Mapping[str, int],
     *,
     generation: str,
     home: Path | None,
-    config_path: Path,
-    scheduler_port: int,
-    exchange_port: int,
     shadow: bool,
-    marker: str,
 ) -> dict[str, str]:
     """The variables that differ from `base`, in the order in which a person would export them.
 
     Args:
         base: the caller's environment.
+        run: where the rendered conf/config.json lies; its path also marks the processes of this launch.
+        ports: by name, those of RANK_PORTS among them.
         generation: of MindIE, a key of `schema.GENERATIONS`.
         home: MindIE's folder with bin/; None where no MindIE is installed.
-        config_path: the rendered conf/config.json.
-        scheduler_port: MS_SCHED_PORT, of the scheduler that rank 0 starts.
-        exchange_port: LCAL_IF_PORT, over which the ranks of a host meet.
         shadow: put the stand-in for mindformers first on PYTHONPATH.
-        marker: the name that processes of this launch are known by.
     """
     variables: dict[str, str] = {}
     if home is not None:
         variables |= _home_variables(base, generation, home)
     variables |= {
-        "MIES_CONFIG_JSON_PATH": str(config_path),
+        "MIES_CONFIG_JSON_PATH": str(run.config),
         # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
         "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
         "MS_SCHED_HOST": SCHEDULER_HOST,
-        "MS_SCHED_PORT": str(scheduler_port),
-        "LCAL_IF_PORT": str(exchange_port),
+        **{name: str(ports[name]) for name in RANK_PORTS},
     }
     if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] = "0"  # MindSpore workers raise on it
@@ -60,7 +56,7 @@ def daemon_environment(
     if generation == "1.0":
         variables |= dict.fromkeys(OLD_STDOUT_VARIABLES, "1")
     variables["PYTHONUNBUFFERED"] = "1"  # the daemon passes its workers' output on line by line
-    variables[MARKER] = marker
+    variables[MARKER] = str(run.path)
     return {name: value for name, value in variables.items() if base.get(name) != value}
 
 

@@ -102,13 +102,11 @@ def prepare(
     run = RunDirectory(home / f"{model_name[:MAX_NAME]}-{used['port']}")
     variables = daemon_environment(
         environment,
+        run,
+        used,
         generation=chosen,
         home=mindie_home,
-        config_path=run.config,
-        scheduler_port=used["MS_SCHED_PORT"],
-        exchange_port=used["LCAL_IF_PORT"],
         shadow=installation is None or not installation.has_mindformers,
-        marker=str(run.path),
     )
     plan = LaunchPlan(
         name=run.name,
