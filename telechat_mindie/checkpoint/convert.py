@@ -20,6 +20,7 @@ from telechat_mindie.checkpoint.reader import BLOCK_BYTES
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, convert_staged, known_dtype
 from telechat_mindie.checkpoint.writer import HashedFile, Journal
+from telechat_mindie.config import SPELLINGS
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
@@ -204,21 +205,5 @@ def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
     config = source.config
     if config.raw:
         return {**config.raw, "torch_dtype": dtype}
-    facts: dict[str, object] = {
-        "architectures": ["TelechatForCausalLM"],
-        "model_type": "telechat",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "ffn_hidden_size": config.ffn_size,
-        "layer_norm_epsilon": config.norm_eps,
-        "seq_length": config.seq_length,
-        "training_seqlen": config.training_seqlen,
-        "base_seqlen": config.base_seqlen,
-        "torch_dtype": dtype,
-    }
-    if config.is_moe:
-        facts |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
-    return facts
+    facts = {keys[0]: getattr(config, name) for name, keys in SPELLINGS.items() if hasattr(config, name)}
+    return {"architectures": ["TelechatForCausalLM"], "model_type": "telechat", **facts, "torch_dtype": dtype}

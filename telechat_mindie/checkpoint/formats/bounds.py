@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from telechat_mindie.checkpoint.formats.tensors import open_regular
+from telechat_mindie.checkpoint.formats.tensors import Extent, StoredTensor, open_regular
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
 
@@ -139,3 +139,27 @@ def checked_shape(dims: object, dtype: str, where: object) -> tuple[int, ...]:
             found=quoted(dims),
         )
     return tuple(dims)
+
+
+def checked_dtype(spelled: object, names: Mapping[str, str], where: object) -> str:
+    """The key of `DTYPES` for a dtype as a format spells it. Raises CheckpointError where it is none of `names`."""
+    if not isinstance(spelled, str) or spelled not in names:
+        raise CheckpointError(
+            "has a dtype that is not supported", where=where, expected=" ".join(names), found=quoted(spelled)
+        )
+    return names[spelled]
+
+
+def checked_tensor(name: str, dtype: str, dims: object, extents: tuple[Extent, ...], where: object) -> StoredTensor:
+    """A tensor whose extents have the bytes of its shape. Raises CheckpointError otherwise."""
+    tensor = StoredTensor(name, dtype, checked_shape(dims, dtype, where), extents)
+    nbytes = sum(extent.nbytes for extent in extents)
+    if nbytes != tensor.nbytes:
+        raise CheckpointError(
+            "has bytes that do not fit its shape",
+            where=where,
+            expected=f"{tensor.nbytes} bytes for {dtype} {list(tensor.shape)}",
+            found=nbytes,
+            advice="The file is truncated or damaged; download or save it again.",
+        )
+    return tensor

@@ -32,7 +32,7 @@ class Container:
 
 
 def _safetensors_frames(entries: Sequence[Entry]) -> tuple[Frame, ...]:
-    header, _ = encode_safetensors_header(entries, {"format": "np"})
+    header = encode_safetensors_header(entries, {"format": "np"})
     return (Frame(header, sum(_nbytes(entry) for entry in entries)),)
 
 

@@ -8,7 +8,7 @@ The layout (mindspore/train/checkpoint.proto and serialization.py, `_exec_save`)
 
 A tensor over 512 MiB is cut into slices: values one after another with the same tag, each with the dims of the whole.
 With `crc_check` the file ends in `crc_num` and a 10-byte number, outside the message. MindSpore's other format,
-safetensors, is read by safetensors_format.py.
+safetensors, is read by safetensors.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from telechat_mindie.checkpoint.formats.bounds import (
     MAX_RANK,
     MAX_TENSORS,
     BoundedFile,
+    checked_dtype,
     checked_name,
     checked_shape,
+    checked_tensor,
     open_bounded,
     quoted,
 )
@@ -87,13 +89,11 @@ def read_mindspore_ckpt(path: Path, root: Path | None = None) -> dict[str, Store
 
 
 def encode_ckpt_entry_prefix(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
-    """What stands in a `.ckpt` before the `nbytes` bytes of one slice of a tensor; nothing stands after them.
+    """What stands in a `.ckpt` before the `nbytes` bytes of one of `ckpt_slices`; nothing stands after them.
 
     Args:
-        name: the tensor's name.
         dtype: a key of `DTYPES`.
         shape: of the whole tensor, in every one of its slices.
-        nbytes: bytes of this slice, one of `ckpt_slices`.
 
     Raises:
         CheckpointError: a name or shape that could not be read again.
@@ -259,20 +259,7 @@ def _join(slices: Sequence[_Slice], tensors: dict[str, StoredTensor]) -> None:
     nbytes = sum(extent.nbytes for extent in extents)
     if type_name == "str":
         type_name, dims = "UInt8", (nbytes,)
-    if type_name not in _DTYPE_OF:
-        raise CheckpointError(
-            "has a dtype that is not supported", where=where, expected=" ".join(_DTYPE_OF), found=quoted(type_name)
-        )
-    dtype = _DTYPE_OF[type_name]
+    dtype = checked_dtype(type_name, _DTYPE_OF, where)
     if dims == (0,) and nbytes == DTYPES[dtype].itemsize:
         dims = ()  # how MindSpore releases before dims may be empty write a scalar, and every release reads [0]
-    tensor = StoredTensor(name, dtype, checked_shape(dims, dtype, where), extents)
-    if nbytes != tensor.nbytes:
-        raise CheckpointError(
-            "has bytes that do not fit its shape",
-            where=where,
-            expected=f"{tensor.nbytes} for {type_name} {list(dims)}",
-            found=nbytes,
-            advice="The file is truncated or damaged; download or save it again.",
-        )
-    tensors[name] = tensor
+    tensors[name] = checked_tensor(name, dtype, dims, extents, where)

@@ -15,8 +15,10 @@ from typing import Any
 from telechat_mindie.checkpoint.formats.bounds import (
     MAX_TENSORS,
     BoundedFile,
+    checked_dtype,
     checked_name,
     checked_shape,
+    checked_tensor,
     open_bounded,
     quoted,
 )
@@ -46,7 +48,7 @@ def read_safetensors(path: Path, root: Path | None = None) -> dict[str, StoredTe
         CheckpointError: the file breaks the format in any way, or stores a dtype not in `DTYPES`.
     """
     with open_bounded(path, root) as file:
-        _, entries, buffer_start = _read_header(file)
+        entries, buffer_start = _read_header(file)
         size = file.size
     tensors = [_read_entry(path, name, entry, buffer_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.extents[0].offset, tensor.nbytes))  # an empty tensor before its neighbour
@@ -72,46 +74,26 @@ def read_safetensors(path: Path, root: Path | None = None) -> dict[str, StoredTe
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read_safetensors_metadata(path: Path, root: Path | None = None) -> dict[str, str]:
-    """The `__metadata__` table of a safetensors file, empty where there is none.
-
-    Raises:
-        CheckpointError: the header cannot be read.
-    """
-    with open_bounded(path, root) as file:
-        metadata, _, _ = _read_header(file)
-    return metadata
-
-
 def encode_safetensors_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int]]:
+) -> bytes:
     """The head of a safetensors file: the length, and the JSON padded with spaces to a multiple of 8 bytes.
 
     Args:
         tensors: name, dtype (a key of `DTYPES`) and shape of each tensor, in the order in which the bytes will follow.
         metadata: the `__metadata__` table.
 
-    Returns:
-        The head, and the offset in the file at which each tensor's bytes begin.
-
     Raises:
         CheckpointError: a name is given twice or reserved, or the head would be one that readers refuse.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
-    begins = []
     end = 0
     for name, dtype, shape in tensors:
         if checked_name(name, "safetensors header") in header or name == _METADATA:
             raise CheckpointError("tensor name is taken", where=name)
         checked_shape(shape, dtype, name)
-        begins.append(end)
-        end += StoredTensor(name, dtype, shape, ()).nbytes
-        header[name] = {
-            "dtype": DTYPES[dtype].safetensors,
-            "shape": list(shape),
-            "data_offsets": [begins[-1], end],
-        }
+        begin, end = end, end + StoredTensor(name, dtype, shape, ()).nbytes
+        header[name] = {"dtype": DTYPES[dtype].safetensors, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_TENSORS:
@@ -120,12 +102,11 @@ def encode_safetensors_header(
             expected=f"at most {MAX_TENSORS} tensors and {MAX_HEADER_BYTES} bytes of header",
             found=f"{len(tensors)} tensors and {len(text)} bytes",
         )
-    head = len(text).to_bytes(8, "little") + text
-    return head, [len(head) + begin for begin in begins]
+    return len(text).to_bytes(8, "little") + text
 
 
-def _read_header(file: BoundedFile) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
-    """The header's metadata, its unchecked entries by name, and the offset of the buffer behind it."""
+def _read_header(file: BoundedFile) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header's unchecked entries by name, and the offset of the buffer behind it."""
     length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER_BYTES or 8 + length > file.size:
         raise CheckpointError(
@@ -159,7 +140,7 @@ def _read_header(file: BoundedFile) -> tuple[dict[str, str], dict[str, dict[str,
     metadata = header.pop(_METADATA, {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError("has metadata that are not all strings", where=file.path)
-    return metadata, header, 8 + length
+    return header, 8 + length
 
 
 def _parse_int(digits: str) -> int:
@@ -175,23 +156,11 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any], buffer_start: int)
         raise CheckpointError(
             "has a wrong header entry", where=where, expected="dtype, shape, data_offsets", found=quoted(list(entry))
         )
-    stored = entry["dtype"]
-    if not isinstance(stored, str) or stored not in _DTYPE_OF:
-        raise CheckpointError(
-            "has a dtype that is not supported", where=where, expected=" ".join(_DTYPE_OF), found=quoted(stored)
-        )
-    dtype = _DTYPE_OF[stored]
-    shape = checked_shape(entry["shape"], dtype, where)
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
         raise CheckpointError("has no valid data_offsets", where=where, expected="two integers", found=quoted(offsets))
     begin, end = offsets
-    tensor = StoredTensor(name, dtype, shape, (Extent(path, buffer_start + begin, end - begin),))
-    if begin < 0 or end - begin != tensor.nbytes:
-        raise CheckpointError(
-            "has data_offsets that do not fit its shape",
-            where=where,
-            expected=f"{tensor.nbytes} bytes for {stored} {list(shape)}",
-            found=quoted(offsets),
-        )
-    return tensor
+    if not 0 <= begin <= end:
+        raise CheckpointError("has no valid data_offsets", where=where, expected="0 <= begin <= end", found=offsets)
+    dtype = checked_dtype(entry["dtype"], _DTYPE_OF, where)
+    return checked_tensor(name, dtype, entry["shape"], (Extent(path, buffer_start + begin, end - begin),), where)
