@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor
 
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
-from telechat_mindie.checkpoint.mapping import Target, mindformers_targets
+from telechat_mindie.checkpoint.mapping import Target, differences, mindformers_targets
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import ModelDirError, name_some
@@ -74,20 +74,7 @@ class RankWeights:
             return np.concatenate([self._load(name.replace("w_gate_hidden", part)) for part in ("w1", "w3")])
         raise ModelDirError("weight is missing", where=name, advice=_REBUILD)
 
-    def _check(self, expected: list[Target], tp: int, folder: Path) -> None:
-        names = {target.name for target in expected}
-        for problem, odd in (("missing", names - self._stored.keys()), ("unknown", self._stored.keys() - names)):
-            if odd:
-                raise ModelDirError(
-                    f"{len(odd)} weights are {problem}: {name_some(odd)}", where=folder, advice=_REBUILD
-                )
-        for target in expected:
-            found = self._stored[target.name].shape
-            if found != target.rank_shape(tp):
-                raise ModelDirError(
-                    f"{target.name} has the wrong shape for tensor parallel {tp}",
-                    where=folder,
-                    expected=list(target.rank_shape(tp)),
-                    found=list(found),
-                    advice=_REBUILD,
-                )
+    def _check(self, targets: list[Target], tp: int, folder: Path) -> None:
+        expected = {target.name: target.rank_shape(tp) for target in targets}
+        for _, clause in differences({name: tensor.shape for name, tensor in self._stored.items()}, expected):
+            raise ModelDirError(clause, where=folder, advice=_REBUILD)

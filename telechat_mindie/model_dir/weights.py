@@ -9,7 +9,7 @@ from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
-from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.checkpoint.mapping import differences, mindformers_targets
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import name_some
 from telechat_mindie.findings import Finding, error, ok
@@ -122,16 +122,5 @@ def _rank_tensors(tensors: Tensors, config: TelechatConfig, tp: int, where: Path
     packed = any(name.endswith(PACKED) for name in tensors)
     targets = mindformers_targets(config, qkv_concat=packed, transposed_experts=config.is_moe)
     expected = {target.name: target.rank_shape(tp) for target in targets}
-    for problem, odd in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("holds unknown", tensors.keys() - expected.keys()),
-    ):
-        if odd:
-            yield error("tensor-names", where, f"{problem} {len(odd)} weights: {name_some(odd)}", REBUILD)
-    wrong = [
-        f"{name} is {list(tensors[name].shape)} and should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if wrong:
-        yield error("shape", where, f"{len(wrong)} shapes do not fit tp {tp}: {name_some(wrong, 2)}", REBUILD)
+    for problem, clause in differences({name: tensor.shape for name, tensor in tensors.items()}, expected):
+        yield error("shape" if problem == "shape" else "tensor-names", where, clause, REBUILD)

@@ -13,8 +13,9 @@ safetensors, is read by safetensors.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.bounds import (
@@ -69,22 +70,12 @@ def read_mindspore_ckpt(path: Path, root: Path | None = None) -> dict[str, Store
     tensors: dict[str, StoredTensor] = {}
     with open_bounded(path, root) as file:
         _refuse_encrypted(file)
-        slices: list[_Slice] = []
-        values = _Message(file, 0, file.size)
-        count = 0
-        while not values.is_read() and not _is_checksum(file, values.position):
-            count += 1
-            if count > MAX_TENSORS:
-                raise CheckpointError("holds too many tensors", where=path, expected=f"at most {MAX_TENSORS}")
-            values.expect_field(1)
-            piece = _read_value(values.submessage())
-            if slices and piece.name != slices[0].name:
-                _join(slices, tensors)
-                slices = []
-            slices.append(piece)
-        if not slices:
-            raise CheckpointError("holds no tensors", where=path, advice="Download or save the file again.")
-        _join(slices, tensors)
+        for name, slices in groupby(_read_slices(file), lambda piece: piece.name):
+            if name in tensors:
+                raise CheckpointError("is stored twice", where=f"{path}, tensor {name}")
+            tensors[name] = _join(list(slices))
+    if not tensors:
+        raise CheckpointError("holds no tensors", where=path, advice="Download or save the file again.")
     return tensors
 
 
@@ -99,14 +90,9 @@ def encode_ckpt_entry_prefix(name: str, dtype: str, shape: tuple[int, ...], nbyt
         CheckpointError: a name or shape that could not be read again.
     """
     checked_shape(shape, dtype, checked_name(name, "MindSpore checkpoint"))
-    type_name = DTYPES[dtype].mindspore.encode()
-    tag = name.encode()
-    tensor = b"".join(_key(1, _VARINT) + _encode_varint(dim) for dim in shape)
-    tensor += _key(2, _LENGTH_DELIMITED) + _encode_varint(len(type_name)) + type_name
-    tensor += _key(3, _LENGTH_DELIMITED) + _encode_varint(nbytes)
-    value = _key(1, _LENGTH_DELIMITED) + _encode_varint(len(tag)) + tag
-    value += _key(2, _LENGTH_DELIMITED) + _encode_varint(len(tensor) + nbytes) + tensor
-    return _key(1, _LENGTH_DELIMITED) + _encode_varint(len(value) + nbytes) + value
+    dims = b"".join(bytes([1 << 3 | _VARINT]) + _encode_varint(dim) for dim in shape)
+    tensor = dims + _field(2, DTYPES[dtype].mindspore.encode()) + _field(3, b"", nbytes)
+    return _field(1, _field(1, name.encode()) + _field(2, tensor, nbytes), nbytes)
 
 
 def ckpt_slices(nbytes: int) -> list[int]:
@@ -115,8 +101,9 @@ def ckpt_slices(nbytes: int) -> list[int]:
     return [SLICE_BYTES] * full + ([rest] if rest or not full else [])
 
 
-def _key(field: int, wire_type: int) -> bytes:
-    return bytes([field << 3 | wire_type])
+def _field(number: int, content: bytes, following: int = 0) -> bytes:
+    """A length-delimited field of `content` and `following` more bytes, which are not here yet."""
+    return bytes([number << 3 | _LENGTH_DELIMITED]) + _encode_varint(len(content) + following) + content
 
 
 def _encode_varint(value: int) -> bytes:
@@ -208,6 +195,17 @@ def _is_checksum(file: BoundedFile, position: int) -> bool:
     return at_end and file.read(position, len(_CHECKSUM_MARK)) == _CHECKSUM_MARK
 
 
+def _read_slices(file: BoundedFile) -> Iterator[_Slice]:
+    values = _Message(file, 0, file.size)
+    count = 0
+    while not values.is_read() and not _is_checksum(file, values.position):
+        count += 1
+        if count > MAX_TENSORS:
+            raise CheckpointError("holds too many tensors", where=file.path, expected=f"at most {MAX_TENSORS}")
+        values.expect_field(1)
+        yield _read_value(values.submessage())
+
+
 def _read_value(value: _Message) -> _Slice:
     name: str | None = None
     tensor: _Message | None = None
@@ -248,18 +246,17 @@ def _read_tensor(name: str, tensor: _Message) -> _Slice:
     return _Slice(name, type_name, tuple(dims), extent)
 
 
-def _join(slices: Sequence[_Slice], tensors: dict[str, StoredTensor]) -> None:
-    """Add the tensor that consecutive slices of one name make up."""
+def _join(slices: Sequence[_Slice]) -> StoredTensor:
+    """The tensor that consecutive slices of one name make up."""
     first = slices[0]
-    path, name, type_name, dims = first.extent.file, first.name, first.type_name, first.dims
-    where = f"{path}, tensor {name}"
-    if name in tensors or any((piece.type_name, piece.dims) != (type_name, dims) for piece in slices):
-        raise CheckpointError("is stored twice, or in slices that differ", where=where)
+    where = f"{first.extent.file}, tensor {first.name}"
+    if any((piece.type_name, piece.dims) != (first.type_name, first.dims) for piece in slices):
+        raise CheckpointError("is stored in slices that differ", where=where)
     extents = tuple(piece.extent for piece in slices if piece.extent.nbytes)
     nbytes = sum(extent.nbytes for extent in extents)
-    if type_name == "str":
-        type_name, dims = "UInt8", (nbytes,)
-    dtype = checked_dtype(type_name, _DTYPE_OF, where)
-    if dims == (0,) and nbytes == DTYPES[dtype].itemsize:
-        dims = ()  # how MindSpore releases before dims may be empty write a scalar, and every release reads [0]
-    tensors[name] = checked_tensor(name, dtype, dims, extents, where)
+    if first.type_name == "str":
+        return checked_tensor(first.name, "uint8", (nbytes,), extents, where)
+    dtype = checked_dtype(first.type_name, _DTYPE_OF, where)
+    # Dims of [0] and one element: how releases before dims may be empty write a scalar, and every release reads it.
+    dims = () if first.dims == (0,) and nbytes == DTYPES[dtype].itemsize else first.dims
+    return checked_tensor(first.name, dtype, dims, extents, where)
