@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
@@ -20,8 +20,8 @@ FORMATS = (
 )
 
 
-def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]] | None:
-    """(kind, tensors by name) of the directory's weights; None where it holds no such files.
+def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]]:
+    """(kind, tensors by name) of the directory's weights; empty where it holds no such files.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile, or does not hold what the index says.
@@ -35,7 +35,13 @@ def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]] | None:
         if weight_map is not None:
             _check_index(weight_map, stored, directory / index)
         return kind, stored
-    return None
+    return "", {}
+
+
+def is_published(names: Iterable[str]) -> bool:
+    """Whether tensors have Hugging Face names, and not those of mindformers, which may be in safetensors files too."""
+    spellings = {name.partition(".")[0] for name in names}
+    return bool(spellings & {"transformer", "lm_head"}) and "model" not in spellings
 
 
 def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:

@@ -173,10 +173,10 @@ def infer_config(ranks: Ranks, where: Path, head_dim: int = 128) -> TelechatConf
 
     hidden = shape("model.norm_out.weight")[0]
     layer = "model.layers.0."
-    found_tp = hidden // max(1, shape(layer + "attention.wo.weight")[1])
-    if found_tp != tp:
+    cut_for = hidden // max(1, shape(layer + "attention.wo.weight")[1])
+    if cut_for != tp:
         raise CheckpointError(
-            "number of rank folders does not fit the weights' shapes", where=where, expected=found_tp, found=tp
+            "number of rank folders does not fit the weights' shapes", where=where, expected=cut_for, found=tp
         )
     if hidden % head_dim:
         raise CheckpointError(
@@ -193,7 +193,7 @@ def infer_config(ranks: Ranks, where: Path, head_dim: int = 128) -> TelechatConf
     return TelechatConfig(
         vocab_size=tp * shape("model.tok_embeddings.embedding_weight")[0],
         hidden_size=hidden,
-        num_layers=1 + max(int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.", name))),
+        num_layers=1 + max(int(match[1]) for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))),
         num_heads=hidden // head_dim,
         ffn_size=ffn,
         num_kv_heads=(kv_rows - (hidden if packed in stored else 0)) // 2 // head_dim,

@@ -43,7 +43,7 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._reader.__exit__()
+        self._reader.close()
 
     def stop(self) -> None:
         """Wait for what is under way and drop the rest; the files are nobody's then. May be called again."""

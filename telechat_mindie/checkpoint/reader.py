@@ -21,17 +21,14 @@ TURN_BYTES = 128 << 20
 
 
 class BlockReader:
-    """Reads the blocks of `weights`, in the order of the plan. Use it as a context manager."""
+    """Reads the blocks of `weights`, in the order of the plan; to be closed."""
 
     def __init__(self, weights: Mapping[str, TiledWeight]) -> None:
         self._weights = weights
         self._reader = TensorReader()
         self._turned: tuple[tuple[str, range], np.ndarray] | None = None  # source and rows, and their matrix
 
-    def __enter__(self) -> BlockReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._reader.__exit__()
 
     def blocks(self, target: Target, plan: ConversionPlan) -> Iterator[Block]:

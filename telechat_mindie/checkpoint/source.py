@@ -61,12 +61,10 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
         raise InputError("checkpoint is not there", where=path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)
     has_config = (config_dir / "config.json").exists()
-    found = hugging_face.read_stored(path) if path.is_dir() else None
-    if found is not None and any(name.startswith(("transformer.", "lm_head")) for name in found[1]):
-        kind, stored = found
-        if not any(name.startswith("model.") for name in stored):
-            config = TelechatConfig.from_directory(config_dir)
-            return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
+    kind, stored = hugging_face.read_stored(path) if path.is_dir() else ("", {})
+    if hugging_face.is_published(stored):
+        config = TelechatConfig.from_directory(config_dir)
+        return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = mindformers.read_ranks(path)
     if ranks is None:
         TelechatConfig.from_directory(config_dir)

@@ -50,7 +50,7 @@ def check_against(
     try:
         return [problem for shard in plan.shards for problem in comparison.problems(shard)]
     finally:
-        comparison.reader.__exit__()
+        comparison.reader.close()
 
 
 class _Comparison:

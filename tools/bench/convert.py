@@ -30,7 +30,7 @@ from telechat_mindie.checkpoint.formats.containers import SAFETENSORS
 from telechat_mindie.checkpoint.mapping import hugging_face_targets
 from telechat_mindie.checkpoint.plan import make_plan
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.dtypes import DTYPES
+from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 from telechat_mindie.nano import write_checkpoint
 
 SHAPE = {"vocab_size": 32768, "hidden_size": 4096, "n_head": 32, "num_key_value_heads": 8, "ffn_hidden_size": 12288}
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--dtype", default="float16", choices=WEIGHT_DTYPES)
     parser.add_argument("--work", type=Path, default=None, help="folder on the disk to measure")
     parser.add_argument("--skip-load-all", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -99,19 +99,19 @@ def measure(work: Path, gigabytes: float, rounds: int, dtype: str, with_load_all
             runs[f"load everything, {kind}"] = lambda out, kind=kind: [  # type: ignore[misc]
                 sys.executable, __file__, "--load-all", str(source), str(out), kind,
             ]  # fmt: skip
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, command in runs.items():
             if "float32" in name and number:
                 continue  # slow, and only there to show what the published default costs
             out = work / "out"
-            found[name].append(run(command(out)))
+            measured[name].append(run(command(out)))
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            print(f"round {number + 1}: {name}: {found[name][-1]['seconds']:.1f} s", file=sys.stderr)
-    base = statistics.median(sample["seconds"] for sample in found["cp -r"])
+            print(f"round {number + 1}: {name}: {measured[name][-1]['seconds']:.1f} s", file=sys.stderr)
+    base = statistics.median(sample["seconds"] for sample in measured["cp -r"])
     rows = {}
-    for name, samples in found.items():
+    for name, samples in measured.items():
         seconds = statistics.median(sample["seconds"] for sample in samples)
         rows[name] = {
             "seconds": seconds,

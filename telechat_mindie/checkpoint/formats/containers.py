@@ -26,7 +26,6 @@ class Frame:
 class Container:
     """A file format that can be written front to back."""
 
-    name: str
     suffix: str
     frames: Callable[[Sequence[Entry]], tuple[Frame, ...]]
 
@@ -48,5 +47,5 @@ def _nbytes(entry: Entry) -> int:
     return math.prod(entry[2]) * DTYPES[entry[1]].itemsize
 
 
-SAFETENSORS = Container("safetensors", ".safetensors", _safetensors_frames)
-MINDSPORE_CKPT = Container("MindSpore ckpt", ".ckpt", _ckpt_frames)
+SAFETENSORS = Container(".safetensors", _safetensors_frames)
+MINDSPORE_CKPT = Container(".ckpt", _ckpt_frames)

@@ -231,10 +231,10 @@ class _Machine:
             target[key] = value
 
     def _global(self) -> _Global:
-        found = _Global(self._line(), self._line())
-        if found not in _ALLOWED:
-            raise self._refuse(f"refers to {quoted(f'{found.module}.{found.name}')}, which no state dict needs")
-        return found
+        wanted = _Global(self._line(), self._line())
+        if wanted not in _ALLOWED:
+            raise self._refuse(f"refers to {quoted(f'{wanted.module}.{wanted.name}')}, which no state dict needs")
+        return wanted
 
     def _reduce(self, function: object, arguments: object) -> object:
         # Extras: backward hooks, and flags such as `conj` and `neg` that change what the bytes mean.
