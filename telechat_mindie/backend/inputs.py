@@ -17,7 +17,7 @@ from telechat_mindie.model.batch import RaggedBatch
 
 
 @dataclass(frozen=True)
-class Limits:
+class BatchLimits:
     """What a batch may ask for."""
 
     vocab_size: int
@@ -28,7 +28,7 @@ class Limits:
 
 
 def ragged_batch(
-    limits: Limits,
+    limits: BatchLimits,
     *,
     input_ids: np.ndarray,
     valid_length_each_example: np.ndarray,

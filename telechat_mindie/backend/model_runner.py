@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 
 from telechat_mindie.backend.device import Rank, open_device_model
-from telechat_mindie.backend.inputs import Limits, ragged_batch
+from telechat_mindie.backend.inputs import BatchLimits, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
@@ -83,7 +83,7 @@ class ModelRunner:
         if num_blocks is None and npu_mem_size != -1:
             self.npu_num_blocks = block_count(npu_mem_size, token_bytes, block_size, "npu_mem_size")
         self.cpu_num_blocks = block_count(cpu_mem_size, token_bytes, block_size, "cpu_mem_size") if cpu_mem_size else 0
-        self._limits = Limits(config.vocab_size, self.npu_num_blocks, block_size, directory.serving.max_seq_len)
+        self._limits = BatchLimits(config.vocab_size, self.npu_num_blocks, block_size, directory.serving.max_seq_len)
 
         device_id = npu_device_ids[0] if npu_device_ids else 0
         self._device = open_device_model(

@@ -41,7 +41,7 @@ class Ours:
         import mindspore as ms
         from safetensors.numpy import load_file
 
-        from telechat_mindie.backend.inputs import Limits
+        from telechat_mindie.backend.inputs import BatchLimits
         from telechat_mindie.checkpoint.mapping import mindformers_targets
         from telechat_mindie.config import TelechatConfig
         from telechat_mindie.dtypes import DTYPES
@@ -78,7 +78,7 @@ class Ours:
             )
             return ms.Parameter(ms.Tensor.from_numpy(whole), requires_grad=False)
 
-        self._limits = Limits(config.vocab_size, 8 * MAX_SEQ_LEN // BLOCK_SIZE, BLOCK_SIZE, MAX_SEQ_LEN)
+        self._limits = BatchLimits(config.vocab_size, 8 * MAX_SEQ_LEN // BLOCK_SIZE, BLOCK_SIZE, MAX_SEQ_LEN)
         dtype = chosen.cache_dtype(stored)
         cache = KVCache(config.num_layers, self._limits.num_blocks, BLOCK_SIZE, config.kv_size, dtype)
         self._kernels = chosen(config, 1, cache, RotaryTable(config.head_dim))
