@@ -64,39 +64,39 @@ def forward_arguments(batch: Batch, tables: NDArray[np.int32], block_size: int) 
         tables: [rows, blocks] block tables, row `sequence.row`, -1 where unused.
         block_size: tokens of a block.
     """
-    sequences, prefill = batch.sequences, batch.is_prefill
+    sequences, chunked = batch.sequences, batch.chunked
     rows = np.array([sequence.row for sequence in sequences])
     starts = np.array([sequence.num_computed for sequence in sequences], np.int32)
+    arguments: dict[str, Any] = {"key_cache": None, "value_cache": None, "spec_mask": None}
+    if not batch.is_prefill:
+        context_lens = starts + np.int32(1)
+        return arguments | {
+            "input_ids": np.array([sequence.last_token for sequence in sequences], np.int64),
+            "valid_length_each_example": context_lens,
+            "block_tables": tables[rows, : -(-int(context_lens.max()) // block_size)],
+            "slot_mapping": tables[rows, starts // block_size] * np.int32(block_size) + starts % block_size,
+            "prefill": False,
+            "position_ids": starts,
+            "adapter_ids": [None] * len(sequences),
+            "prefill_head_indices": None,
+            "q_seq_lens": None,
+        }
     query_lens = np.array(batch.query_lens, np.int32)
     context_lens = starts + query_lens
     ends = np.cumsum(query_lens, dtype=np.int64)  # of each sequence's new tokens among the T
-    block_tables = tables[rows, : -(-int(context_lens.max()) // block_size)]  # [B, W]
-    positions: NDArray[np.signedinteger[Any]] = starts  # [T], of each new token in its sequence
-    if prefill:
-        token_ids = np.concatenate(
-            [
-                sequence.token_ids[sequence.num_computed : sequence.num_computed + query_len]
-                for sequence, query_len in zip(sequences, batch.query_lens, strict=True)
-            ]
-        )
-        positions = np.arange(ends[-1]) - np.repeat(ends - context_lens, query_lens)
-        rows = np.repeat(rows, query_lens)  # [T]
-    else:
-        token_ids = np.array([sequence.last_token for sequence in sequences], np.int64)
-    slots = tables[rows, positions // block_size] * np.int64(block_size) + positions % block_size
+    positions = np.arange(ends[-1]) - np.repeat(ends - context_lens, query_lens)  # [T], of each in its sequence
+    slots = tables[np.repeat(rows, query_lens), positions // block_size] * np.int64(block_size) + positions % block_size
+    token_ids = [s.token_ids[start:end] for s, start, end in zip(sequences, starts, context_lens, strict=True)]
     is_hit = any(0 < sequence.num_computed == sequence.num_cached for sequence in sequences[batch.num_decodes :])
     index_dtype = np.int64 if is_hit else np.int32  # the prefix cache plugin rebuilds these two as int64
-    return {
-        "input_ids": token_ids,
+    return arguments | {
+        "input_ids": np.concatenate(token_ids),
         "valid_length_each_example": context_lens,
-        "block_tables": block_tables,
+        "block_tables": tables[rows, : -(-int(context_lens.max()) // block_size)],  # [B, W]
         "slot_mapping": slots.astype(index_dtype, copy=False),
-        "prefill": prefill,
+        "prefill": True,
         "position_ids": positions.astype(index_dtype, copy=False),
-        "adapter_ids": [None] * len(sequences) if is_hit or not batch.chunked else None,
-        "prefill_head_indices": ends - 1 if prefill else None,
-        "key_cache": None,
-        "value_cache": None,
-        "spec_mask": None,
-        "q_seq_lens": list(batch.query_lens) if is_hit or batch.chunked else None,
+        "adapter_ids": None if chunked and not is_hit else [None] * len(sequences),
+        "prefill_head_indices": ends - 1,
+        "q_seq_lens": list(batch.query_lens) if is_hit or chunked else None,
     }
