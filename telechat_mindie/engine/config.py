@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from telechat_mindie.errors import InputError
+
+_LEAST = {"max_seq_len": 2, "max_prefill_batch_size": 0, "max_preempt_count": 0}
+"""The smallest allowed values that are not 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,10 @@ class EngineConfig:
     max_waiting: int = 1000
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise InputError("is too small", where=name, expected=f"at least {least}", found=getattr(self, name))
+        for field in fields(self):
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if field.type == "int" and value < least:
+                raise InputError("is too small", where=field.name, expected=f"at least {least}", found=value)
         if self.max_prefill_batch_size > self.max_batch_size:
             limit, given = f"at most {self.max_batch_size}", self.max_prefill_batch_size
             raise InputError("exceeds max_batch_size", where="max_prefill_batch_size", expected=limit, found=given)
@@ -67,24 +71,9 @@ class EngineConfig:
     @property
     def prefill_budget(self) -> int:
         """New tokens of a batch that prefills."""
-        return (
-            min(self.max_prefill_tokens, self.split_chunk_tokens) if self.chunked_prefill else self.max_prefill_tokens
-        )
+        most = self.max_prefill_tokens
+        return min(most, self.split_chunk_tokens) if self.chunked_prefill else most
 
     @property
     def prefill_batch_limit(self) -> int:
         return self.max_prefill_batch_size or self.max_batch_size
-
-
-_LEAST = {
-    "max_seq_len": 2,
-    "max_input_token_len": 1,
-    "max_iter_times": 1,
-    "max_batch_size": 1,
-    "max_prefill_batch_size": 0,
-    "max_prefill_tokens": 1,
-    "max_preempt_count": 0,
-    "block_size": 1,
-    "split_chunk_tokens": 1,
-    "max_waiting": 1,
-}

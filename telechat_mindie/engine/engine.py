@@ -291,15 +291,11 @@ class Engine:
         if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
             raise InputError("is not a list of tokens", where="prompt", expected="at least one integer")
         if len(prompt) > self.config.longest_prompt:
+            limit, advice = self.config.longest_prompt, "Shorten it, or raise maxInputTokenLen and maxSeqLen."
             raise InputError(
-                "is too long",
-                where="prompt",
-                expected=f"at most {self.config.longest_prompt} tokens",
-                found=len(prompt),
-                advice="Shorten it, or raise maxInputTokenLen and maxSeqLen.",
+                "is too long", where="prompt", expected=f"at most {limit} tokens", found=len(prompt), advice=advice
             )
         if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise InputError(
-                "holds a token outside the vocabulary", where="prompt", expected=f"0 to {self._vocab_size - 1}"
-            )
+            allowed = f"0 to {self._vocab_size - 1}"
+            raise InputError("holds a token outside the vocabulary", where="prompt", expected=allowed)
         return prompt
