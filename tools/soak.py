@@ -7,7 +7,7 @@ are good, in any of MindIE's formats, streamed or not; some are broken; some cli
 - the server's own counts agree with the clients';
 - every block of the cache is free again;
 - the server's memory at the end is within --tolerance of what it was after the first fifth;
-- SIGTERM under load: exit code 0, and every unfinished answer ends or is told.
+- SIGTERM under load: exit code 0, and every unfinished answer ends, or with an error that says so.
 
     python tools/soak.py [--minutes 10] [--clients 32] [--json]
 """
@@ -75,7 +75,7 @@ class Clients:
         self.outcomes: Counter[str] = Counter()
         self.faults: list[str] = []
         self.sent = 0
-        self.is_stopping = False  # the server was told to end
+        self.is_stopping = False  # the server got SIGTERM
         self._url = url
         self._model = model
         self._count = count
@@ -108,7 +108,7 @@ class Clients:
             path, raw, expected = dice.choice(BAD)
             async with session.post(self._url + path, data=raw) as response:
                 await response.read()
-                return self._told(response.status) or ("bad" if response.status == expected else f"wrong: {path}")
+                return self._refusal(response.status) or ("bad" if response.status == expected else f"wrong: {path}")
         path, body = good_request(self._model, dice)
         async with session.post(self._url + path, json=body) as response:
             if fate < 0.25:
@@ -116,13 +116,13 @@ class Clients:
                 response.close()  # the client leaves
                 return "left"
             text = await response.text()
-            if (told := self._told(response.status, text)) is not None:
-                return told
+            if (refusal := self._refusal(response.status, text)) is not None:
+                return refusal
             return "answered" if response.status == 200 and text else f"wrong: {path} {response.status} {text[:200]}"
 
-    def _told(self, status: int, text: str = "") -> str | None:
-        is_told = status == 503 or "has been stopped" in text[-200:]
-        return "told of the end" if self.is_stopping and is_told else None
+    def _refusal(self, status: int, text: str = "") -> str | None:
+        is_refused = status == 503 or "has been stopped" in text[-200:]
+        return "refused at the end" if self.is_stopping and is_refused else None
 
 
 def memory(pid: int) -> float:
@@ -151,11 +151,11 @@ async def counts(url: str) -> dict[str, float]:
         for _ in range(100):
             async with session.get(f"{url}/metrics") as response:
                 lines = (await response.text()).splitlines()
-            found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{model_name=" in line}
-            if not found["npu_cache_usage_perc"] + found["num_requests_running"] + found["num_requests_waiting"]:
+            values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "{model_name=" in line}
+            if not values["npu_cache_usage_perc"] + values["num_requests_running"] + values["num_requests_waiting"]:
                 break
             await asyncio.sleep(0.1)
-    return found
+    return values
 
 
 async def stop_under_load(clients: Clients, server: subprocess.Popen[str]) -> None:
@@ -181,7 +181,7 @@ def soak(model_path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any
             url = line.partition(" at ")[2].split(",")[0].strip()
             clients = Clients(url, model_path.name, arguments.clients, arguments.seed)
             samples = asyncio.run(load(clients, server.pid, arguments.minutes * 60))
-            found = asyncio.run(counts(url))
+            values = asyncio.run(counts(url))
             last = Clients(url, model_path.name, arguments.clients, arguments.seed + 1)
             asyncio.run(stop_under_load(last, server))
             code = server.wait(60)
@@ -193,17 +193,17 @@ def soak(model_path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any
     late = statistics.median(size for _, size in samples[-fifth:])
     growth = late / early - 1
     faults = [*clients.faults, *last.faults]
-    held = found["npu_cache_usage_perc"] + found["num_requests_running"] + found["num_requests_waiting"]
+    held = values["npu_cache_usage_perc"] + values["num_requests_running"] + values["num_requests_waiting"]
     for is_wrong, what in (
         (held, f"the pool is not empty at the end: {held}"),
         (growth > arguments.tolerance, f"memory grew by {growth:.1%}, from {early:.0f} to {late:.0f} MB"),
         (code != 0, f"exit code {code} after SIGTERM"),
         (sum(clients.outcomes.values()) != clients.sent, "a request has no outcome"),
         (
-            found["request_success_total"] + found["request_failed_total"] != found["request_received_total"],
+            values["request_success_total"] + values["request_failed_total"] != values["request_received_total"],
             "the server has lost a request",
         ),
-        (found["request_received_total"] != clients.sent, "server and clients count differently"),
+        (values["request_received_total"] != clients.sent, "server and clients count differently"),
         (any("Traceback" in line for line in printed), "the server printed a traceback"),
     ):
         if is_wrong:
@@ -213,7 +213,7 @@ def soak(model_path: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any
         "clients": arguments.clients,
         "requests": clients.sent,
         "outcomes": dict(clients.outcomes),
-        "generated_tokens": found["generation_tokens_total"],
+        "generated_tokens": values["generation_tokens_total"],
         "memory_early_mb": round(early, 1),
         "memory_late_mb": round(late, 1),
         "memory_growth": round(growth, 4),

@@ -42,7 +42,7 @@ async def drive(send: Send, items: Iterator[Item], load: Load, source: random.Ra
         send: how.
         items: what, one after another.
         load: when.
-        source: of the gaps of an open loop.
+        source: of the pauses of an open loop.
     """
     items = itertools.islice(items, load.requests)
     end = time.perf_counter() + (math.inf if load.duration is None else load.duration)

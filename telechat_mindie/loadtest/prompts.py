@@ -1,4 +1,4 @@
-"""The requests of a load test: random texts of a wanted length, or a file of prompts."""
+"""The requests of a load test: random texts of a given length, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def read_items(file: Path, answers: Range, source: random.Random) -> Iterator[It
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", where=file) from None
     as_json = file.suffix == ".jsonl"
-    found = [
+    requests = [
         _parse(line, f"{file}, line {number}") if as_json else (line.strip(), None)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not found:
+    if not requests:
         raise InputError("holds no prompt", where=file)
-    return (Item(prompt, most or answers.draw(source)) for prompt, most in itertools.cycle(found))
+    return (Item(prompt, most or answers.draw(source)) for prompt, most in itertools.cycle(requests))
 
 
 def _parse(line: str, where: str) -> tuple[Prompt, int | None]:

@@ -1,4 +1,4 @@
-"""What a load test found, in numbers."""
+"""The outcome of a load test in numbers."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Plan:
         fixed_output: have the model go on after the end of its answer, so that every answer has its most tokens.
         warm_up: requests that are sent before, one after another, and not measured.
         temperature: None for the service's default.
-        seed: of prompts, lengths and gaps.
+        seed: of prompts, lengths and pauses.
         model: None for the first that the service names.
         timeout: seconds that a request may take.
         tls: for https.
@@ -87,7 +87,7 @@ async def run(plan: Plan, outcome: Outcome, finished: Callable[[], object] = lam
         else:
             items = random_items(plan.prompt_tokens, plan.output_tokens, tokens_per_word or 1, source)
             if tokens_per_word is None:
-                outcome.notes.append("no /v1/tokenizer: the prompts have about the wanted length")
+                outcome.notes.append("no /v1/tokenizer: the prompts are only about as long as they should be")
 
         async def send_one(item: Item) -> Record:
             sampling = Sampling(item.max_tokens, plan.temperature, ignore_eos=plan.fixed_output)

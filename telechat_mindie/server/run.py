@@ -84,9 +84,9 @@ def serve(
 def _allow_open_files(count: int) -> None:
     """Raise the process's own limit, as far as the system lets it: a connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    needed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _bind(address: Address) -> socket.socket:
@@ -129,10 +129,10 @@ async def _run(
     service: Service, servers: list[tuple[_Listener, socket.socket]], on_ready: Callable[[], object]
 ) -> None:
     loop = asyncio.get_running_loop()
-    told_again = asyncio.Event()
+    second_stop = asyncio.Event()
 
     def stop() -> None:
-        (told_again if service.stop_wanted.is_set() else service.stop_wanted).set()
+        (second_stop if service.stop_wanted.is_set() else service.stop_wanted).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -142,7 +142,7 @@ async def _run(
             await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
         on_ready()
         await service.stop_wanted.wait()
-        await _drain(service, told_again)
+        await _drain(service, second_stop)
     finally:
         for server, _ in servers:
             server.should_exit = True
@@ -150,11 +150,11 @@ async def _run(
         service.close()
 
 
-async def _drain(service: Service, told_again: asyncio.Event) -> None:
-    """Refuse new requests, and give unfinished answers their time; those that need more are told of the end."""
+async def _drain(service: Service, second_stop: asyncio.Event) -> None:
+    """Refuse new requests, and give unfinished answers their time; those that need more end with an error."""
     service.is_stopping = True
     give_up = asyncio.get_running_loop().time() + (0 if service.is_forced else service.limits.drain_seconds)
-    while service.in_flight and not told_again.is_set() and asyncio.get_running_loop().time() < give_up:
+    while service.in_flight and not second_stop.is_set() and asyncio.get_running_loop().time() < give_up:
         await asyncio.sleep(0.05)
     for generation in list(service.running.values()):
         generation.cancel(Ended.SHUTDOWN)

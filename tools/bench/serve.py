@@ -207,7 +207,7 @@ async def _ask(url: str, requests: int, together: bool) -> tuple[int, float]:
 
     async def one(number: int) -> int:
         tokens = 0
-        sampling = Sampling(max_tokens=ANSWER_TOKENS, temperature=None)
+        sampling = Sampling(max_tokens=ANSWER_TOKENS)
         async for delta in client.stream(Tgi(), WORDS[number % len(WORDS)] * (1 + number % 3), sampling):
             tokens = delta.generated_tokens or tokens
         return tokens
@@ -227,26 +227,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("throughput", "overhead", "cache"))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    wanted = arguments.only or ["throughput", "overhead", "cache"]
-    found: dict[str, Any] = {}
-    if "overhead" in wanted:
-        found["overhead"] = [
+    sections = arguments.only or ["throughput", "overhead", "cache"]
+    figures: dict[str, Any] = {}
+    if "overhead" in sections:
+        figures["overhead"] = [
             overhead(batch, vocab_size, sampled)
             for vocab_size in (4096, 131072)
             for sampled in (False, True)
             for batch in (1, 32, 256)
         ]
-    if "cache" in wanted:
-        found["cache"] = cache_use()
-    if "throughput" in wanted:
+    if "cache" in sections:
+        figures["cache"] = cache_use()
+    if "throughput" in sections:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder, "checkpoint"))
             build(Path(folder, "nano"), Path(folder, "checkpoint"))
-            found["throughput"] = throughput(Path(folder, "nano"), arguments.requests)
+            figures["throughput"] = throughput(Path(folder, "nano"), arguments.requests)
     if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
         return
-    for title, rows in found.items():
+    for title, rows in figures.items():
         print(f"\n{title}\n")
         rows = rows if isinstance(rows, list) else [rows]
         print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")

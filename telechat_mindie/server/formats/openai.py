@@ -16,7 +16,6 @@ from telechat_mindie.server.formats.openai_requests import (
     ChatRequest,
     CompletionRequest,
     check_logprobs,
-    check_messages,
     conversation,
     offered_tools,
     text_length,
@@ -186,10 +185,9 @@ def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
 def read_chat(service: Service, data: Fields) -> Job:
     body = validate(ChatRequest, data)
     _check(service, body)
-    check_messages(body.messages)
+    turns, tools = conversation(body.messages), offered_tools(body, data.get("tools") or [])
     count = count_sequences(body, equal_in_streams=True)
     top_logprobs = check_logprobs(body)
-    turns, tools = conversation(body.messages), offered_tools(body, data.get("tools") or [])
     options: Fields = {"chat_template_kwargs": body.chat_template_kwargs}
     if tools:
         options["tools"] = tools

@@ -59,6 +59,12 @@ class Message(RequestBody):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Filled | None = None
 
+    @property
+    def text(self) -> str | None:
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
 
 class ChatRequest(VllmSampling):
     model: Filled
@@ -80,30 +86,21 @@ class CompletionRequest(VllmSampling):
     use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
 
 
-def check_messages(messages: list[Message]) -> None:
-    """The rules between a message's fields."""
+def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as the chat template takes them.
+
+    Raises:
+        ApiError: 422, a rule between a message's fields is broken.
+    """
+    turns = []
     for index, message in enumerate(messages):
-        where = f"Parameter messages.{index}"
-        content = text_of_message(message)
+        where, text = f"Parameter messages.{index}", message.text
         if message.role == "tool" and message.tool_call_id is None:
             raise invalid(f"{where}.tool_call_id is missing, which the role tool needs.")
-        if message.role == "assistant" and message.tool_calls:
-            continue
-        if content is None or (message.role == "assistant" and not content):
+        has_calls = message.role == "assistant" and message.tool_calls
+        if not has_calls and (text is None or (message.role == "assistant" and not text)):
             raise invalid(f"{where}.content is missing or empty.")
-
-
-def text_of_message(message: Message) -> str | None:
-    if message.content is None or isinstance(message.content, str):
-        return message.content
-    return "".join(part.text for part in message.content)
-
-
-def conversation(messages: list[Message]) -> list[dict[str, Any]]:
-    """The messages as the chat template takes them."""
-    turns = []
-    for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": text_of_message(message) or ""}
+        turn: dict[str, Any] = {"role": message.role, "content": text or ""}
         if message.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         if message.tool_call_id is not None:

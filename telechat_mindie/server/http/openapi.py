@@ -1,4 +1,4 @@
-"""The OpenAPI document: bodies are read by our own code, so it has to be told of them."""
+"""The OpenAPI document. Our own code reads the bodies, so FastAPI does not know of them by itself."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def document(app: FastAPI) -> dict[str, Any]:
     """The document, with the definitions of nested models where its references look for them."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        found: dict[str, Any] = {}
-        _collect(schema["paths"], found)
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(found)
+        schemas: dict[str, Any] = {}
+        _collect(schema["paths"], schemas)
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
         app.openapi_schema = schema
     return app.openapi_schema
 
 
-def _collect(value: Any, found: dict[str, Any]) -> None:
+def _collect(value: Any, schemas: dict[str, Any]) -> None:
     if isinstance(value, dict):
         definitions = value.pop("$defs", {})
-        found.update(definitions)
+        schemas.update(definitions)
         for item in (*value.values(), *definitions.values()):
-            _collect(item, found)
+            _collect(item, schemas)
     elif isinstance(value, list):
         for item in value:
-            _collect(item, found)
+            _collect(item, schemas)
