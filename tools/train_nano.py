@@ -242,7 +242,7 @@ def train(
             values = numpy_rng.standard_normal(shape) * scale
         return Parameter(Tensor(values.astype(np.float32)))
 
-    cache = KVCache(config.num_layers, 0, 1, config.kv_size, "float32")
+    cache = KVCache(config.num_layers, 0, 1, config.kv_size, np.dtype(np.float32))
     rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen)
     kernels = TrainingKernels(config, 1, cache, rotary)
     model = TelechatForCausalLM(config, take, kernels, TensorParallel(), cache)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Zero
 
-from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
-from telechat_mindie.model.kv_cache import KVCache
+from telechat_mindie.model.kv_cache import KVCache, rows_of
 
 if TYPE_CHECKING:
     from telechat_mindie.model.kernels.ascend_graphs import AscendCache
@@ -25,26 +22,16 @@ class HostCache:
 
     def __init__(self, device: KVCache, num_blocks: int) -> None:
         self._device = device
-        layers, (_, width) = len(device.keys), device.keys[0].shape
-        shape = (num_blocks, layers, 2, device.block_size, width)
-        self._blocks = np.zeros(shape, DTYPES[device.dtype].numpy)
+        none = device.read_blocks(np.zeros(0, np.int64))
+        self._blocks = np.zeros((num_blocks, *none.shape[1:]), none.dtype)
 
     def swap(self, pairs: np.ndarray, to_host: bool) -> None:
-        """Copy block pairs[i, 0] to pairs[i, 1], from the device where `to_host`, else to it.
-
-        Args:
-            pairs: [n, 2] integers, as MindIE passes them.
-
-        Raises:
-            InputError: not such an array, or a block out of range.
-        """
-        host, device = _check_pairs(pairs, to_host, len(self._blocks), self._device.num_blocks)
-        for host_block, device_block in zip(host, device, strict=True):
-            if to_host:
-                found = self._device.read_blocks(np.array([device_block]))
-                self._blocks[host_block] = found
-            else:
-                self._device.write_blocks(np.array([device_block]), self._blocks[host_block])
+        """Copy block pairs[i, 0] to pairs[i, 1], from the device where `to_host`, else to it."""
+        source, target = pairs.T
+        if to_host:
+            self._blocks[target] = self._device.read_blocks(source)
+        else:
+            self._device.write_blocks(target, self._blocks[source])
 
 
 class AscendHostCache:
@@ -54,7 +41,6 @@ class AscendHostCache:
         self._device = device
         shape = (num_blocks, *device.keys[0].shape[1:])
         dtype = getattr(ms, device.dtype)
-        self._num_blocks = num_blocks
         # MindSpore refuses an empty tensor; without host memory there is nothing to swap.
         self._keys, self._values = (
             [
@@ -68,23 +54,20 @@ class AscendHostCache:
         """As `HostCache.swap`."""
         from mindspore._c_expression import swap_cache
 
-        _check_pairs(pairs, to_host, self._num_blocks, self._device.num_blocks)
-        mapping = Tensor(np.asarray(pairs, np.int64))
+        mapping = Tensor(pairs.astype(np.int64))
         for host, device in ((self._keys, self._device.keys), (self._values, self._device.values)):
             for host_layer, device_layer in zip(host, device, strict=True):
                 swap_cache(host_layer, device_layer, mapping, to_host)
 
 
-def _check_pairs(
-    pairs: np.ndarray, to_host: bool, host_blocks: int, device_blocks: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(host blocks, device blocks) of the pairs. Raises InputError where they are not that."""
+def block_pairs(pairs: np.ndarray, to_host: bool, host_blocks: int, device_blocks: int) -> np.ndarray:
+    """[n, 2] pairs of blocks (from, to), as MindIE passes them. Raises InputError where they are not that."""
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
         raise InputError(
             "must be pairs of blocks", where="block_tables", expected="integers [n, 2]", found=list(pairs.shape)
         )
-    host, device = (pairs[:, 1], pairs[:, 0]) if to_host else (pairs[:, 0], pairs[:, 1])
+    device, host = pairs.T if to_host else pairs.T[::-1]
     for name, blocks, count in (("host", host, host_blocks), ("device", device, device_blocks)):
         if len(blocks) and not (blocks.min() >= 0 and blocks.max() < count):
             raise InputError(
@@ -93,7 +76,7 @@ def _check_pairs(
                 expected=f"0 to {count - 1}",
                 found=blocks.tolist(),
             )
-    return host, device
+    return pairs
 
 
 def external_caches(
@@ -105,7 +88,7 @@ def external_caches(
         key_cache: a tensor a layer, [blocks, block_size, kv heads, head_size].
         value_cache: the same.
         expected: (layers, block_size, kv heads * head_size).
-        dtype: what the kernels keep caches in.
+        dtype: the runner's.
 
     Raises:
         InputError: another number of layers, shape or dtype.
@@ -133,16 +116,13 @@ def external_caches(
     return list(key_cache), list(value_cache), blocks
 
 
-@contextmanager
-def as_rows(key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor], width: int) -> Iterator[Any]:
-    """MindIE's caches as mutable matrices [slots, width] of the same memory.
-
-    Where MindSpore's reshape copies, as in 2.7, what the body writes is copied back at its end.
-    """
-    caches = [*key_cache, *value_cache]
-    rows = [cache.reshape(-1, width) for cache in caches]
-    layers = len(key_cache)
-    yield ms.mutable((ms.mutable(rows[:layers]), ms.mutable(rows[layers:])))
-    for cache, matrix in zip(caches, rows, strict=True):
-        if cache.data_ptr() != matrix.data_ptr():
-            ctypes.memmove(cache.data_ptr(), matrix.data_ptr(), cache.nbytes)
+def as_rows(
+    key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor], width: int, dtype: np.dtype
+) -> tuple[list[ms.Tensor], list[ms.Tensor]]:
+    """MindIE's caches as a graph takes them: mutable matrices [slots, width] of the same memory, their bits `dtype`."""
+    keys, values = (
+        ms.mutable([Tensor.from_numpy(rows_of(cache, width, dtype)) for cache in caches])
+        for caches in (key_cache, value_cache)
+    )
+    rows: tuple[list[ms.Tensor], list[ms.Tensor]] = ms.mutable((keys, values))
+    return rows

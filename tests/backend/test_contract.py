@@ -96,20 +96,17 @@ def test_the_caches_of_mindie_are_not_the_runners_to_swap(external):
         external.runner.swap(np.array([[0, 0]]), True)
 
 
-def test_reshaped_caches_that_are_copies_are_copied_back(monkeypatch):
-    """MindSpore 2.7's reshape copies."""
+@pytest.mark.parametrize(("dtype", "held"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "int16")])
+def test_rows_are_the_memory_of_mindies_caches(dtype, held):
     from telechat_mindie.backend.caches import as_rows
 
-    keys, values = (ms.ops.zeros((3, 4, 2, 8), ms.float32) for _ in range(2))
-    reshape = ms.Tensor.reshape
-    monkeypatch.setattr(ms.Tensor, "reshape", lambda self, *shape: reshape(self, *shape) + 0)
-    with as_rows([keys], [values], 16) as ((key_rows,), (value_rows,)):
-        assert key_rows.shape == value_rows.shape == (12, 16)
-        assert key_rows.data_ptr() != keys.data_ptr()
-        ctypes.memset(value_rows.data_ptr(), 0xFF, 64)  # a row
-    monkeypatch.undo()
-    found = values.asnumpy().reshape(12, 16)
-    assert np.isnan(found[0]).all() and not found[1:].any() and not keys.asnumpy().any()
+    keys, values = (ms.ops.zeros((3, 4, 2, 8), getattr(ms, dtype)) for _ in range(2))
+    (key_rows,), (value_rows,) = as_rows([keys], [values], 16, np.dtype(held))
+    assert key_rows.shape == value_rows.shape == (12, 16)
+    assert key_rows.dtype == value_rows.dtype == getattr(ms, held)
+    ctypes.memset(value_rows.data_ptr(), 0xFF, value_rows.nbytes // 12)  # a row
+    found = values.asnumpy().astype(np.float32).reshape(12, 16)
+    assert np.isnan(found[0]).all() and not found[1:].any() and not keys.asnumpy().astype(np.float32).any()
 
 
 def forward(model, **changes):

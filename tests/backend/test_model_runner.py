@@ -41,8 +41,8 @@ def built_fixture(shared, tmp_path_factory):
 CASES = [
     ("mha_fp32", {"dtype": "float32"}),
     ("mha_fp32", {"dtype": "float32", "qkv_concat": False}),
-    ("gqa_bf16", {}),
-    ("gqa_bf16", {"qkv_concat": False}),
+    ("gqa_bf16", {"dtype": "float32"}),  # its keys in 16 bits: test_cache_dtype.py
+    ("gqa_bf16", {"dtype": "float32", "qkv_concat": False}),
     ("ntk_fp32", {"dtype": "float32", "max_seq_len": 256}),
     ("moe_fp32", {"dtype": "float32"}),
 ]

@@ -189,7 +189,7 @@ def test_equals_the_cpu_kernels_in_every_mode(config: TelechatConfig) -> None:
     cache = _cache(config)
     ascend = emulate(AscendKernels(config, 1, cache, RotaryTable(config.head_dim)))
     model = TelechatForCausalLM(config, Weights("float16"), ascend, TensorParallel(), cache)
-    rows = KVCache(config.num_layers, 32, BLOCK, config.kv_size, "float32")
+    rows = KVCache(config.num_layers, 32, BLOCK, config.kv_size, np.dtype(np.float32))
     cpu = CpuKernels(config, 1, rows, RotaryTable(config.head_dim))
     reference = TelechatForCausalLM(config, Weights("float32"), cpu, TensorParallel(), rows)
     for batch in STEPS:

@@ -114,10 +114,6 @@ class AscendKernels(nn.Cell):
             )
         return stored
 
-    @staticmethod
-    def cache_dtype(stored: str) -> str:
-        return AscendKernels.weight_dtype(stored)
-
     def call_shape(self, external_layers: int = 0) -> CallShape:
         """What AscendGraphs compiles a decoder over these kernels for."""
         return CallShape(self.head_dim, self.kv_heads, self.block_size, self.dtype, self.table_dtype, external_layers)

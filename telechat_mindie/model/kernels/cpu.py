@@ -1,11 +1,18 @@
-"""The kernels in MindSpore's own CPU operators: float32, static shapes in buckets, the cache written in place."""
+"""The kernels in MindSpore's own CPU operators: float32, static shapes in buckets, the cache written in place.
+
+Keys and values are rounded to the cache's dtype before anything reads them, so that a token's logits do not depend on
+which of the tokens before it came in the same call. No operator takes bfloat16 but add, mul, cast and concat, and none
+reads a tensor's bits as another dtype: a bfloat16 cache is held as int16, looked up in tables.
+"""
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mutable, nn, ops
 
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels.interface import Call
 from telechat_mindie.model.kv_cache import KVCache
@@ -16,6 +23,8 @@ MAX_QUERY = 512
 
 BLOCKED = np.float32(-1e30)
 """Added to a score that a token may not see; finite, so that a row of nothing else stays finite too."""
+
+_BRAIN_INFINITY = 0x7F80
 
 
 class CpuKernels(nn.Cell):
@@ -47,14 +56,21 @@ class CpuKernels(nn.Cell):
         self.scatter = ops.ScatterUpdate()
         self.gather = ops.Gather()
         self.concat = ops.Concat(-1)
+        self.cast = ops.Cast()
+        self.has_bits = cache.dtype == np.int16
+        self.element = ms.float16 if cache.dtype == np.float16 else ms.float32
+        if self.has_bits:
+            brains = np.arange(1 << 16, dtype=np.uint16).view(DTYPES["bfloat16"].numpy).astype(np.float32)
+            self.by_bits = Tensor(np.roll(brains, 1 << 15))  # of an int16 from -32768 on
+            self.magnitudes = Tensor(brains[: _BRAIN_INFINITY + 1])  # ascending: a number's place is its bits
 
     @staticmethod
     def weight_dtype(stored: str) -> str:
         return "float32"
 
     @staticmethod
-    def cache_dtype(stored: str) -> str:
-        return "float32"
+    def cache_dtype(stored: str) -> np.dtype:
+        return np.dtype(np.int16) if stored == "bfloat16" else DTYPES[stored].numpy
 
     @staticmethod
     def single_rank_decoder(decoder: nn.Cell) -> None:
@@ -92,11 +108,27 @@ class CpuKernels(nn.Cell):
         Without cache rows the context is the new tokens themselves.
         """
         q, k, v = self.rotated(qkv, inputs[0], inputs[1])
+        k, v = self.narrow(k), self.narrow(v)
         self.scatter(key_cache, inputs[2], k)  # the result is left unused: using it would copy the cache
         self.scatter(value_cache, inputs[2], v)
         if len(inputs) == 5:
             k, v = self.gather(key_cache, inputs[4], 0), self.gather(value_cache, inputs[4], 0)
-        return self.attend(q, k, v, inputs[3])
+        return self.attend(q, self.widen(k), self.widen(v), inputs[3])
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """What the cache holds of x: rounded to nearest, ties to even."""
+        if not self.has_bits:
+            return self.cast(x, self.element)
+        x = self.cast(self.cast(x, ms.bfloat16), ms.float32)
+        # From the right, so that NaN, which is below nothing, becomes infinity and not 0.
+        bits = ops.searchsorted(self.magnitudes, ops.abs(x), right=True) - 1
+        return self.cast(ops.select(x < 0, bits - 32768, bits), ms.int16)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """The inverse of `narrow`, in float32."""
+        if not self.has_bits:
+            return self.cast(x, ms.float32)
+        return self.gather(self.by_bits, self.cast(x, ms.int32) + 32768, 0)
 
     def rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, D] and k, v [T, kv heads * D] of the packed projection; q and k rotated."""

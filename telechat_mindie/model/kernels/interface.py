@@ -76,8 +76,9 @@ class Kernels(Protocol):
         """The dtype that weights are held in."""
 
     @staticmethod
-    def cache_dtype(stored: str) -> str:
-        """The dtype of the key/value cache."""
+    def cache_dtype(stored: str) -> np.dtype:
+        """On a CPU: numpy's dtype of a key/value cache for weights of dtype `stored`; the same, or integers of its bits
+        where the operators do not take it."""
 
     def single_rank_decoder(self, decoder: nn.Cell) -> SingleRankDecoder | None:
         """On a CPU: what computes a decoder over these kernels without a graph, or None."""

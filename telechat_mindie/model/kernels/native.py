@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor, mutable, nn, ops
 
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels import native_build
 from telechat_mindie.model.kernels.interface import Call
@@ -67,8 +68,8 @@ class NativeKernels(nn.Cell):
         return stored
 
     @staticmethod
-    def cache_dtype(stored: str) -> str:
-        return "float32"
+    def cache_dtype(stored: str) -> np.dtype:
+        return DTYPES[stored].numpy
 
     def single_rank_decoder(self, decoder: nn.Cell) -> NativeDecoder:
         return NativeDecoder(decoder, self.library, self.runs)

@@ -76,7 +76,8 @@ def run(library: ctypes.CDLL) -> list[str]:
         hidden = [silu(x @ g) * (x @ u) for g, u in zip(gate.astype(np.float64), up.astype(np.float64), strict=True)]
         outs = [h @ d for h, d in zip(hidden, down.astype(np.float64), strict=True)]
         check("experts", [x, gates, gate, up, down], np.einsum("te,eth->th", gates, np.stack(outs)))
-    check("attention", *_attention_case(random))
+        for dim in (32, 18):  # whole vectors, and not
+            check("attention", *_attention_case(random, dim, stored))
     return wrong
 
 
@@ -89,11 +90,12 @@ def silu(x: np.ndarray) -> np.ndarray:
     return np.asarray(x / (1 + np.exp(-x)))
 
 
-def _attention_case(random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+def _attention_case(random: np.random.Generator, dim: int, stored: np.dtype) -> tuple[list[np.ndarray], np.ndarray]:
     """Two sequences without rotation: a prefill of 5 tokens, and one token after 70 that lie in blocks of 16."""
-    heads, kv_heads, dim, block_size = 4, 2, 24, 16
+    heads, kv_heads, block_size = 4, 2, 16
     qkv = random.standard_normal((7, (heads + 2 * kv_heads) * dim), np.float32)  # the last row is padding
-    keys, values = random.standard_normal((2, 8 * block_size, kv_heads * dim), np.float32)
+    qkv[:, heads * dim :] = qkv[:, heads * dim :].astype(stored)
+    keys, values = random.standard_normal((2, 8 * block_size, kv_heads * dim), np.float32).astype(stored)
     rotary = np.zeros((7, dim), np.float32)
     rotary[:, : dim // 2] = 1
     blocks = [6, 2, 7, 0, 3]

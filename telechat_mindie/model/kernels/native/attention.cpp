@@ -1,8 +1,9 @@
 // Rotary embedding, cache write and attention over the paged context, for tokens of any number of sequences at once.
 //
 // The new tokens' own keys and values are read from the call, not from the cache: a token that is not to be written is
-// still seen by its sequence. Softmax runs over blocks of keys with a running maximum (Milakov and Gimelshein, "Online
-// normalizer calculation for softmax"), so that scratch does not grow with the context.
+// still seen by its sequence. They are rounded to the cache's dtype all the same, so that a token's logits do not depend
+// on which of the tokens before it came in the same call. Softmax runs over blocks of keys with a running maximum
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax"), so that scratch does not grow with the context.
 #include <limits>
 #include <vector>
 
@@ -52,8 +53,10 @@ class Attention {
  public:
   Attention(const Problem& problem, C* keys, C* values)
       : problem_(problem), keys_(keys), values_(values), depth_(round_up(problem.head_dim, kLanes)) {
-    queries_ = scratch<kRotated>(problem.tokens * (problem.heads + problem.kv_heads) * problem.head_dim);
-    new_keys_ = queries_ + problem.tokens * problem.heads * problem.head_dim;
+    const size_t queries = problem.tokens * problem.heads * problem.head_dim, rows = problem.tokens * problem.width();
+    queries_ = scratch<kRotated>(queries + 2 * rows);
+    new_keys_ = reinterpret_cast<C*>(queries_ + queries);
+    new_values_ = reinterpret_cast<C*>(queries_ + queries + rows);
   }
 
   void run() {
@@ -83,63 +86,78 @@ class Attention {
     if (begin < end) std::fill_n(problem_.out + begin * size, (end - begin) * size, 0.0f);
   }
 
-  // Rotates a token's query and key, and writes key and value to its slot.
+  // Rotates a token's query and key, rounds key and value, and writes them to its slot.
   void enter(size_t token) {
     const size_t dim = problem_.head_dim, width = problem_.width();
     const float* qkv = problem_.qkv + token * problem_.packed();
     const float* rotary = problem_.rotary + token * dim;
     float* query = queries_ + token * problem_.heads * dim;
-    float* key = new_keys_ + token * width;
+    float* key = scratch<kTile>(dim);
     const float scale = 1.0f / std::sqrt(float(dim));
     for (size_t h = 0; h < problem_.heads; ++h) rotate(qkv + h * dim, rotary, dim, scale, query + h * dim);
     qkv += problem_.heads * dim;
-    for (size_t h = 0; h < problem_.kv_heads; ++h) rotate(qkv + h * dim, rotary, dim, 1.0f, key + h * dim);
+    C* new_key = new_keys_ + token * width;
+    C* new_value = new_values_ + token * width;
+    for (size_t h = 0; h < problem_.kv_heads; ++h) {
+      rotate(qkv + h * dim, rotary, dim, 1.0f, key);
+      for (size_t d = 0; d < dim; ++d) narrow(key[d], new_key + h * dim + d);
+    }
+    for (size_t i = 0; i < width; ++i) narrow(qkv[width + i], new_value + i);
     if (problem_.slots[token] < 0) return;
     const size_t row = size_t(problem_.slots[token]) * width;
-    for (size_t i = 0; i < width; ++i) {
-      narrow(key[i], keys_ + row + i);
-      narrow(qkv[width + i], values_ + row + i);
-    }
+    std::copy_n(new_key, width, keys_ + row);
+    std::copy_n(new_value, width, values_ + row);
   }
+
+  // The query rows of a task, and what they have gathered from the keys and values so far.
+  struct Rows {
+    const Task& task;
+    const Sequence& sequence;
+    size_t count;
+    float* queries;
+    float* sums;
+    float* scores;
+    float* peaks;
+    float* totals;
+    float* fades;
+  };
 
   void attend(const Task& task) {
     const Sequence& sequence = problem_.sequences[task.sequence];
-    const size_t dim = problem_.head_dim, group = problem_.heads / problem_.kv_heads, rows = task.count * group;
+    const size_t dim = problem_.head_dim, group = problem_.heads / problem_.kv_heads, count = task.count * group;
     const size_t history = sequence.context - sequence.count;
-    float* queries = scratch<kTile>(rows * (2 * depth_ + kKeys + 3) + 2 * kKeys * depth_);
-    float* sums = queries + rows * depth_;
-    float* copies = sums + rows * depth_;  // keys, then values, that cannot be read where they lie
+    float* queries = scratch<kTile>(count * (2 * depth_ + kKeys + 3) + 2 * kKeys * depth_);
+    float* sums = queries + count * depth_;
+    float* copies = sums + count * depth_;
     float* scores = copies + 2 * kKeys * depth_;
-    float* peaks = scores + rows * kKeys;
-    float* totals = peaks + rows;
-    float* fades = totals + rows;
-    for (size_t r = 0; r < rows; ++r) {
+    float* peaks = scores + count * kKeys;
+    float* totals = peaks + count;
+    const Rows rows{task, sequence, count, queries, sums, scores, peaks, totals, totals + count};
+    for (size_t r = 0; r < count; ++r) {
       const size_t token = sequence.first + task.first + r / group, head = task.kv_head * group + r % group;
       std::copy_n(queries_ + (token * problem_.heads + head) * dim, dim, queries + r * depth_);
       std::fill(queries + r * depth_ + dim, queries + (r + 1) * depth_, 0.0f);
       peaks[r] = kUnseen;
       totals[r] = 0.0f;
     }
-    std::fill_n(sums, rows * depth_, 0.0f);
+    std::fill_n(sums, count * depth_, 0.0f);
     const size_t limit = problem_.mask ? sequence.context : history + task.first + task.count;
     for (size_t begin = 0; begin < limit; begin += kKeys) {
-      const size_t count = std::min(kKeys, limit - begin);
-      const float *keys[kKeys], *values[kKeys];
-      for (size_t j = 0; j < count; ++j) locate(sequence, begin + j, task.kv_head, copies, j, &keys[j], &values[j]);
-      size_t r = 0;
-      for (; r + 2 <= rows; r += 2) score_rows<2>(queries + r * depth_, depth_, keys, count, scores + r * kKeys);
-      if (r < rows) score_rows<1>(queries + r * depth_, depth_, keys, count, scores + r * kKeys);
-      for (r = 0; r < rows; ++r) {
-        const size_t index = task.first + r / group;
-        weigh(sequence.first + index, history + index, begin, count, scores + r * kKeys, &peaks[r], &totals[r],
-              &fades[r]);
+      const size_t end = std::min(begin + kKeys, limit);
+      const C *keys[kKeys], *values[kKeys];
+      for (size_t j = begin; j < end; ++j) locate(sequence, j, task.kv_head, &keys[j - begin], &values[j - begin]);
+      if (depth_ == dim) {  // 16-bit rows are widened where they are used: a copy costs more, for any number of queries
+        absorb(rows, keys, values, begin, end - begin);
+      } else {
+        const float *padded_keys[kKeys], *padded_values[kKeys];
+        for (size_t j = 0; j < end - begin; ++j) {
+          padded_keys[j] = pad(keys[j], copies + j * depth_);
+          padded_values[j] = pad(values[j], copies + (kKeys + j) * depth_);
+        }
+        absorb(rows, padded_keys, padded_values, begin, end - begin);
       }
-      for (r = 0; r + 2 <= rows; r += 2) {
-        mix_rows<2>(scores + r * kKeys, fades + r, depth_, values, count, sums + r * depth_);
-      }
-      if (r < rows) mix_rows<1>(scores + r * kKeys, fades + r, depth_, values, count, sums + r * depth_);
     }
-    for (size_t r = 0; r < rows; ++r) {
+    for (size_t r = 0; r < count; ++r) {
       const size_t token = sequence.first + task.first + r / group, head = task.kv_head * group + r % group;
       float* to = problem_.out + (token * problem_.heads + head) * dim;
       const float scale = totals[r] > 0.0f ? 1.0f / totals[r] : totals[r];  // 0 where nothing is seen; NaN stays
@@ -147,41 +165,57 @@ class Attention {
     }
   }
 
-  // Where key and value of a position of the context can be read: in this call, in the cache, or copied to `copies`.
-  void locate(const Sequence& sequence, size_t position, size_t kv_head, float* copies, size_t j, const float** key,
-              const float** value) const {
-    const size_t dim = problem_.head_dim, history = sequence.context - sequence.count;
-    float* key_copy = copies + j * depth_;
-    float* value_copy = copies + (kKeys + j) * depth_;
-    if (position >= history) {
-      const size_t token = sequence.first + position - history;
-      const float* fresh = problem_.qkv + token * problem_.packed() + (problem_.heads + problem_.kv_heads) * dim;
-      place(new_keys_ + token * problem_.width() + kv_head * dim, key_copy, key);
-      place(fresh + kv_head * dim, value_copy, value);
-      return;
-    }
-    const size_t block = size_t(sequence.blocks[position / problem_.block_size]);
-    const size_t row = block * problem_.block_size + position % problem_.block_size;
-    place(keys_ + row * problem_.width() + kv_head * dim, key_copy, key);
-    place(values_ + row * problem_.width() + kv_head * dim, value_copy, value);
-  }
-
-  void place(const float* from, float* copy, const float** to) const {
-    if (depth_ == problem_.head_dim) {
-      *to = from;
-    } else {
-      place<float>(from, copy, to);
-    }
-  }
-
+  // Takes `count` keys and values of the context, from position `begin` on, into account.
   template <class T>
-  void place(const T* from, float* copy, const float** to) const {
+  void absorb(const Rows& rows, const T* const* keys, const T* const* values, size_t begin, size_t count) const {
+    const size_t group = problem_.heads / problem_.kv_heads, history = rows.sequence.context - rows.sequence.count;
+    const auto score = [&](auto height, size_t r) {
+      score_rows<decltype(height)::value>(rows.queries + r * depth_, depth_, keys, count, rows.scores + r * kKeys);
+    };
+    const auto mix = [&](auto height, size_t r) {
+      mix_rows<decltype(height)::value>(rows.scores + r * kKeys, rows.fades + r, depth_, values, count,
+                                        rows.sums + r * depth_);
+    };
+    in_pairs(rows.count, score);
+    for (size_t r = 0; r < rows.count; ++r) {
+      const size_t index = rows.task.first + r / group;
+      weigh(rows.sequence.first + index, history + index, begin, count, rows.scores + r * kKeys, &rows.peaks[r],
+            &rows.totals[r], &rows.fades[r]);
+    }
+    in_pairs(rows.count, mix);
+  }
+
+  // Calls body(2, r) for each two rows, body(1, r) for the last of an odd number.
+  template <class Body>
+  static void in_pairs(size_t rows, const Body& body) {
+    size_t r = 0;
+    for (; r + 2 <= rows; r += 2) body(std::integral_constant<int, 2>(), r);
+    if (r < rows) body(std::integral_constant<int, 1>(), r);
+  }
+
+  // Where key and value of a position of the context lie: in this call, or in the cache.
+  void locate(const Sequence& sequence, size_t position, size_t kv_head, const C** key, const C** value) const {
+    const size_t history = sequence.context - sequence.count, offset = kv_head * problem_.head_dim;
+    if (position >= history) {
+      const size_t from = (sequence.first + position - history) * problem_.width() + offset;
+      *key = new_keys_ + from;
+      *value = new_values_ + from;
+    } else {
+      const size_t block = size_t(sequence.blocks[position / problem_.block_size]);
+      const size_t row = block * problem_.block_size + position % problem_.block_size;
+      *key = keys_ + row * problem_.width() + offset;
+      *value = values_ + row * problem_.width() + offset;
+    }
+  }
+
+  // A row copied to `copy` [depth_], with zeros behind it.
+  const float* pad(const C* from, float* copy) const {
     const size_t dim = problem_.head_dim;
     size_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(copy + d, load(from + d));
     for (; d < dim; ++d) copy[d] = widen(from[d]);
     for (; d < depth_; ++d) copy[d] = 0.0f;
-    *to = copy;
+    return copy;
   }
 
   // Scores of one query row become weights relative to the largest so far; `fade` is what earlier weights shrink by.
@@ -221,7 +255,8 @@ class Attention {
   C* values_;
   size_t depth_;  // head_dim rounded up to whole vectors
   float* queries_;
-  float* new_keys_;
+  C* new_keys_;  // of the call's tokens, like a cache's rows
+  C* new_values_;
 };
 
 // The sequences' table [B, 3 + W]: first token, new tokens, context, then the blocks. A row without new tokens is padding.

@@ -21,11 +21,11 @@ inline void rotate(const float* x, const float* rotary, size_t head_dim, float s
 }
 
 // The scores of R query rows with `count` keys; `depth` is a multiple of kLanes.
-template <int R>
-void score_rows(const float* query, size_t depth, const float* const* keys, size_t count, float* scores) {
+template <int R, class T>
+void score_rows(const float* query, size_t depth, const T* const* keys, size_t count, float* scores) {
   for (size_t j = 0; j < count; j += 4) {
     // The last keys of a block are repeated to make four; the surplus scores are not read.
-    const float* four[4];
+    const T* four[4];
     for (size_t i = 0; i < 4; ++i) four[i] = keys[std::min(j + i, count - 1)];
     Lanes sums[R * 4];
 #pragma GCC unroll 8
@@ -49,8 +49,8 @@ void score_rows(const float* query, size_t depth, const float* const* keys, size
 }
 
 // sums[r] = sums[r] * fades[r] + weights[r] . values, for R rows and `count` values.
-template <int R>
-void mix_rows(const float* weights, const float* fades, size_t depth, const float* const* values, size_t count,
+template <int R, class T>
+void mix_rows(const float* weights, const float* fades, size_t depth, const T* const* values, size_t count,
               float* sums) {
   constexpr int kVectors = 4;
   for (size_t d = 0; d < depth; d += kVectors * kLanes) {

@@ -253,12 +253,19 @@ inline Lanes maximum(Lanes a, Lanes b) { return a > b ? a : b; }
 inline float sum(Lanes a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 inline float largest(Lanes a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
 
-inline Lanes load(const Half* from) {
-  return Lanes{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
+typedef uint16_t Halves __attribute__((vector_size(8)));
+
+inline Words load_bits(const uint16_t* from) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return __builtin_convertvector(bits, Words);
 }
-inline Lanes load(const Brain* from) {
-  return Lanes{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
+inline Lanes load(const Half* from) {  // as widen(Half)
+  const Words bits = load_bits(&from->bits), rest = bits & 0x7fffu;
+  const Words magnitude = (Words)((Lanes)(rest << 13) * 0x1p112f);
+  return (Lanes)((bits & 0x8000u) << 16 | magnitude | ((Words)(rest >= 0x7c00u) & 0x7f800000u));
 }
+inline Lanes load(const Brain* from) { return (Lanes)(load_bits(&from->bits) << 16); }
 inline void load_pair(const Brain* from, Lanes* even, Lanes* odd) {  // little endian
   Words both;
   std::memcpy(&both, from, sizeof both);
