@@ -268,10 +268,10 @@ def test_refuses_malformed_messages(tmp_path: Path, content: bytes, message: str
 
 def test_refuses_a_million_values_in_bounded_time(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(field(1, NAME + TENSOR) * 1_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match="too many tensors"):
         read_mindspore_ckpt(tmp_path / "a.ckpt")
-    assert time.monotonic() - started < 20  # two or three on a quiet machine
+    assert time.process_time() - started < 20  # two or three on a quiet machine
 
 
 def test_refuses_a_file_cut_anywhere(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_refuses_a_million_tensors_in_bounded_time_and_memory(tmp_path: Path) ->
     tensor = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     path = write(tmp_path / "f", b"{" + b",".join(tensor % number for number in range(1_000_000)) + b"}")
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     try:
         with pytest.raises(CheckpointError, match="too many tensors"):
             read_safetensors(path)
@@ -220,7 +220,7 @@ def test_refuses_a_million_tensors_in_bounded_time_and_memory(tmp_path: Path) ->
     finally:
         tracemalloc.stop()
 
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert peak < 2 * path.stat().st_size
 
 

@@ -108,11 +108,11 @@ def detonate(pickled: bytes, canary: Path) -> None:
 
 def assert_refused_unrun(path: Path, pickled: bytes, canary: Path) -> None:
     detonate(pickled, canary)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match="Nothing in the file was run"):
         read_torch_bin(write_pickle_archive(path, pickled))
     assert not canary.exists()
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -262,10 +262,10 @@ COSTLY = {
 @pytest.mark.parametrize("pickled", COSTLY.values(), ids=COSTLY.keys())
 def test_costly_pickles_are_refused_in_bounded_time(tmp_path: Path, pickled: bytes) -> None:
     path = write_pickle_archive(tmp_path / "a.bin", pickled, {"0": STORAGE.tobytes()})
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError):
         read_torch_bin(path)
-    assert time.monotonic() - started < 20  # a second or three on a quiet machine
+    assert time.process_time() - started < 20  # seconds of the processor; one or five
 
 
 def test_costly_pickles_are_refused_in_bounded_memory(tmp_path: Path) -> None:
