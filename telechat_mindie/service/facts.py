@@ -5,30 +5,14 @@ from __future__ import annotations
 import os
 import re
 
-from telechat_mindie.errors import ModelDirError
-from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service.options import ModelFacts
 
 FALLBACK_NAME = "telechat2"
-MAX_BYTES = 1 << 60
 
 
 def model_facts(directory: ModelDir) -> ModelFacts:
-    """The facts of an opened model directory. Weights are counted for the fullest rank, as the manifest lists them.
-
-    Raises:
-        ModelDirError: the manifest was damaged: its tp or the size of a file is no sound number.
-    """
-    if directory.tp < 1 or directory.config.num_kv_heads % directory.tp:
-        raise ModelDirError("is no tensor parallel size of this model", where=f"{MANIFEST}: tp", found=directory.tp)
-    per_rank: dict[str, int] = {}
-    for path, entry in directory.manifest["files"].items():
-        folder, slash, _ = path.partition("/")
-        size = entry.get("nbytes") if isinstance(entry, dict) else None
-        if type(size) is not int or not 0 <= size < MAX_BYTES:
-            raise ModelDirError("does not say how large a file is", where=f"{MANIFEST}: {path}", found=repr(size))
-        if slash and folder.startswith("rank_"):
-            per_rank[folder] = per_rank.get(folder, 0) + size
+    """The facts of an opened model directory. Weights are counted for the fullest rank, as the manifest lists them."""
     path = os.path.abspath(directory.path)  # noqa: PTH100 - resolve() would follow a link
     return ModelFacts(
         model_name=model_name(os.path.basename(path)),  # noqa: PTH119
@@ -36,7 +20,7 @@ def model_facts(directory: ModelDir) -> ModelFacts:
         tp=directory.tp,
         max_seq_len=directory.serving.max_seq_len,
         block_size=directory.serving.block_size,
-        weight_bytes_per_rank=max(per_rank.values(), default=0),
+        weight_bytes_per_rank=directory.rank_bytes,
         kv_bytes_per_token_per_rank=directory.config.kv_bytes_per_token(directory.serving.dtype, directory.tp),
         vocab_size=directory.config.vocab_size,
     )
