@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from telechat_mindie.commands.options import AllowNonfinite, AllowOverflow, Dtype, Force, Resume
+from telechat_mindie.commands.options import AllowNonfinite, AllowOverflow, Force, Resume
 
 
 def convert(
@@ -15,7 +15,7 @@ def convert(
     output: Path = typer.Argument(help="File or directory to make."),
     to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
-    dtype: Dtype = "auto",
+    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float16, bfloat16 or float32."),
     tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
     qkv_concat: bool = typer.Option(False, "--qkv-concat", help="MindSpore: pack q/k/v and gate/up."),
     gmm: bool = typer.Option(False, "--gmm", help="MindSpore: store experts for the grouped matmul."),

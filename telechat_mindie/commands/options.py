@@ -18,7 +18,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that this program made.")]
 
 # Conversions
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float16, bfloat16 or float32.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="auto (16 bits as stored, or of 32), float16, bfloat16 or float32.")
+]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel size: the number of NPUs that share the model.")]
 NoQkvConcat = Annotated[bool, typer.Option("--no-qkv-concat", help="Keep q, k/v, gate and up apart.")]
 BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens of a KV cache block.")]
