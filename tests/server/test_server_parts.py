@@ -11,10 +11,9 @@ import httpx
 import pytest
 from helpers.null_model import NullRunner
 from helpers.server import nano_directory
-from telechat_mindie.engine.stats import EngineStats
 
 from telechat_mindie.engine.engine import Engine
-from telechat_mindie.engine.output import FinishReason, Output, Timings
+from telechat_mindie.engine.output import EngineStats, FinishReason, Output, Timings
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model_dir.layout import ModelDir
