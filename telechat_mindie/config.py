@@ -47,8 +47,9 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "ffn_size": ("ffn_hidden_size", "intermediate_size", "n_inner"),
     "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
     "seq_length": ("seq_length", "max_position_embeddings"),
-    "training_seqlen": ("training_seqlen",),
+    "training_seqlen": ("training_seqlen", "pretrain_seqlen"),
     "base_seqlen": ("base_seqlen",),
+    "rope_theta": ("rope_theta", "theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"),
     "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "expert_num"),
     "experts_per_token": ("num_experts_per_tok", "num_experts_chosen", "moe_topk"),
     "moe_ffn_size": ("moe_intermediate_size",),
@@ -59,22 +60,21 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "embed_layernorm": ("embed_layernorm",),
     "torch_dtype": ("torch_dtype", "dtype"),
 }
-"""Field -> the keys that name it in the wild (published 115B config, vLLM's attribute map, mindformers' yamls)."""
+"""Field -> the keys that name it in the wild (published configs, vLLM's attribute map, mindformers' yamls).
+
+A dot leads into an object: transformers 5 writes `rope_parameters` where transformers 4 had rope_theta at the top."""
+
+MAX_THETA = 1e12
+"""Far beyond any base; what Dynamic NTK makes of it still fits a float32."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
-    "apply_residual_connection_post_layernorm": (False,),
-    "hidden_act": ("silu", "swish"),
-    "rope_theta": (10000,),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
-    "sliding_window": (None,),
     "num_shared_experts": (0, None),
     "n_shared_experts": (0, None),
     "shared_expert_num": (0, None),
-    "norm_topk_prob": (True,),
     "attention_bias": (False,),
 }
-"""Keys that would change the computation: the published modelling code knows no other value of them."""
+"""Keys that would change the weights: no published TeleChat2 has another value. `computation.py` has the others."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class TelechatConfig:
     seq_length: int = 8192
     training_seqlen: int = 8192
     base_seqlen: int = 8192
+    rope_theta: float = 10000.0  # hard-wired in the 115B's published code; later ones give their own
     num_experts: int = 0  # 0: a dense model
     experts_per_token: int = 0
     bos_token_id: int = 1
@@ -242,6 +243,7 @@ class TelechatConfig:
         trained = values.setdefault("training_seqlen", values.get("seq_length", 8192))
         values.setdefault("seq_length", trained)
         values.setdefault("base_seqlen", trained)
+        values["rope_theta"] = float(values.get("rope_theta", cls.rope_theta))
         head_dim = data.get("head_dim")
         config = cls(**values, raw=dict(data))
         if head_dim is not None and head_dim != config.head_dim:
@@ -282,7 +284,7 @@ def _check_fixed(data: Mapping[str, Any]) -> None:
 
 def _one_value(data: Mapping[str, Any], name: str) -> Any:
     """The value that the spellings of a field agree on, or None where none is given."""
-    given = {key: data[key] for key in SPELLINGS[name] if data.get(key) is not None}
+    given = {key: value for key in SPELLINGS[name] if (value := _lookup(data, key)) is not None}
     first = next(iter(given), "")
     for key, value in given.items():
         _check_value(name, key, value)
@@ -291,11 +293,19 @@ def _one_value(data: Mapping[str, Any], name: str) -> Any:
     return given.get(first)
 
 
+def _lookup(data: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    found = data.get(section) if section else data
+    return found.get(name) if isinstance(found, Mapping) else None
+
+
 def _check_value(name: str, key: str, value: Any) -> None:
     """Refuse a value of the wrong type or size for the field `name`, which the file calls `key`."""
-    if name == "norm_eps":
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
-            raise ConfigError("is not a small positive number", where=key, found=repr(value))
+    if name in ("norm_eps", "rope_theta"):
+        lowest, highest = (0, 1) if name == "norm_eps" else (1, MAX_THETA)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest < value < highest:
+            expected = f"a number between {lowest} and {highest:g}"
+            raise ConfigError("is out of range", where=key, expected=expected, found=repr(value)[:80])
     elif name == "torch_dtype":
         if not isinstance(value, str) or value not in WEIGHT_DTYPES:
             raise ConfigError("unknown dtype", where=key, expected=f"one of {', '.join(WEIGHT_DTYPES)}", found=value)

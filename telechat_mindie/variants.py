@@ -5,13 +5,13 @@ from __future__ import annotations
 from telechat_mindie.config import TelechatConfig
 
 VARIANTS: dict[str, TelechatConfig] = {
-    "3b": TelechatConfig(131072, 3072, 24, 24, 6144),
-    "7b": TelechatConfig(131072, 4096, 30, 32, 12288),
+    "3b": TelechatConfig(131072, 3072, 24, 24, 6144, seq_length=32768),
+    "7b": TelechatConfig(131072, 4096, 30, 32, 12288, seq_length=32768),
     "35b": TelechatConfig(131072, 6144, 64, 48, 20480),
-    "115b": TelechatConfig(131072, 8192, 96, 64, 40960, num_kv_heads=8, norm_eps=1e-8),
+    "115b": TelechatConfig(131072, 8192, 96, 64, 40960, num_kv_heads=8),
     "39b-a12b": TelechatConfig(131072, 4096, 30, 32, 6144, num_experts=16, experts_per_token=4),
 }
-"""By label. The 115B is from its published config.json, the others from the published READMEs and mindformers yamls."""
+"""By label. 3B, 7B and 115B as in their published config.json, the others from the READMEs and mindformers' yamls."""
 
 
 def label_for(config: TelechatConfig) -> str:

@@ -18,7 +18,7 @@ FLOORS = (
     {"errors"},
     {"mindie", "units", "dtypes", "reading", "staging", "findings", "templates"},
     {"config"},
-    {"variants", "kv_budget", "text"},
+    {"computation", "variants", "kv_budget", "text"},
     {"tokenizer", "checkpoint", "nano"},
     {"model_dir"},
     {"model"},

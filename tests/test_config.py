@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers.checkpoints import CONFIG, MOE
@@ -16,7 +17,7 @@ from telechat_mindie.variants import VARIANTS, label_for
 
 def test_published_115b(shared):
     config = TelechatConfig.from_directory(shared("telechat2-115b"))
-    assert config == VARIANTS["115b"]
+    assert config == replace(VARIANTS["115b"], norm_eps=1e-8)  # an early copy: the published file says 1e-5 by now
     assert config.weight_bytes("float32") == 453131665408  # total_size of the published index
     assert config.head_dim == 128
     index = json.loads((shared("telechat2-115b") / "model.safetensors.index.json").read_text())
@@ -73,6 +74,23 @@ def test_spellings(renamed):
     assert TelechatConfig.from_dict(data) == TelechatConfig.from_dict(CONFIG)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 1000000},
+        {"theta": 1e6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e6}, "rope_theta": 1000000},
+    ],
+)
+def test_the_rotary_base(keys):
+    """In the spellings of transformers 4 and 5 and of mindformers; the file's own keys stay as they were."""
+    config = TelechatConfig.from_dict(CONFIG | keys)
+    assert config.rope_theta == 1e6 and type(config.rope_theta) is float
+    assert config.raw == CONFIG | keys
+    assert TelechatConfig.from_dict(CONFIG | {"rope_theta": None}).rope_theta == 10000.0
+
+
 def test_missing_kv_heads_and_base_seqlen():
     data = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "base_seqlen")}
     config = TelechatConfig.from_dict(data | {"num_key_value_heads": None})
@@ -106,10 +124,13 @@ def test_architectures_seen_in_the_wild(name):
         ({"head_dim": 16}, "head_dim"),
         ({"num_local_experts": 4}, "num_local_experts"),
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok"),
-        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
-        ({"rope_theta": 500000}, "rope_theta"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rope_theta": True}, "rope_theta"),
+        ({"rope_theta": 1.0}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": {"rope_theta": "1e6"}}, "rope_scaling.rope_theta"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"torch_dtype": "int8"}, "torch_dtype"),
         ({"torch_dtype": []}, "torch_dtype"),

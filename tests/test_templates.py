@@ -33,7 +33,8 @@ HOSTILE = [
 CONFIG: dict[str, Any] = {
     "vocab_size": 70001, "hidden_size": 70002, "num_layers": 70003, "num_heads": 70004, "num_kv_heads": 70005,
     "ffn_size": 70006, "training_seqlen": 70007, "base_seqlen": 70008, "bos_token_id": 70009, "eos_token_id": 70010,
-    "pad_token_id": 70011, "num_experts": 70012, "experts_per_token": 70013, "norm_eps": 70014.5, "is_moe": True,
+    "pad_token_id": 70011, "num_experts": 70012, "experts_per_token": 70013, "norm_eps": 70014.5, "rope_theta": 70015.5,
+    "is_moe": True,
 }  # fmt: skip
 
 # Each value once, so that it is known again wherever it appears.

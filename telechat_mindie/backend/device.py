@@ -51,6 +51,7 @@ class DeviceModel:
             directory.serving.extend_method,
             directory.serving.rotary_dtype,
             directory.serving.scaling_factor,
+            config.rope_theta,
         )
         self.dtype = directory.serving.dtype  # of the caches: the runner's, whatever else a device computes in
         self.width = config.kv_size // rank.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def convert(
     from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
     from telechat_mindie.checkpoint.source import open_checkpoint
     from telechat_mindie.commands.output import byte_progress
+    from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
     from telechat_mindie.units import format_bytes
 
@@ -58,3 +60,5 @@ def convert(
             )
             plan = to_mindspore(source, output, form, start)
     print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}")
+    if (refused := refusal(source.config)) is not None:
+        print(f"The weights are converted; `build` would refuse them: {refused}", file=sys.stderr)

@@ -30,6 +30,7 @@ def plan(
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import Facts, print_table
+    from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
     from telechat_mindie.units import GB, format_bytes
@@ -66,6 +67,9 @@ def plan(
         files=[{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
         output_bytes=made.output_bytes,
     )
+    refused = refusal(config)
+    if refused is not None:
+        facts.add("build", f"would refuse it: {refused}", build_refusal=refused)
     nbytes = made.rank_bytes
     facts.add("weights a card", f"{format_bytes(nbytes)} ({nbytes:,} bytes)", rank_bytes=nbytes)
     per_token = shape.token_bytes

@@ -48,7 +48,8 @@ class GraphReport:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What was exported. `parameters_per_rank` counts the elements of all `num_layers` layers and the embeddings."""
+    """What was exported. `parameters_per_rank` counts the elements of all `num_layers` layers and the embeddings;
+    `rope_theta` is the base of the tables that a call's `cos` and `sin` must be."""
 
     name: str
     tp: int
@@ -56,6 +57,7 @@ class ExportReport:
     num_layers: int
     written_layers: int
     parameters_per_rank: int
+    rope_theta: float
     graphs: dict[str, GraphReport]
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,6 +69,7 @@ class ExportReport:
         lines = [
             f"{self.name}, tensor parallel {self.tp}, {self.dtype}: {self.parameters_per_rank:,} parameters a rank",
             f"The files hold {self.written_layers} of {self.num_layers} layers, which are alike, and no weights.",
+            f"cos and sin are arguments: tables of base {self.rope_theta:,g}.",
             "",
         ]
         names = list(self.graphs)
@@ -140,7 +143,7 @@ def export(
         math.prod(target.rank_shape(tp))
         for target in mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
     )
-    return ExportReport(name, tp, dtype, config.num_layers, written, parameters, graphs)
+    return ExportReport(name, tp, dtype, config.num_layers, written, parameters, config.rope_theta, graphs)
 
 
 class NamedCollectives(TensorParallel):
@@ -176,7 +179,8 @@ def _decoder(config: TelechatConfig, tp: int, dtype: str, num_blocks: int, block
         cache = AscendCache(
             config.num_layers, num_blocks, block_size, kv_heads, config.head_dim, dtype, on_device=False
         )
-        kernels = AscendKernels(config, tp, cache, RotaryTable(config.head_dim))
+        rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen, theta=config.rope_theta)
+        kernels = AscendKernels(config, tp, cache, rotary)
         return TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
 
 

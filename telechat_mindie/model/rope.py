@@ -7,17 +7,15 @@ from functools import lru_cache
 
 import numpy as np
 
+from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
-
-THETA = 10000.0
-"""Hard-wired in the published modelling code, which reads no rope_theta."""
 
 
 class RotaryTable:
     """Cosines and sines for tokens of sequences of given lengths.
 
     The published TeleChat2 code extends the context by Dynamic NTK: with L the sequence's length so far, but at least
-    the training length, alpha = max(2^ceil(log2(L / base_seqlen) + 1) - 1, 1) stretches theta to
+    the training length, alpha = max(2^ceil(log2(L / base_seqlen) + 1) - 1, 1) stretches the model's theta to
     theta * alpha^(d / (d - 2)), and beyond the training length both tables are multiplied by
     0.1 * ln(L / training_seqlen) + 1 (modeling_telechat.py of Tele-AI/TeleChat2). With L up to base_seqlen =
     training_seqlen both are 1 and the table is the plain one.
@@ -31,6 +29,7 @@ class RotaryTable:
             (modules/layers.py, FreqsMgr).
         rotary_dtype: what the tables are rounded to; angles are always float32.
         scaling_factor: for PI and NTK.
+        theta: the base of the angles, the config's rope_theta.
     """
 
     def __init__(
@@ -41,12 +40,13 @@ class RotaryTable:
         extend_method: str = "DYNAMIC_NTK",
         rotary_dtype: str = "float32",
         scaling_factor: float = 1.0,
+        theta: float = TelechatConfig.rope_theta,
     ) -> None:
         self._head_dim = head_dim
         self._training_seqlen = training_seqlen
         self._base_seqlen = base_seqlen
         self._dynamic = extend_method == "DYNAMIC_NTK"
-        self._theta = THETA * (scaling_factor if extend_method == "NTK" else 1.0)
+        self._theta = theta * (scaling_factor if extend_method == "NTK" else 1.0)
         self._interpolation = np.float32(scaling_factor if extend_method == "PI" else 1.0)
         self._round = DTYPES[rotary_dtype].numpy
 

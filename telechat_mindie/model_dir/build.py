@@ -17,12 +17,13 @@ from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dtype, convert_staged
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
+from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, TokenizerError
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.model_dir.modules import OWN_MODULES
-from telechat_mindie.model_dir.serving import MAX_BLOCK_SIZE, MAX_SEQ_LEN
+from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
@@ -75,6 +76,7 @@ def build(
 
     options = options or BuildOptions()
     source = open_checkpoint(checkpoint)
+    check_computation(source.config, checkpoint / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = _check_lengths(options, source.config)
     tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
@@ -108,6 +110,9 @@ def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     ):
         if not 1 <= value <= limit:
             raise InputError("is out of range", where=flag, expected=f"1 to {limit}", found=value)
+    longest = plain_context(config)
+    if longest is not None and max_seq_len > longest:
+        raise InputError(BEYOND_PLAIN, where="--max-seq-len", expected=f"at most {longest}", found=max_seq_len)
     if options.bare_prompt not in BARE_PROMPT_MODES:
         expected = " or ".join(BARE_PROMPT_MODES)
         raise InputError("unknown choice", where="--bare-prompt", expected=expected, found=options.bare_prompt)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
@@ -94,8 +95,11 @@ class Parts:
         data = self.config_json = attempt(self.problems, "config-json", where, lambda: read_json(where))
         if data is not None:
             self.config = attempt(self.problems, "config-json", where, lambda: TelechatConfig.from_dict(data))
-        if self.config is not None and self.tp is not None:
-            config, tp = self.config, self.tp
+        if self.config is None:
+            return
+        config, tp = self.config, self.tp
+        attempt(self.problems, "config-json", where, lambda: check_computation(config, where))
+        if tp is not None:
             attempt(self.problems, "tp", self.path / MANIFEST, lambda: config.check_tp(tp))
 
     def _read_yaml(self) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.computation import plain_context
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import ConfigError, ModelDirError
 from telechat_mindie.model_dir.manifest import REBUILD, section
 from telechat_mindie.reading import read_yaml
 
+BEYOND_PLAIN = "is beyond max_position_embeddings, where the model's rope_type dynamic, not implemented, begins"
 EXTEND_METHODS = ("None", "PI", "NTK", "DYNAMIC_NTK")
 MAX_SEQ_LEN = 1 << 20
 MAX_BLOCK_SIZE = 1024
@@ -59,6 +61,7 @@ SHAPE_KEYS = {
     "num_heads": "num_heads",
     "n_kv_heads": "num_kv_heads",
     "intermediate_size": "ffn_size",
+    "theta": "rope_theta",
     "eos_token_id": "eos_token_id",
 }
 """Key of the yaml -> field of TelechatConfig that config.json gives; the two must agree."""
@@ -85,9 +88,14 @@ def find_yaml(path: Path) -> Path:
 def contradictions(model_config: Mapping[str, Any], config: TelechatConfig) -> Iterator[tuple[str, str]]:
     """Keys of the yaml's model_config that say something else than config.json, and what they say."""
     for key, field in SHAPE_KEYS.items():
-        wanted, found = getattr(config, field), model_config.get(key)
+        # Directories of 0.1.0 have no theta: it took the published code's alone.
+        default = TelechatConfig.rope_theta if key == "theta" else None
+        wanted, found = getattr(config, field), model_config.get(key, default)
         if found != wanted:
             yield key, f"contradicts config.json (expected {wanted}, found {found!r})"
+    longest, length = plain_context(config), model_config.get("seq_length")
+    if longest is not None and type(length) is int and length > longest:
+        yield "seq_length", f"{BEYOND_PLAIN} (expected at most {longest}, found {length})"
 
 
 def read_serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:

@@ -20,7 +20,7 @@ MODELS = {
     "mha": {"num_key_value_heads": 8},
     "gqa": {},
     "moe": MOE,
-    "ntk": {"training_seqlen": 32, "base_seqlen": 16, "seq_length": 32},
+    "ntk": {"training_seqlen": 32, "base_seqlen": 16, "seq_length": 32, "rope_theta": 500000},
 }
 SPECULATIVE = ("memory_decoding", "lookahead")
 MODES = ("prefill", "decode", "splitfuse", "prefix_hit", "swap", *SPECULATIVE)

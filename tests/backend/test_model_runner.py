@@ -45,6 +45,7 @@ CASES = [
     ("gqa_bf16", {"dtype": "float32", "qkv_concat": False}),
     ("ntk_fp32", {"dtype": "float32", "max_seq_len": 256}),
     ("moe_fp32", {"dtype": "float32"}),
+    ("theta_fp32", {"dtype": "float32"}),
 ]
 
 
@@ -72,6 +73,11 @@ def test_published_logits(shared, built_fixture, name, options, block_size):
         found = driver.decode(tokens[:, step], [len(prompt) + step for prompt in prompts], tables)
 
 
+def test_published_logits_of_another_base_by_mindspores_operators(shared, built_fixture, monkeypatch):
+    monkeypatch.setenv("TELECHAT_CPU_KERNELS", "mindspore")
+    test_published_logits(shared, built_fixture, "theta_fp32", {"dtype": "float32"}, 16)
+
+
 def test_shipped_rounding_of_the_rotary_table(shared, built_fixture, tmp_path):
     """With rotary_dtype float16 in the yaml, the logits are those of the published code as it is shipped."""
     import shutil
@@ -87,10 +93,13 @@ def test_shipped_rounding_of_the_rotary_table(shared, built_fixture, tmp_path):
     np.testing.assert_allclose(found[0], oracle["logits_3"].reshape(len(prompt), -1)[-1], atol=TOLERANCE)
 
 
-@pytest.fixture(scope="session", params=["gqa", "moe"])
+THETA = {"rope_theta": 1000000, "rope_scaling": {"factor": 1.0, "rope_type": "dynamic"}}
+
+
+@pytest.fixture(scope="session", params=["gqa", "moe", "theta"])
 def synthetic(request, tmp_path_factory):
     """(directory, weights, config) of a random model that the suite makes itself."""
-    changes = MOE if request.param == "moe" else {}
+    changes = {"gqa": {}, "moe": MOE, "theta": THETA}[request.param]
     root = tmp_path_factory.mktemp(request.param)
     weights = make_checkpoint(root / "ckpt", "float32", **changes)
     build(root / "model", root / "ckpt", BuildOptions(dtype="float32"))

@@ -30,7 +30,7 @@ def attention(w, stem, config, n):
     length, head_dim = len(n), config.head_dim
     q = (n @ w[stem + "query.weight"].T).reshape(length, config.num_heads, head_dim)
     kv = (n @ w[stem + "key_value.weight"].T).reshape(length, config.num_kv_heads, 2, head_dim)
-    q, k, v = rotate(q), store(rotate(kv[:, :, 0])), store(kv[:, :, 1])
+    q, k, v = rotate(q, config), store(rotate(kv[:, :, 0], config)), store(kv[:, :, 1])
     out = np.empty_like(q)
     for head in range(config.num_heads):
         kv_head = head // (config.num_heads // config.num_kv_heads)
@@ -45,9 +45,9 @@ def store(x):
     return x
 
 
-def rotate(x):
+def rotate(x, config):
     length, _, head_dim = x.shape
-    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(length)[:, None] * config.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

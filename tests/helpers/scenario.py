@@ -53,7 +53,7 @@ class Model:
         lens = np.maximum(np.broadcast_to(call_lens, len(ids)), self.config.training_seqlen)
         key = np.asarray(ids).tobytes() + lens.tobytes()
         if key not in self._known:
-            with mock.patch.object(reference, "rotate", partial(rotate, config=self.config, lens=lens)):
+            with mock.patch.object(reference, "rotate", partial(rotate, lens=lens)):
                 self._known[key] = reference.logits(self._weights, self.config, np.asarray(ids))
         return self._known[key]
 
@@ -63,7 +63,7 @@ def rotate(x: np.ndarray, config: TelechatConfig, lens: np.ndarray) -> np.ndarra
     length, _, head_dim = x.shape
     alpha = np.maximum(2 ** np.ceil(np.log2(lens / config.base_seqlen) + 1) - 1, 1)
     scale = 0.1 * np.log(lens / config.training_seqlen) + 1
-    theta = 10000.0 * alpha ** (head_dim / (head_dim - 2))
+    theta = config.rope_theta * alpha ** (head_dim / (head_dim - 2))
     angles = np.arange(length)[:, None] * theta[:, None] ** (-np.arange(0, head_dim, 2) / head_dim)
     cos, sin = (scale[:, None, None] * table[:, None] for table in (np.cos(angles), np.sin(angles)))
     first, second = np.split(x, 2, axis=-1)

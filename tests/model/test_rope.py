@@ -18,15 +18,19 @@ def angles(positions, theta=10000.0):
     return positions[:, None] * theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 
 
-@given(st.integers(1, 4096), st.sampled_from([(8192, 8192), (32, 16), (64, 64), (128, 512)]))
-def test_dynamic_ntk(length, lengths):
+@given(
+    st.integers(1, 4096),
+    st.sampled_from([(8192, 8192), (32, 16), (64, 64), (128, 512)]),
+    st.sampled_from([1e4, 5e5, 1e6]),
+)
+def test_dynamic_ntk(length, lengths, theta):
     trained, base = lengths
     positions = np.array([0, length // 2, length - 1])
-    cos, sin = RotaryTable(HEAD_DIM, trained, base).tables(positions, np.full(3, length))
+    cos, sin = RotaryTable(HEAD_DIM, trained, base, theta=theta).tables(positions, np.full(3, length))
     seen = max(length, trained)
     alpha = max(2 ** math.ceil(math.log2(seen / base) + 1) - 1, 1)
     scale = 1 if seen <= trained else 0.1 * math.log(seen / trained) + 1
-    wanted = angles(positions, 10000.0 * alpha ** (HEAD_DIM / (HEAD_DIM - 2)))
+    wanted = angles(positions, theta * alpha ** (HEAD_DIM / (HEAD_DIM - 2)))
     # float32 angles: a relative error of 1e-7 of an angle of up to `length` radians.
     np.testing.assert_allclose(cos, np.cos(wanted) * scale, atol=2e-6 + 3e-7 * length)
     np.testing.assert_allclose(sin, np.sin(wanted) * scale, atol=2e-6 + 3e-7 * length)
@@ -55,6 +59,8 @@ def test_mindformers_other_methods():
     np.testing.assert_allclose(interpolated, np.cos(angles(positions / 4)), atol=1e-4)
     stretched, _ = RotaryTable(HEAD_DIM, extend_method="NTK", scaling_factor=4.0).tables(positions, lengths)
     np.testing.assert_allclose(stretched, np.cos(angles(positions, 40000.0)), atol=1e-3)
+    given_base = RotaryTable(HEAD_DIM, extend_method="NTK", scaling_factor=4.0, theta=1e6).tables(positions, lengths)
+    np.testing.assert_allclose(given_base[0], np.cos(angles(positions, 4e6)), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
