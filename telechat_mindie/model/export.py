@@ -69,7 +69,7 @@ class ExportReport:
         lines = [
             f"{self.name}, tensor parallel {self.tp}, {self.dtype}: {self.parameters_per_rank:,} parameters a rank",
             f"The files hold {self.written_layers} of {self.num_layers} layers, which are alike, and no weights.",
-            f"cos and sin are arguments: tables of base {self.rope_theta:,g}.",
+            f"cos and sin are arguments: tables of base {self.rope_theta:,.0f}.",
             "",
         ]
         names = list(self.graphs)

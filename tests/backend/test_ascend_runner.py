@@ -36,9 +36,9 @@ def ascend(directory, monkeypatch):
     monkeypatch.setattr(model_runner, "open_device_model", Emulated)
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
-    def make(**options):
+    def make(path=directory, **options):
         arguments = {"npu_mem_size": 1, "cpu_mem_size": 0, "block_size": BLOCK, "num_blocks": NUM_BLOCKS}
-        return model_runner.ModelRunner(str(directory), **(arguments | options))
+        return model_runner.ModelRunner(str(path), **(arguments | options))
 
     yield make
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -62,6 +62,31 @@ def test_the_same_logits_as_on_the_cpu(directory, ascend):
     # float16 throughout against float32 activations.
     np.testing.assert_allclose(on_ascend, on_cpu, atol=3e-2)
     assert np.abs(on_cpu).max() > 0.5
+
+
+def test_the_tables_have_the_models_base(tmp_path, ascend):
+    """TeleChat2-7B-32K's base: cosines and sines are inputs of the graphs, [tokens, head_dim], both halves alike."""
+    dynamic = {"factor": 1.0, "rope_type": "dynamic"}
+    sizes = {"hidden_size": 64, "n_head": 4, "num_key_value_heads": 2}
+    make_checkpoint(tmp_path / "ckpt", "float16", **sizes, rope_theta=1000000, rope_scaling=dynamic)
+    build(tmp_path / "model", tmp_path / "ckpt", BuildOptions(block_size=BLOCK))
+    runner = ascend(path=tmp_path / "model")
+    kernels, asked = runner.model.kernels, []
+    original = kernels.calls
+
+    def calls(batch):
+        asked.append((batch.positions, original(batch)))
+        return asked[-1][1]
+
+    kernels.calls = calls
+    on_ascend = conversation(runner)
+    assert len(asked) == 3
+    for positions, (call,) in asked:
+        half = positions[:, None] * 1e6 ** (-np.arange(0, 16, 2) / 16)
+        for table, of_angles in zip(call.inputs[:2], (np.cos, np.sin), strict=True):
+            np.testing.assert_allclose(table.asnumpy(), np.tile(of_angles(half), 2), atol=1e-5)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    np.testing.assert_allclose(on_ascend, conversation(cpu_runner(tmp_path / "model")), atol=3e-2)
 
 
 def cpu_runner(directory):

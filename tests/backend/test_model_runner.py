@@ -96,10 +96,10 @@ def test_shipped_rounding_of_the_rotary_table(shared, built_fixture, tmp_path):
 THETA = {"rope_theta": 1000000, "rope_scaling": {"factor": 1.0, "rope_type": "dynamic"}}
 
 
-@pytest.fixture(scope="session", params=["gqa", "moe", "theta"])
+@pytest.fixture(scope="session", params=["gqa", "moe"])
 def synthetic(request, tmp_path_factory):
     """(directory, weights, config) of a random model that the suite makes itself."""
-    changes = {"gqa": {}, "moe": MOE, "theta": THETA}[request.param]
+    changes = MOE | THETA if request.param == "moe" else {}
     root = tmp_path_factory.mktemp(request.param)
     weights = make_checkpoint(root / "ckpt", "float32", **changes)
     build(root / "model", root / "ckpt", BuildOptions(dtype="float32"))

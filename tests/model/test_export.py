@@ -234,6 +234,15 @@ class TestExport:
             decode.other_operators
         )
 
+    def test_the_base_of_the_tables_that_a_call_brings(self, tmp_path: Path, report: ExportReport) -> None:
+        """Cosines and sines are inputs, so the graphs are those of any base, and the report says which is meant."""
+        given = export(dataclasses.replace(TINY, rope_theta=1e6), 2, tmp_path, "bfloat16", "tiny")
+        assert (report.rope_theta, given.as_dict()["rope_theta"]) == (1e4, 1e6)
+        assert "tables of base 1,000,000" in given.table()
+        for kind, graph in given.graphs.items():
+            assert {value.name for value in graph.inputs} >= {"cos", "sin"}
+            assert graph.layer_operators == report.graphs[kind].layer_operators
+
     def test_json_and_table(self, report: ExportReport) -> None:
         data = json.loads(json.dumps(report.as_dict()))
         assert data["graphs"]["prefill"]["inputs"][0] == {"name": "token_ids", "dtype": "int32", "shape": [None]}
