@@ -28,6 +28,9 @@ from telechat_mindie.service.render import render_service_config
 from telechat_mindie.units import GB
 from telechat_mindie.variants import VARIANTS
 
+LENGTH = 8192
+PLAN = ("plan", "--no-probe", "--max-seq-len", LENGTH)
+
 
 def command(*arguments: object) -> Any:
     """What a command prints with --json; its error where it refuses."""
@@ -56,14 +59,14 @@ def facts_of(variant: str, tp: int) -> ModelFacts:
     targets = mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
     plan = make_plan(config, targets, dtype, tp)
     per_token = config.kv_bytes_per_token(dtype, tp)
-    return ModelFacts(variant, f"/models/{variant}", tp, 8192, 128, plan.rank_bytes, per_token, config.vocab_size)
+    return ModelFacts(variant, f"/models/{variant}", tp, LENGTH, 128, plan.rank_bytes, per_token, config.vocab_size)
 
 
 @pytest.mark.parametrize("card", [24, 32, 64])
 @pytest.mark.parametrize("tp", [1, 2, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plan_and_service_config_agree_to_the_token(variant, tp, card):
-    arguments = ("plan", "--variant", variant, "--tp", tp, "--device-mem", card, "--no-probe")
+    arguments = (*PLAN, "--variant", variant, "--tp", tp, "--device-mem", card)
     facts = facts_of(variant, tp)
     try:
         expected = service_account(facts, card)
@@ -82,7 +85,7 @@ def test_plan_and_service_config_agree_to_the_token(variant, tp, card):
     [("7b", 1, 32, "sequences", 2), ("115b", 8, 64, "sequences", 63), ("3b", 1, 64, "kv_tokens", 163_712)],
 )
 def test_what_plan_once_promised_too_much_of(variant, tp, card, name, value):
-    fit = command("plan", "--variant", variant, "--tp", tp, "--device-mem", card, "--no-probe")["fit"]
+    fit = command(*PLAN, "--variant", variant, "--tp", tp, "--device-mem", card)["fit"]
     assert fit[name] == value
 
 
