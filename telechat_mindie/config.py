@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from telechat_mindie.dtypes import DTYPES, WEIGHT_DTYPES
 from telechat_mindie.errors import ConfigError
+from telechat_mindie.foreign import ANOTHER_ARCHITECTURE, refuse_foreign
 from telechat_mindie.reading import read_json
 from telechat_mindie.units import INT32_MAX
 
@@ -98,7 +99,7 @@ class TelechatConfig:
     num_experts: int = 0  # 0: a dense model
     experts_per_token: int = 0
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = field(default=2, compare=False)  # generation_config.json may name others
     pad_token_id: int = 3
     tie_word_embeddings: bool = False
     embed_layernorm: bool = False
@@ -133,11 +134,7 @@ class TelechatConfig:
                 found=f"{self.num_layers} x {self.num_experts}",
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            if not 0 <= value < self.vocab_size:
-                raise ConfigError(
-                    "id lies outside the vocabulary", where=name, expected=f"< {self.vocab_size}", found=value
-                )
+            object.__setattr__(self, name, checked_token_ids(getattr(self, name), self.vocab_size, name))
 
     @staticmethod
     def _check_divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -213,7 +210,11 @@ class TelechatConfig:
         Raises:
             ConfigError: the file is missing or malformed, or `from_dict` refuses it.
         """
-        path = directory / "config.json"
+        return cls.from_file(directory / "config.json")
+
+    @classmethod
+    def from_file(cls, path: Path) -> TelechatConfig:
+        """Read a config.json. Raises ConfigError as `from_directory`."""
         data = read_json(path)
         try:
             return cls.from_dict(data)
@@ -253,7 +254,23 @@ class TelechatConfig:
         return config
 
 
+def checked_token_ids(value: object, vocab_size: int, where: object) -> int | tuple[int, ...]:
+    """An id, or the different ids of a list, as transformers takes both for `eos_token_id`; a list of one is its id.
+
+    Raises:
+        ConfigError: something else, or an id that the vocabulary does not have.
+    """
+    ids = tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
+    if not ids or any(type(one) is not int for one in ids):
+        raise ConfigError("has the wrong type", where=where, expected="int or a list of them", found=repr(value))
+    for one in ids:
+        if not 0 <= one < vocab_size:
+            raise ConfigError("id lies outside the vocabulary", where=where, expected=f"< {vocab_size}", found=one)
+    return ids if len(ids) > 1 else ids[0]
+
+
 def _check_family(data: Mapping[str, Any]) -> None:
+    refuse_foreign("config", _facts(data), "config", ConfigError)
     model_type = data.get("model_type")
     architectures = data.get("architectures") or []
     if model_type is None and not architectures:
@@ -264,11 +281,29 @@ def _check_family(data: Mapping[str, Any]) -> None:
             where="model_type",
             expected=f"one of {', '.join(MODEL_TYPES)}",
             found=model_type,
+            advice=ANOTHER_ARCHITECTURE,
         )
     if not isinstance(architectures, list) or any(str(name).lower() not in ARCHITECTURES for name in architectures):
         raise ConfigError(
-            "is not a TeleChat2 model", where="architectures", expected="TelechatForCausalLM", found=architectures
+            "is not a TeleChat2 model",
+            where="architectures",
+            expected="TelechatForCausalLM",
+            found=architectures,
+            advice=ANOTHER_ARCHITECTURE,
         )
+
+
+def _facts(data: Mapping[str, Any]) -> Iterator[str]:
+    """`key=value` of what tells other models and quantised ones, in lower case."""
+    given = dict(data)
+    if isinstance(inner := given.pop("quantization_config", None), Mapping):
+        yield "quantization_config."
+        given |= {f"quantization_config.{name}": value for name, value in inner.items()}
+    for key, value in given.items():
+        for one in value if isinstance(value, list) else (value,):
+            if isinstance(one, (str, int)):
+                without = " without base_seqlen" if data.get("base_seqlen") is None else ""
+                yield f"{key}={one}".lower() + (without if key == "vocab_size" else "")
 
 
 def _check_fixed(data: Mapping[str, Any]) -> None:
@@ -312,6 +347,8 @@ def _check_value(name: str, key: str, value: Any) -> None:
     elif name in ("tie_word_embeddings", "embed_layernorm"):
         if type(value) is not bool:
             raise ConfigError("has the wrong type", where=key, expected="bool", found=repr(value))
+    elif name == "eos_token_id" and isinstance(value, list):
+        pass  # checked with the size of the vocabulary at hand
     elif type(value) is not int:
         raise ConfigError("has the wrong type", where=key, expected="int", found=repr(value))
     else:

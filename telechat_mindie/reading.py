@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.errors import ConfigError, InputError, TelechatMindieError
 
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 64
 BYTE_ORDER_MARK = "\ufeff"
+LFS_POINTER = b"version https://git-lfs"
+"""How the text begins that Git leaves in the place of a large file."""
 
 _MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)  # what tells brackets from text: an escape is passed over as one
 
@@ -154,7 +156,7 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
     """A UTF-8 file's text, line ends and byte order mark as they are.
 
     Raises:
-        ConfigError: absent, no regular file, over `limit` bytes, or not UTF-8.
+        ConfigError: absent, no regular file, over `limit` bytes, a Git LFS pointer, or not UTF-8.
     """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
@@ -169,10 +171,21 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
         raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
     if len(raw) > limit:
         raise ConfigError("is too large", where=path, expected=f"at most {limit} bytes")
+    refuse_lfs_pointer(raw, path, ConfigError)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8: {error.reason} at byte {error.start}", where=path) from None
+
+
+def refuse_lfs_pointer(start: bytes, path: object, error: type[TelechatMindieError]) -> None:
+    """Raises `error` where a file that begins with `start` is what Git LFS leaves in its place."""
+    if start.startswith(LFS_POINTER):
+        raise error(
+            "is a Git LFS pointer, not the file itself",
+            where=path,
+            advice="Run `git lfs pull` in its folder, or download the file.",
+        )
 
 
 def _without_waiting(path: str, flags: int) -> int:

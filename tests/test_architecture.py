@@ -16,7 +16,7 @@ PACKAGE = "telechat_mindie"
 
 FLOORS = (
     {"errors"},
-    {"mindie", "units", "dtypes", "reading", "staging", "findings", "templates"},
+    {"mindie", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign"},
     {"config"},
     {"computation", "variants", "kv_budget", "text"},
     {"tokenizer", "checkpoint", "nano"},

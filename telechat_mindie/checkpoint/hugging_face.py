@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.formats.torch import read_torch_bin
-from telechat_mindie.checkpoint.mapping import check_weights, weights
+from telechat_mindie.checkpoint.mapping import check_weights, published_names, weights
 from telechat_mindie.checkpoint.tiles import TiledWeight, single_tile
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
+from telechat_mindie.foreign import ADAPTER_FILES
 from telechat_mindie.reading import read_json
 
 FORMATS = (
@@ -20,28 +21,36 @@ FORMATS = (
 )
 
 
-def read_stored(directory: Path) -> tuple[str, dict[str, StoredTensor]]:
-    """(kind, tensors by name) of the directory's weights; empty where it holds no such files.
+def read_stored(path: Path) -> tuple[str, dict[str, StoredTensor]]:
+    """(kind, tensors by name) of a weight file or of a directory's; empty where there are none.
+
+    A LoRA adapter beside a model is no part of it.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile, or does not hold what the index says.
     """
+    if path.is_file():
+        chosen = next((form for form in FORMATS if path.suffix == Path(form[2]).suffix), None)
+        return (chosen[0], chosen[3](path, path.parent)) if chosen else ("", {})
     for kind, index, pattern, read in FORMATS:
-        weight_map = read_index(directory / index) if (directory / index).exists() else None
-        files = sorted(set(weight_map.values()) if weight_map else (path.name for path in directory.glob(pattern)))
+        weight_map = read_index(path / index) if (path / index).exists() else None
+        files = set(weight_map.values()) if weight_map else {file.name for file in path.glob(pattern)}
+        files -= {*ADAPTER_FILES}
         if not files:
             continue
-        stored = read_files([directory / file for file in files], read, directory)
+        stored = read_files([path / file for file in sorted(files)], read, path)
         if weight_map is not None:
-            _check_index(weight_map, stored, directory / index)
+            _check_index(weight_map, stored, path / index)
         return kind, stored
     return "", {}
 
 
-def is_published(names: Iterable[str]) -> bool:
-    """Whether tensors have Hugging Face names, and not those of mindformers, which may be in safetensors files too."""
-    spellings = {name.partition(".")[0] for name in names}
-    return bool(spellings & {"transformer", "lm_head"}) and "model" not in spellings
+def index_alone(directory: Path) -> Path | None:
+    """The index of shards none of which is there (yet), as before a download."""
+    for _, index, pattern, _ in FORMATS:
+        if (directory / index).exists() and not any(directory.glob(pattern)):
+            return directory / index
+    return None
 
 
 def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:
@@ -50,9 +59,10 @@ def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, wh
     Raises:
         CheckpointError: names, shapes or dtypes do not fit the config.
     """
-    check_weights({name: tensor.shape for name, tensor in stored.items()}, config, where)
-    tied = {} if "lm_head.weight" in stored else {"lm_head.weight": "transformer.word_embeddings.weight"}
-    return {name: single_tile(name, stored[tied.get(name, name)]) for name in weights(config)}
+    named = {name: stored[given] for name, given in published_names(stored, where).items()}
+    check_weights({name: tensor.shape for name, tensor in named.items()}, config, where)
+    named.setdefault("lm_head.weight", named["transformer.word_embeddings.weight"])  # tied, or check_weights refuses
+    return {name: single_tile(name, named[name]) for name in weights(config)}
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -10,14 +10,15 @@ from itertools import groupby
 from telechat_mindie.checkpoint.sharding import Role, rank_shape
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
+from telechat_mindie.foreign import refuse_foreign
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table. `target` None: dropped on purpose. `shape` names the axes, see `weights`."""
+    """One row of the table. `shape` names the axes, see `weights`."""
 
     source: str
-    target: str | None
+    target: str
     role: Role
     shape: str
     when: str = ""  # "", "dense", "moe" or "embed_layernorm": the models that have it
@@ -46,11 +47,28 @@ RULES = (
     Rule(_EXPERT + "up_proj.weight", _TARGET + "feed_forward.ffn.w3.weight", Role.EXPERT_COLUMN, "f h", "moe"),
     Rule(_EXPERT + "down_proj.weight", _TARGET + "feed_forward.ffn.w2.weight", Role.EXPERT_ROW, "h f", "moe"),
     Rule(_EXPERT + "down_proj.bias", _TARGET + "feed_forward.ffn.w2.bias", Role.REPLICATED, "h", "moe"),
-    # Old exports saved this buffer of the rotary embedding; it is computed, not learned.
-    Rule(_LAYER + "self_attention.rotary_emb.inv_freq", None, Role.REPLICATED, "d"),
     Rule("transformer.ln_f.weight", "model.norm_out.weight", Role.REPLICATED, "h"),
     Rule("lm_head.weight", "lm_head.weight", Role.COLUMN, "V h"),
 )
+
+HUGGING_FACE_DROPPED = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention|self_attention)\.(masked_)?bias)"
+)
+"""Buffers that old exports saved: the rotary embedding's tables and the causal mask; they are computed, not learned."""
+
+PUBLISHED_NAME = re.compile(
+    r"(?P<wrapper>(?:(?:module|model|_orig_mod|base_model\.model)\.)*)"
+    r"(?:(?P<trunk>transformer\.)?(?P<rest>(?:word_embeddings|ln_f|h\.\d+)[._].*)|lm_head\..*)"
+)
+"""A published name behind prefixes that training and saving leave, with or without `transformer.`.
+
+`module.` is DataParallel's and DeepSpeed's prefix, `_orig_mod.` torch.compile's, `base_model.model.` peft's, `model.`
+that of many a trainer's wrapper; the base class of transformers saves without `transformer.`."""
+
+MINDFORMERS_NAME = re.compile(
+    r"(.*\.)?(tok_embeddings\.|norm_out\.|layers\.\d+\.(attention|feed_forward|attention_norm|ffn_norm)\.)"
+)
+"""How the names of mindformers' research/telechat2 begin, which safetensors files may have too."""
 
 MINDFORMERS_DROPPED = re.compile(
     r"^(adam_[mv]|moments|accu_grads|moment[12])\.|^(beta[12]_power|scale_sense)$|"
@@ -128,8 +146,6 @@ def weights(config: TelechatConfig) -> dict[str, Weight]:
     }
     result: dict[str, Weight] = {}
     for rule, layer in _rules_in_order(config):
-        if rule.target is None:
-            continue
         shape = tuple(axes[axis] for axis in rule.shape.split())
         for expert in range(config.num_experts) if "{expert}" in rule.source else (None,):
             name = rule.source.format(layer=layer, expert=expert)
@@ -157,20 +173,48 @@ def hugging_face_targets(config: TelechatConfig) -> list[Target]:
     return [Target(w.name, w.role.per_expert, w.shape, (Part(w.name, w.shape),)) for w in weights(config).values()]
 
 
+def published_names(names: Iterable[str], where: object) -> dict[str, str]:
+    """Published name -> name in the file, for every tensor of a Hugging Face checkpoint that is not dropped.
+
+    Raises:
+        CheckpointError: the names do not all stand under one prefix, so that it is not certain what they mean.
+    """
+    result: dict[str, str] = {}
+    wrappers: dict[str, str] = {}  # and a name under each
+    trunks: dict[str, str] = {}
+    for name in names:
+        if HUGGING_FACE_DROPPED.fullmatch(name):
+            continue
+        published = name
+        if match := PUBLISHED_NAME.fullmatch(name):
+            wrappers.setdefault(match["wrapper"], name)
+            published = name.removeprefix(match["wrapper"])
+            if match["rest"]:
+                trunks.setdefault(match["wrapper"] + (match["trunk"] or ""), name)
+                published = f"transformer.{match['rest']}"
+        result[published] = name
+    for found in (wrappers, trunks):
+        if len(found) > 1:
+            raise CheckpointError(
+                "holds weights under several prefixes, so that it is not certain which are the model's",
+                where=where,
+                found=" and ".join(sorted(found.values())[:2]),
+                advice="Save the state dict of the innermost model alone.",
+            )
+    return result
+
+
 def differences(
-    found: Mapping[str, tuple[int, ...] | None],
-    expected: Mapping[str, tuple[int, ...]],
-    dropped: Iterable[str] = (),
+    found: Mapping[str, tuple[int, ...] | None], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, str]]:
     """How the tensors that are there differ from those that should be: ("missing" | "unknown" | "shape", a clause).
 
     Args:
         found: shape by name; None where it is not known.
-        dropped: names that may be there and are left out on purpose.
     """
     if missing := [name for name in expected if name not in found]:
         yield "missing", f"{len(missing)} of {len(expected)} weights are missing: {name_some(missing)}"
-    if unknown := found.keys() - expected.keys() - set(dropped):
+    if unknown := found.keys() - expected.keys():
         yield "unknown", f"{len(unknown)} weights are unknown: {name_some(unknown)}"
     wrong = [
         f"{name} is {list(shape)} and should be {list(expected[name])}"
@@ -182,7 +226,7 @@ def differences(
 
 
 def check_weights(found: Mapping[str, tuple[int, ...] | None], config: TelechatConfig, where: object) -> None:
-    """Account for every tensor of a Hugging Face checkpoint, given as for `differences`.
+    """Account for every tensor of a Hugging Face checkpoint, by published name, given as for `differences`.
 
     Raises:
         CheckpointError: weights that the config asks for are missing or of another shape, or some are unknown.
@@ -190,10 +234,18 @@ def check_weights(found: Mapping[str, tuple[int, ...] | None], config: TelechatC
     expected = {weight.name: weight.shape for weight in weights(config).values()}
     if config.tie_word_embeddings and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
-    dropped = {rule.source.format(layer=layer) for rule, layer in _rules_in_order(config) if rule.target is None}
-    for problem, clause in differences(found, expected, dropped):
-        download = "The download is incomplete, or config.json" if problem == "missing" else "config.json"
-        raise CheckpointError(clause, where=where, advice=f"{download} belongs to another model.")
+    refuse_foreign("tensor", found, where, CheckpointError)
+    for problem, clause in differences(found, expected):
+        advice = "config.json belongs to another model."
+        if expected.keys() - found.keys() == {"lm_head.weight"}:
+            said = "says" if "tie_word_embeddings" in config.raw else "does not say, which means"
+            advice = (
+                f"config.json {said} tie_word_embeddings false; set it to true if the model was trained with the "
+                "embeddings as its output layer, otherwise the download is incomplete."
+            )
+        elif problem == "missing":
+            advice = f"The download is incomplete, or {advice}"
+        raise CheckpointError(clause, where=where, advice=advice)
 
 
 def _target(name: str, group: list[Weight], transposed_experts: bool) -> Target:

@@ -6,7 +6,7 @@ It is whatever mindformers' convert_weight.py, convert_gmm.py and transform_ckpt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,27 @@ from telechat_mindie.checkpoint.blocks import blocks
 from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
-from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, Target, differences, mindformers_targets, weights
+from telechat_mindie.checkpoint.mapping import (
+    MINDFORMERS_DROPPED,
+    MINDFORMERS_NAME,
+    Target,
+    differences,
+    mindformers_targets,
+    weights,
+)
 from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.checkpoint.tiles import Tile, TiledWeight, as_matrix, float_dtype
 from telechat_mindie.config import MAX_RANKS, TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
+from telechat_mindie.foreign import ADAPTER_FILES, refuse_foreign
 
 Ranks = Sequence[Mapping[str, StoredTensor]]
 """Each rank's tensors by mindformers name; a whole checkpoint is one rank."""
+
+
+def is_mindformers(names: Iterable[str]) -> bool:
+    """Whether tensors have mindformers' names."""
+    return any(MINDFORMERS_NAME.match(name) for name in names)
 
 
 def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
@@ -35,6 +48,8 @@ def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
     if path.is_file():
         return [_read_weights(path, path.parent)]
     files = _files(path)
+    if len(files) > 1:
+        refuse_foreign("rank file", (file.name for file in files), path, CheckpointError)
     return [read_files(files, _read_weights, path)] if files else None
 
 
@@ -66,7 +81,8 @@ def _read_weights(file: Path, root: Path) -> dict[str, StoredTensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".safetensors"))
+    files = (entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".safetensors"))
+    return sorted(file for file in files if file.name not in ADAPTER_FILES)
 
 
 @dataclass(frozen=True)
@@ -138,8 +154,16 @@ def recognise(stored: Mapping[str, StoredTensor], config: TelechatConfig, tp: in
 def _check_ranks(ranks: Ranks, targets: Sequence[Target], where: Path) -> None:
     tp = len(ranks)
     expected = {target.name: target.rank_shape(tp) for target in targets}
+    everywhere = set().union(*ranks)
     for rank, stored in enumerate(ranks):
         place = f"{where}, rank {rank}" if tp > 1 else str(where)
+        refuse_foreign("tensor", stored, place, CheckpointError)
+        if lacking := everywhere - stored.keys():
+            raise CheckpointError(
+                f"lacks weights that other ranks hold, as in a run with pipeline stages: {name_some(lacking)}",
+                where=place,
+                advice="Join the ranks with mindformers' transform_checkpoint.py and the run's strategy files.",
+            )
         for _, clause in differences({name: tensor.shape for name, tensor in stored.items()}, expected):
             raise CheckpointError(
                 clause, where=place, advice="A rank folder is missing, or the config belongs to another model."

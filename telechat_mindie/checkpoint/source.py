@@ -11,6 +11,7 @@ from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
+from telechat_mindie.foreign import refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,26 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
     """
     if not path.exists():
         raise InputError("checkpoint is not there", where=path)
+    if path.is_file():
+        refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)
     has_config = (config_dir / "config.json").exists()
-    kind, stored = hugging_face.read_stored(path) if path.is_dir() else ("", {})
-    if hugging_face.is_published(stored):
-        config = TelechatConfig.from_directory(config_dir)
+    # A config.json of another model says more than its weights' names, or dtypes that no file of ours has.
+    config = TelechatConfig.from_directory(config_dir) if has_config else None
+    kind, stored = hugging_face.read_stored(path)
+    if stored and not mindformers.is_mindformers(stored):
+        config = config or TelechatConfig.from_directory(config_dir)
         return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = mindformers.read_ranks(path)
     if ranks is None:
+        refuse_foreign_files(path)
         TelechatConfig.from_directory(config_dir)
         raise CheckpointError(
             "holds no weights that are recognised",
             where=path,
             expected="*.safetensors, pytorch_model*.bin, *.ckpt or rank_N folders",
         )
-    config = TelechatConfig.from_directory(config_dir) if has_config else mindformers.infer_config(ranks, path)
+    config = config or mindformers.infer_config(ranks, path)
     form = mindformers.recognise(ranks[0], config, len(ranks))
     by_rank = path.is_dir() and (path / "rank_0").is_dir()
     return Checkpoint(
@@ -85,3 +91,9 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
         qkv_concat=form.qkv_concat,
         transposed_experts=form.transposed_experts,
     )
+
+
+def refuse_foreign_files(path: Path) -> None:
+    """Raises CheckpointError where a file, or a folder without weights of ours, is of a form that `foreign` names."""
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
+    refuse_foreign("file", names, path, CheckpointError)

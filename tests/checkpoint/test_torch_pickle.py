@@ -160,10 +160,6 @@ TENSOR = rebuild_tensor(whole(STORAGE), "0")
 OTHER_STATES = {
     "a list": (b"\x80\x02].", "no state dict"),
     "a tensor": (b"\x80\x02" + TENSOR + b".", "no state dict"),
-    "a training checkpoint": (
-        b"\x80\x02}(" + text("epoch") + b"K\x03" + text("state_dict") + b"}" + text("w") + TENSOR + b"su.",
-        r"under 'state_dict'\. .*\['state_dict'\]",
-    ),
     "entries that are no tensors": (b"\x80\x02}(" + text("w") + TENSOR + text("lr") + b"G" + bytes(8) + b"u.", "'lr'"),
     "an integer as a name": (b"\x80\x02}K\x01" + TENSOR + b"s.", "name"),
     "an escape sequence as a name": (b"\x80\x02}" + text("\x1b[2J") + TENSOR + b"s.", "name"),

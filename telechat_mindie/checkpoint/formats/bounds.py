@@ -12,6 +12,7 @@ from pathlib import Path
 from telechat_mindie.checkpoint.formats.tensors import Extent, StoredTensor, open_regular
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
+from telechat_mindie.reading import LFS_POINTER, refuse_lfs_pointer
 
 MAX_TENSORS = 100_000
 """Tensors in one file. The 115B has 963 in all; the cap keeps the memory for a hostile header small."""
@@ -23,7 +24,6 @@ MAX_NAME_LENGTH = 512
 """Characters in the name of a tensor or of an archive's member."""
 
 _WINDOW_BYTES = 4096  # one read serves a record's few short fields; the tensor bytes that follow are not wanted
-_LFS_POINTER = b"version https://git-lfs"
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
@@ -83,12 +83,7 @@ def open_bounded(path: Path, root: Path | None = None) -> Iterator[BoundedFile]:
     descriptor = open_regular(path, root)
     try:
         file = BoundedFile(path, descriptor)
-        if file.read(0, min(file.size, len(_LFS_POINTER))) == _LFS_POINTER:
-            raise CheckpointError(
-                "is a Git LFS pointer, not the weights",
-                where=path,
-                advice="Run `git lfs pull` in the checkpoint's folder.",
-            )
+        refuse_lfs_pointer(file.read(0, min(file.size, len(LFS_POINTER))), path, CheckpointError)
         yield file
     finally:
         os.close(descriptor)

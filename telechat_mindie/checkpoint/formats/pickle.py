@@ -27,6 +27,10 @@ MAX_OPCODES = 2_000_000
 STORAGE_DTYPES = {dtype.torch: dtype.name for dtype in DTYPES.values()}
 """Storage classes of the module torch, and the dtypes they stand for."""
 
+WRAPPERS = ("model", "module", "state_dict")
+"""Where trainers keep the state dict in a checkpoint of theirs: Lightning, Megatron, DeepSpeed."""
+MAX_WRAPPERS = 4
+
 _NAMES = {opcode.code.encode("latin-1"): opcode.name for opcode in pickletools.opcodes}
 _READERS = {opcode.code.encode("latin-1"): opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg}
 _MAX_GLOBAL_LENGTH = 128
@@ -75,24 +79,35 @@ def read_state_dict(pickle: bytes, where: Path) -> dict[str, TensorRef]:
 
     Raises:
         CheckpointError: the pickle needs an opcode or a global that a state dict does not need, is malformed, or is
-            not one flat table of names and tensors.
+            neither one flat table of names and tensors nor such a table under one of WRAPPERS.
     """
-    table = _Machine(pickle, where).run()
+    table = _unwrapped(_Machine(pickle, where).run(), where)
     if not isinstance(table, dict):
         raise CheckpointError("holds no state dict", where=where, found=type(table).__name__, advice=_ADVICE)
     others = [key for key, value in table.items() if not isinstance(value, TensorRef)]
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(table.get(wrapper), dict):
-            raise CheckpointError(
-                f"keeps its weights one level down, under {wrapper!r}",
-                where=where,
-                advice=f"Save that alone: torch.save(torch.load(path, weights_only=True)[{wrapper!r}], new_path).",
-            )
     if others:
         raise CheckpointError(
             f"holds entries that are no tensors: {name_some(map(quoted, others))}", where=where, advice=_ADVICE
         )
     return {checked_name(name, where): tensor for name, tensor in table.items()}
+
+
+def _unwrapped(table: object, where: Path) -> object:
+    """The state dict that a trainer's checkpoint keeps under one of WRAPPERS, beside its counters and its optimizer."""
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(table, dict) or any(isinstance(value, TensorRef) for value in table.values()):
+            break
+        found = [name for name in WRAPPERS if isinstance(table.get(name), dict)]
+        if len(found) > 1:
+            raise CheckpointError(
+                f"holds several state dicts: {name_some(map(quoted, found))}",
+                where=where,
+                advice=f"Save one alone: torch.save(torch.load(path, weights_only=True)[{found[0]!r}], new_path).",
+            )
+        if not found:
+            break
+        table = table[found[0]]
+    return table
 
 
 class _Machine:

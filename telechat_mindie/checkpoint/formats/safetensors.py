@@ -25,6 +25,7 @@ from telechat_mindie.checkpoint.formats.bounds import (
 from telechat_mindie.checkpoint.formats.tensors import Extent, StoredTensor
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
+from telechat_mindie.foreign import refuse_foreign
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own cap on the header."""
@@ -162,5 +163,6 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any], buffer_start: int)
     begin, end = offsets
     if not 0 <= begin <= end:
         raise CheckpointError("has no valid data_offsets", where=where, expected="0 <= begin <= end", found=offsets)
+    refuse_foreign("dtype", [str(entry["dtype"])[:16]], where, CheckpointError)
     dtype = checked_dtype(entry["dtype"], _DTYPE_OF, where)
     return checked_tensor(name, dtype, entry["shape"], (Extent(path, buffer_start + begin, end - begin),), where)
