@@ -9,7 +9,7 @@ class ModelConfig:
     """What MindIE reads of a model, as plain attributes: it takes `__dict__`, and overwrites keys it has as well.
 
     `max_position_embedding` (singular, as MindIE spells it) is the directory's longest sequence in tokens. `top_k` is
-    also the k of MindIE's warm-up sampling, which fails where it exceeds the vocabulary.
+    also the k of MindIE's warm-up sampling, which fails where it exceeds the vocabulary; 0 is no limit there too.
     """
 
     def __init__(self, directory: ModelDir) -> None:
@@ -21,7 +21,8 @@ class ModelConfig:
         self.num_layers = config.num_layers
         self.num_heads = config.num_heads
         self.bos_token_id = config.bos_token_id
-        self.eos_token_id = config.eos_token_id
+        eos = config.eos_token_id  # MindIE takes an int or a list (text_generator/utils/config.py, set_eos_token_id)
+        self.eos_token_id = list(eos) if isinstance(eos, tuple) else eos
         self.pad_token_id = config.pad_token_id
         self.do_sample = serving.do_sample
         self.temperature = serving.temperature

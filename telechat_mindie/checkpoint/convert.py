@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from telechat_mindie.checkpoint.formats.bounds import open_bounded
 from telechat_mindie.checkpoint.formats.containers import MINDSPORE_CKPT, SAFETENSORS
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, read_files
 from telechat_mindie.checkpoint.mapping import Target, hugging_face_targets, mindformers_targets
@@ -23,12 +23,23 @@ from telechat_mindie.checkpoint.writer import HashedFile, Journal
 from telechat_mindie.config import SPELLINGS
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
+from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 
 HUGGING_FACE_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own tools cut at
 UNLIMITED = 1 << 62
 
-SIDE_FILES = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
+SIDE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+"""What stands beside the weights in a published checkpoint, but for the code, which the output has no use for."""
+
 CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
 _EXPERT_STACK = re.compile(r"feed_forward\.ffn\.w[123]\.weight")
@@ -126,8 +137,8 @@ def to_hugging_face(
         write_file(staged.path / "config.json", dump_json(_config(source, plan.dtype)))
         folder = source.path if source.path.is_dir() else source.path.parent
         for name in SIDE_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, staged.path / name)
+            if (folder / name).exists():
+                write_file(staged.path / name, _side_file(folder / name))
         staged.commit()
     return plan
 
@@ -200,10 +211,22 @@ def _dtypes(targets: Sequence[Target], source: Checkpoint, options: OutputOption
     return kept, source.dtype
 
 
+def _side_file(path: Path) -> bytes:
+    """The file as it is; without `auto_map`, which points at code that is not carried, and which loaders would miss."""
+    with open_bounded(path) as file:
+        content = file.read(0, file.size)
+    if path.suffix != ".json" or b"auto_map" not in content:
+        return content
+    return dump_json({key: value for key, value in read_json(path).items() if key != "auto_map"})
+
+
 def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
-    """The source's own config.json, or the same facts in the published spelling where it came without one."""
+    """The source's own config.json, or the same facts in the published spelling where it came without one.
+
+    `auto_map` is left out with the code that it names.
+    """
     config = source.config
     if config.raw:
-        return {**config.raw, "torch_dtype": dtype}
+        return {key: value for key, value in config.raw.items() if key != "auto_map"} | {"torch_dtype": dtype}
     facts = {keys[0]: getattr(config, name) for name, keys in SPELLINGS.items() if hasattr(config, name)}
     return {"architectures": ["TelechatForCausalLM"], "model_type": "telechat", **facts, "torch_dtype": dtype}

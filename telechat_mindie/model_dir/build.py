@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dt
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import ConfigError, InputError, TokenizerError
+from telechat_mindie.errors import InputError, TokenizerError
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
+from telechat_mindie.model_dir.generation import Generation, read_generation
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
-from telechat_mindie.reading import read_json
+from telechat_mindie.reading import read_json, refuse_lfs_pointer
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
 from telechat_mindie.text.settings import BARE_PROMPT_MODES, constructor_arguments
@@ -32,14 +33,6 @@ from telechat_mindie.variants import label_for
 
 _TOKENIZER_BYTES = 64 << 20
 
-_GENERATION_DEFAULTS: dict[str, Any] = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 5,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-}
-_MAX_NEW_TOKENS = 512
 _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_name_or_path")
 
 
@@ -81,9 +74,10 @@ def build(
     max_seq_len = _check_lengths(options, source.config)
     tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
     tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
-    generation = _generation(checkpoint)
+    generation = read_generation(checkpoint, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
-    plan = make_plan(source.config, targets, dtype, options.tp)
+    config = replace(source.config, eos_token_id=generation.eos_token_id)
+    plan = make_plan(config, targets, dtype, options.tp)
     texts = tokenizer_files | _render(plan, options, generation, max_seq_len, tokenizer_settings)
     with StagedDirectory(
         model_path, replace=options.force, marker=MANIFEST, resume=options.resume, scratch=Journal.NAME
@@ -128,6 +122,8 @@ def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tu
         raise TokenizerError("file is missing", where=path, advice="Copy it from the published checkpoint.")
     if path.stat().st_size > _TOKENIZER_BYTES:
         raise TokenizerError("is too large", where=path, expected=f"at most {_TOKENIZER_BYTES} bytes")
+    model = path.read_bytes()
+    refuse_lfs_pointer(model, path, TokenizerError)
     given = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
     given = {key: value for key, value in given.items() if value is not None and key != "auto_map"}
     settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}
@@ -139,27 +135,13 @@ def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tu
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
     except TokenizerError as error:
         raise TokenizerError(str(error), where=config_path) from None
-    return path.read_bytes(), settings
-
-
-def _generation(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "generation_config.json"
-    written = read_json(path) if path.exists() else {}
-    given = {key: value for key, value in written.items() if value is not None}
-    for key, default in (_GENERATION_DEFAULTS | {"max_new_tokens": _MAX_NEW_TOKENS}).items():
-        value = given.get(key, default)
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-            raise ConfigError("has the wrong type", where=f"{path}: {key}", found=repr(value))
-    if given.get("max_new_tokens", 1) < 1:
-        raise ConfigError("must be positive", where=f"{path}: max_new_tokens", found=given["max_new_tokens"])
-    return _GENERATION_DEFAULTS | given
+    return model, settings
 
 
 def _render(
     plan: ConversionPlan,
     options: BuildOptions,
-    generation: Mapping[str, Any],
+    generation: Generation,
     max_seq_len: int,
     tokenizer: Mapping[str, Any],
 ) -> dict[str, bytes]:
@@ -172,12 +154,12 @@ def _render(
         "label": label,
         "model_type": config.raw.get("model_type", "telechat"),
         "kept": _kept(config),
-        "generation": generation,
+        "generation": generation.values,
         "tokenizer": tokenizer,
         "top_k_limit": min(TOP_K_LIMIT, config.vocab_size),
         "qkv_concat": options.qkv_concat,
         "max_seq_len": max_seq_len,
-        "max_new_tokens": min(generation.get("max_new_tokens", _MAX_NEW_TOKENS), max_seq_len),
+        "max_new_tokens": min(generation.max_new_tokens, max_seq_len),
         "block_size": options.block_size,
         "num_blocks": -(-max_seq_len // options.block_size),
     }
@@ -195,7 +177,14 @@ def _render(
 
 def _kept(config: TelechatConfig) -> dict[str, Any]:
     """The checkpoint's own keys, without those that are rendered and those that only Hugging Face's loader uses."""
-    rendered = {"model_type", "vocab_size", "num_key_value_heads", "training_seqlen", "base_seqlen"}
+    rendered = {
+        "model_type",
+        "vocab_size",
+        "num_key_value_heads",
+        "training_seqlen",
+        "base_seqlen",
+        "eos_token_id",
+    }
     return {key: value for key, value in config.raw.items() if key not in rendered.union(_HUGGING_FACE_ONLY)}
 
 

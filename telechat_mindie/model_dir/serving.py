@@ -91,6 +91,7 @@ def contradictions(model_config: Mapping[str, Any], config: TelechatConfig) -> I
         # Directories of 0.1.0 have no theta: it took the published code's alone.
         default = TelechatConfig.rope_theta if key == "theta" else None
         wanted, found = getattr(config, field), model_config.get(key, default)
+        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
         if found != wanted:
             yield key, f"contradicts config.json (expected {wanted}, found {found!r})"
     longest, length = plain_context(config), model_config.get("seq_length")

@@ -18,6 +18,7 @@ from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_
 from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.errors import CheckpointError
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 
@@ -69,6 +70,37 @@ def test_hugging_face_to_ranks_and_back(checkpoint, tmp_path, tp, qkv_concat):
     assert index["weight_map"].keys() == weights.keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in weights.values())
     assert open_checkpoint(tmp_path / "hf").config == open_checkpoint(root).config
+
+
+def test_what_stands_beside_the_weights_goes_along(tmp_path):
+    root = tmp_path / "ckpt"
+    make_checkpoint(root, "float16", auto_map={"AutoConfig": "configuration_telechat2.Telechat2Config"})
+    beside = {
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["a.B", None]}, "chat_template": "{{ x }}", "n": "中"},
+        "special_tokens_map.json": {"eos_token": "<_end>"},
+        "generation_config.json": {"eos_token_id": [2, 5]},
+        "chat_template.json": {"chat_template": "{{ x }}"},
+    }
+    for name, content in beside.items():
+        (root / name).write_text(json.dumps(content))
+    (root / "chat_template.jinja").write_text("{{ messages }}\n")
+    (root / "modeling_telechat2.py").write_text("raise SystemExit\n")
+    to_hugging_face(open_checkpoint(root), tmp_path / "hf", OutputOptions())
+    for name in ("chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (root / name).read_bytes()
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written == {"chat_template": "{{ x }}", "n": "中"}
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert not (tmp_path / "hf" / "modeling_telechat2.py").exists()
+
+
+def test_nothing_beside_the_weights_is_read_through_a_link(tmp_path):
+    make_checkpoint(tmp_path / "ckpt", "float16")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "ckpt" / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        to_hugging_face(open_checkpoint(tmp_path / "ckpt"), tmp_path / "hf", OutputOptions())
+    assert not (tmp_path / "hf").exists()
 
 
 def test_another_tp_from_a_model_directory(tmp_path):

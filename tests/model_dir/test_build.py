@@ -18,6 +18,7 @@ from helpers.checkpoints import MOE, make_checkpoint
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 
+from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.errors import ModelDirError, OutputError
 from telechat_mindie.model_dir import build as build_module
 from telechat_mindie.model_dir.build import BuildOptions, build
@@ -231,6 +232,11 @@ def larger_tokenizer(checkpoint):
         (write("generation_config.json", max_new_tokens="many"), "max_new_tokens: has the wrong type"),
         (write("generation_config.json", max_new_tokens=0), "max_new_tokens: must be positive"),
         (write("generation_config.json", temperature=float("nan")), "NaN"),
+        (write("generation_config.json", eos_token_id=[2, 512]), "eos_token_id: id lies outside the vocabulary"),
+        (write("generation_config.json", eos_token_id=[]), "eos_token_id: has the wrong type"),
+        (write("generation_config.json", user_token_id=-1), "user_token_id: id lies outside the vocabulary"),
+        (lambda path: edit_config(path, eos_token_id=[2, "5"]), "eos_token_id: has the wrong type"),
+        (lambda path: edit_config(path, eos_token_id=[2, 512]), "eos_token_id: id lies outside the vocabulary"),
         (write("tokenizer_config.json", clean_up_tokenization_spaces=True), "clean_up_tokenization_spaces: would"),
         (write("tokenizer_config.json", turn_tokens=INJECTED), "turn_tokens: has an unknown value"),
         (write("tokenizer_config.json", control_tokens=INJECTED), "control_tokens: has an unknown value"),
@@ -255,8 +261,41 @@ def test_null_counts_as_absent(checkpoint, tmp_path):
     write("tokenizer_config.json", turn_tokens=None, control_tokens=None, chat_template=None)(checkpoint)
     build(tmp_path / "model", checkpoint)
     serving = ModelDir.open(tmp_path / "model").serving
-    assert (serving.max_new_tokens, serving.top_k, serving.do_sample) == (512, 5, False)
+    assert (serving.max_new_tokens, serving.top_k, serving.do_sample) == (512, 0, False)
     assert "eos_token_id" not in json.loads((tmp_path / "model" / "generation_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({}, {}, 2),
+        ({"eos_token_id": 5}, {}, 5),
+        ({"eos_token_id": [2, 5]}, {}, [2, 5]),
+        ({"eos_token_id": [2, 5]}, {"eos_token_id": None}, [2, 5]),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 2, 5]}, [5, 2]),
+        ({"eos_token_id": [2, 5]}, {"eos_token_id": [5]}, 5),
+    ],
+)
+def test_what_ends_an_answer(checkpoint, tmp_path, config, generation, ends):
+    """generation_config.json's eos_token_id goes before config.json's, as in transformers; MindIE reads the yaml's."""
+    edit_config(checkpoint, **config)
+    write("generation_config.json", **generation)(checkpoint)
+    build(tmp_path / "model", checkpoint)
+    directory = ModelDir.open(tmp_path / "model")
+    assert yaml.safe_load(directory.yaml_path.read_text())["model"]["model_config"]["eos_token_id"] == ends
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == ends
+    assert ModelConfig(directory).eos_token_id == ends
+    assert run("verify", tmp_path / "model", "--against", checkpoint).returncode == 0
+
+
+def test_no_top_k_is_invented(checkpoint, tmp_path):
+    """T1's README asks for top_p 0.95 and no top_k; MindIE's cap in generation_config.json stays."""
+    write("generation_config.json", do_sample=True, top_p=0.95, temperature=0.6, max_length=300)(checkpoint)
+    build(tmp_path / "model", checkpoint)
+    serving = ModelDir.open(tmp_path / "model").serving
+    assert (serving.top_k, serving.top_p, serving.do_sample, serving.max_new_tokens) == (0, 0.95, True, 300)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["top_k"] == 512
+    assert run("check", tmp_path / "model", "--json").returncode in (0, 1)
 
 
 def test_numbers_that_yaml_would_take_for_texts(checkpoint, tmp_path):
