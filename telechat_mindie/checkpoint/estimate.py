@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint.direct_io import STAGING_BYTES
-from telechat_mindie.checkpoint.hugging_face import read_index
-from telechat_mindie.checkpoint.mapping import check_weights
+from telechat_mindie.checkpoint.hugging_face import index_alone, read_index
+from telechat_mindie.checkpoint.mapping import check_weights, published_names, weights
 from telechat_mindie.checkpoint.pipeline import DEPTH
 from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, TURN_BYTES
-from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.checkpoint.source import holds_weights, open_checkpoint, refuse_foreign_files
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
@@ -28,27 +28,50 @@ PROBE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a checkpoint without its weights: config, dtype, bytes and number of tensors."""
+    """What is known of a checkpoint without its weights: config, dtype, bytes and number of tensors.
+
+    `assumed` says what of it nothing on disk tells.
+    """
 
     config: TelechatConfig
     dtype: str
     nbytes: int
     tensors: int
+    assumed: str = ""
 
 
 def source_facts(checkpoint: Path) -> Source:
-    """From the headers of a checkpoint, or from its config.json and index alone where the shards are not there.
+    """From the headers of a checkpoint, or before its download from an index and config.json, or config.json alone.
+
+    Args:
+        checkpoint: a folder, a weight file, or a config.json, which then is all that is looked at.
 
     Raises:
         ConfigError, CheckpointError: as `open_checkpoint`; or an index whose total size fits no dtype.
     """
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.exists() or any(checkpoint.glob("*.safetensors")):
-        found = open_checkpoint(checkpoint)
-        return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
-    config = TelechatConfig.from_directory(checkpoint)
+    if checkpoint.suffix == ".json":
+        return from_config(TelechatConfig.from_file(checkpoint))
+    if checkpoint.is_dir():
+        if (index := index_alone(checkpoint)) is not None:
+            return _from_index(index, TelechatConfig.from_directory(checkpoint))
+        if (checkpoint / "config.json").exists() and not holds_weights(checkpoint):
+            refuse_foreign_files(checkpoint)
+            return from_config(TelechatConfig.from_directory(checkpoint))
+    found = open_checkpoint(checkpoint)
+    return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
+
+
+def from_config(config: TelechatConfig) -> Source:
+    """What config.json tells: everything but, where it names no dtype, whether the weights are float32."""
+    dtype = config.torch_dtype or "float32"
+    tied = config.tie_word_embeddings
+    assumed = "" if config.torch_dtype else "float32 weights, as config.json names no dtype"
+    return Source(config, dtype, config.weight_bytes(dtype), len(weights(config)) - tied, assumed)
+
+
+def _from_index(index: Path, config: TelechatConfig) -> Source:
     names = read_index(index)
-    check_weights(dict.fromkeys(names), config, index)
+    check_weights(dict.fromkeys(published_names(names, index)), config, index)
     total = read_json(index).get("metadata", {}).get("total_size")
     for dtype in ("float32", "float16"):  # a 16-bit index does not say which of the two it is
         if total == config.weight_bytes(dtype):

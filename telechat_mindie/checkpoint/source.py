@@ -11,7 +11,7 @@ from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
-from telechat_mindie.foreign import refuse_foreign
+from telechat_mindie.foreign import ADAPTER_FILES, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
         qkv_concat=form.qkv_concat,
         transposed_experts=form.transposed_experts,
     )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has any file or rank folder that `open_checkpoint` would read weights from."""
+    patterns = [pattern for _, index, shards, _ in hugging_face.FORMATS for pattern in (index, shards)]
+    names = {path.name for pattern in (*patterns, "*.ckpt", "rank_*") for path in folder.glob(pattern)}
+    return bool(names - {*ADAPTER_FILES})
 
 
 def refuse_foreign_files(path: Path) -> None:

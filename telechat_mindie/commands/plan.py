@@ -10,7 +10,9 @@ from telechat_mindie.commands.options import AsJson, Dtype, NoQkvConcat, Tp, Var
 
 
 def plan(
-    checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint; config.json and the index are enough."),
+    checkpoint: Path = typer.Option(
+        None, "--checkpoint", help="A checkpoint; its config.json alone is enough, as a folder or a file."
+    ),
     variant: Variant = None,
     tp: Tp = 1,
     dtype: Dtype = "auto",
@@ -25,14 +27,16 @@ def plan(
     """Say what a build would write, need and leave room for, without building."""
     import shutil
 
-    from telechat_mindie.checkpoint.estimate import Source, peak_memory, probe_disk, source_facts
-    from telechat_mindie.checkpoint.mapping import mindformers_targets, weights
+    from telechat_mindie.checkpoint.estimate import from_config, peak_memory, probe_disk, source_facts
+    from telechat_mindie.checkpoint.mapping import mindformers_targets
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import Facts, print_table
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
+    from telechat_mindie.model_dir.build import read_tokenizer
+    from telechat_mindie.model_dir.generation import read_generation
     from telechat_mindie.units import GB, format_bytes
     from telechat_mindie.variants import VARIANTS
 
@@ -41,11 +45,12 @@ def plan(
     if variant is not None and variant not in VARIANTS:
         raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
     if variant is not None:
-        config = VARIANTS[variant]
-        source = Source(config, "float32", config.weight_bytes("float32"), len(weights(config)))
+        source = from_config(VARIANTS[variant])
     else:
+        if not checkpoint.exists():
+            raise InputError("checkpoint is not there", where=checkpoint)
         source = source_facts(checkpoint)
-        config = source.config
+    config = source.config
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
     length = max_seq_len or config.seq_length
@@ -59,6 +64,15 @@ def plan(
         source={"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
         parameters=config.parameter_count,
     )
+    if source.assumed:
+        facts.add("assumed", source.assumed, assumed=source.assumed)
+    if checkpoint is not None and checkpoint.is_dir():
+        read_generation(checkpoint, config)
+        if (checkpoint / "tokenizer.model").exists():
+            read_tokenizer(checkpoint, config, "chat")
+            facts.add("tokenizer", "works, with the checkpoint's own settings", tokenizer=True)
+        else:
+            facts.add("tokenizer", "not there yet; `build` tries it before it writes", tokenizer=False)
     facts.add(
         "output",
         f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}",

@@ -72,7 +72,7 @@ def build(
     check_computation(source.config, checkpoint / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = _check_lengths(options, source.config)
-    tokenizer_model, tokenizer_settings = _tokenizer(checkpoint, source.config, options.bare_prompt)
+    tokenizer_model, tokenizer_settings = read_tokenizer(checkpoint, source.config, options.bare_prompt)
     tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
     generation = read_generation(checkpoint, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
@@ -113,7 +113,7 @@ def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     return max_seq_len
 
 
-def _tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
+def read_tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
     """tokenizer.model as it is, and tokenizer_config.json with our switches; refused where no tokenizer comes of it."""
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 

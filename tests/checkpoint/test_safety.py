@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.checkpoints import CONFIG, MOE, make_checkpoint
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 
 from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.config import TelechatConfig
@@ -276,3 +277,50 @@ def test_an_index_alone_is_enough_to_plan(tmp_path):
     index = Path(tmp_path / "ckpt" / "model.safetensors.index.json")
     index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
     assert "total_size does not fit" in run("plan", "--checkpoint", tmp_path / "ckpt", "--no-probe").stderr
+
+
+def test_a_config_json_is_enough_to_plan(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    path = tmp_path / "ckpt" / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    config = TelechatConfig.from_dict(CONFIG)
+    planned = []
+    for checkpoint in (tmp_path / "ckpt", path):
+        facts = json.loads(run("plan", "--checkpoint", checkpoint, "--tp", 2, "--no-probe", "--json").stdout)
+        assert facts["source"] == {"tensors": 23, "bytes": 4 * config.parameter_count, "dtype": "float32"}
+        assert "names no dtype" in facts["assumed"] and not facts.get("tokenizer")
+        planned.append(facts["files"])
+    make_checkpoint(tmp_path / "ckpt", "float32")
+    facts = json.loads(run("plan", "--checkpoint", tmp_path / "ckpt", "--tp", 2, "--no-probe", "--json").stdout)
+    assert planned == [facts["files"], facts["files"]] and facts["tokenizer"] and "assumed" not in facts
+    path.write_text(json.dumps(CONFIG | {"torch_dtype": "bfloat16"}))
+    facts = json.loads(run("plan", "--checkpoint", path, "--no-probe", "--json").stdout)
+    assert facts["dtype"] == "bfloat16" and facts["source"]["bytes"] == 2 * config.parameter_count
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\n", "tokenizer.model: is a Git LFS pointer"),
+        ("tokenizer_config.json", '{"chat_template": "{% for"}', "tokenizer_config.json: "),
+        ("generation_config.json", '{"eos_token_id": [512]}', "eos_token_id: id lies outside the vocabulary"),
+        ("config.json", '{"model_type": "telechat3"}', "TeleChat3"),
+        ("model.gguf", "GGUF", "GGUF"),
+        ("pytorch_model.bin.index.json", '{"weight_map": {"w": "pytorch_model.bin"}}', "23 weights are missing"),
+    ],
+)
+def test_plan_refuses_before_a_download_what_build_would_after(tmp_path, name, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    train_tiny_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    done = run("plan", "--checkpoint", tmp_path, "--no-probe")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_plan_of_every_published_config(shared, tmp_path):
+    for name, config in json.loads(shared("published/configs.json").read_text()).items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({key: value for key, value in config.items() if not key.startswith("rope_")}))
+        done = run("plan", "--checkpoint", path, "--no-probe", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["dtype"] == config.get("torch_dtype", "float16")
