@@ -264,6 +264,20 @@ def test_end_of_sequence_ends_an_answer_unless_ignored() -> None:
     assert len(answers["goes on"].tokens) == 40 and EOS_ID in answers["goes on"].tokens
 
 
+@pytest.mark.parametrize("eos", [[EOS_ID, 299], (299, EOS_ID)])
+def test_each_of_several_ends_of_sequence_ends_an_answer(eos: Sequence[int]) -> None:
+    runner = NullRunner(eos_bias=14)
+    runner.model_config.eos_token_id = eos
+    made = engine(runner)
+    made.add([5, 6, 7], GenerationParams(), "ends")
+    expected = run_all(made)["ends"]
+    assert expected.reason is FinishReason.EOS and expected.tokens[-1] == EOS_ID
+    runner.model_config.eos_token_id = [298, expected.tokens[0]]
+    made = engine(runner)
+    made.add([5, 6, 7], GenerationParams(), "ends")
+    assert run_all(made)["ends"].tokens == expected.tokens[:1]
+
+
 def test_stop_tokens_end_an_answer_and_are_counted_but_not_shown() -> None:
     free = answer_alone([5, 6, 7], GenerationParams(max_new_tokens=20))
     at = next(
