@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from telechat_mindie.text.overlap import overlap
+
 
 class Decoder(Protocol):
     """Decodes tokens one by one; `telechat_mindie.text.detokenizer.StreamDecoder` is one."""
@@ -57,12 +59,6 @@ class AnswerText:
             end, start = min(ends)
             self.stopped, self._held = True, ""
             return text[: end if self._include_stop else start]
-        emitted = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        emitted = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[emitted:]
         return text[:emitted]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -9,7 +9,9 @@ import pytest
 from helpers.server import Server, shared_server
 from huggingface_hub import InferenceClient
 
-from telechat_mindie.server.formats.tool_calls import ToolCallParser, split_calls
+from telechat_mindie.server.formats.chat_parts import ChatParts, message
+from telechat_mindie.server.formats.tool_calls import ToolCallParser
+from telechat_mindie.text.thoughts import ThoughtParser
 
 MESSAGES = [{"role": "user", "content": "生抽与老抽的区别？"}]
 TOOL = {"type": "function", "function": {"name": "天气", "parameters": {"type": "object", "properties": {}}}}
@@ -148,6 +150,11 @@ class TestHuggingFace:
 CALL = '<tool_call>\n{"name": "天气", "arguments": {"地点": "北京"}}\n</tool_call>'
 
 
+def split_calls(text):
+    found = message(ChatParts(ThoughtParser(expected=False), ToolCallParser()), text)
+    return found["content"], found["tool_calls"]
+
+
 class TestToolCalls:
     def test_whole(self):
         content, calls = split_calls(f"好的。\n{CALL}\n{CALL}")
@@ -157,7 +164,7 @@ class TestToolCalls:
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
     def test_pieces_of_any_size_give_the_same(self, size):
-        text = f"好的<tool{CALL}完<tool_call>no json</tool_call> < {CALL[:-12]}"
+        text = f"好的<tool{CALL}完 \n<tool_call>no json</tool_call> < {CALL[:-12]}"
         parser, content, names = ToolCallParser(), "", []
         pieces = [text[place : place + size] for place in range(0, len(text), size)]
         for piece in (*(found for part in pieces for found in parser.put(part)), *parser.flush()):
@@ -165,11 +172,23 @@ class TestToolCalls:
                 content += piece
             else:
                 names.append((piece["index"], piece["function"]["name"]))
-        assert content == "好的<tool完<tool_call>no json</tool_call> < "
+        assert content == "好的<tool完 \n<tool_call>no json</tool_call> <"
         assert names == [(0, "天气"), (1, "天气")] and parser.found
 
+    @pytest.mark.parametrize("text", [f"\n{CALL}\n\n", f"{CALL}\n", CALL])
+    def test_line_ends_around_calls_are_no_content(self, text):
+        content, calls = split_calls(text)
+        assert content == "" and len(calls) == 1
+
     @pytest.mark.parametrize(
-        "text", ["<tool_call>", "<tool_call>{}", "<tool_call>[1]</tool_call>", '<tool_call>{"name": 1, "arguments": 2}']
+        "text",
+        [
+            "<tool_call>",
+            "<tool_call>{}",
+            "<tool_call>[1]</tool_call>",
+            '<tool_call>{"name": 1, "arguments": 2}',
+            "a \n",
+        ],
     )
     def test_what_is_no_call_stays_text(self, text):
         assert split_calls(text) == (text, [])

@@ -11,6 +11,7 @@ from telechat_mindie.engine.output import Output
 from telechat_mindie.engine.sampler import TokenLogprobs
 from telechat_mindie.server.answers import Answer, Renderer, request_id
 from telechat_mindie.server.fields import validate
+from telechat_mindie.server.formats.chat_parts import ChatParts, message
 from telechat_mindie.server.formats.logprobs import chat_content, completion_lists
 from telechat_mindie.server.formats.openai_requests import (
     ChatRequest,
@@ -20,11 +21,12 @@ from telechat_mindie.server.formats.openai_requests import (
     offered_tools,
     text_length,
 )
-from telechat_mindie.server.formats.tool_calls import ToolCallParser, split_calls
+from telechat_mindie.server.formats.tool_calls import ToolCallParser
 from telechat_mindie.server.formats.vllm import count_sequences
 from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
 from telechat_mindie.server.service import Service
+from telechat_mindie.text.thoughts import thought_parser, without_thoughts
 
 Fields = dict[str, Any]
 
@@ -67,24 +69,24 @@ class ChatRenderer(OpenAIRenderer):
     """A message, or its deltas.
 
     Args:
-        count: answers.
-        parse_tools: look for tool calls.
+        parts: of each answer's text.
     """
 
     kind = "chat.completion"
 
-    def __init__(self, service: Service, count: int, *, parse_tools: bool, with_logprobs: bool) -> None:
+    def __init__(self, service: Service, parts: Sequence[ChatParts], with_logprobs: bool) -> None:
         super().__init__(service, with_logprobs)
-        self._parsers = [ToolCallParser() for _ in range(count)] if parse_tools else []
+        self._parts = parts
         self._is_first = True
+        self._reported = [0] * len(parts)  # tokens of each answer whose log probabilities were sent
+        self._so_far: list[dict[str, str]] = [{} for _ in parts]  # texts of each answer, for fullTextEnabled
 
     def whole(self, answers: Sequence[Answer]) -> object:
         choices = []
-        for index, answer in enumerate(answers):
-            content, calls = split_calls(answer.text) if self._parsers else (answer.text, [])
-            message = {"role": "assistant", "content": content, "tool_calls": calls}
-            logprobs = self._logprobs(answer, len(answer.logprobs))
-            choices.append(_choice(index, "message", message, logprobs, _reason(answer, bool(calls))))
+        for index, (parts, answer) in enumerate(zip(self._parts, answers, strict=True)):
+            content = message(parts, answer.text)
+            logprobs = self._logprobs(answer, answer.logprobs)
+            choices.append(_choice(index, "message", content, logprobs, _reason(answer, parts.has_called)))
         return self._body(choices, answers)
 
     def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
@@ -93,31 +95,29 @@ class ChatRenderer(OpenAIRenderer):
             self._head["object"] = "chat.completion.chunk"
             for choice in range(len(answers)):
                 yield self._chunk(choice, {"content": ""})
-        answer = answers[index]
-        deltas = self._deltas(index, answer, output)
-        if not deltas and not answer.is_finished:
+        answer, parts = answers[index], self._parts[index]
+        deltas = [self._shown(index, delta) for delta in parts.put(output.text, is_last=answer.is_finished)]
+        if not deltas and parts.may_wait and not answer.is_finished:
             return
-        *earlier, last = deltas or [{"content": ""}]
+        *earlier, last = deltas or [self._shown(index, {"content": ""})]
         for delta in earlier:
             yield self._chunk(index, delta)
-        logprobs = self._logprobs(answer, len(output.logprobs))
+        logprobs = self._logprobs(answer, answer.logprobs[self._reported[index] :])
+        self._reported[index] = len(answer.logprobs)
         if not answer.is_finished:
             yield self._chunk(index, last, logprobs)
             return
-        called = bool(self._parsers) and self._parsers[index].found
-        event = self._chunk(index, last, logprobs, _reason(answer, called), [answer])
+        event = self._chunk(index, last, logprobs, _reason(answer, parts.has_called), [answer])
         yield event | {"full_text": answer.text} if self._full_text else event
 
-    def _deltas(self, index: int, answer: Answer, output: Output) -> list[Fields]:
-        if not self._parsers:
-            return [{"content": self.piece(answer, output)}]
-        parser = self._parsers[index]
-        pieces = [*parser.put(output.text), *(parser.flush() if answer.is_finished else ())]
-        # Behind a call, the template's line ends are no content.
-        texts_and_calls = [
-            piece for piece in pieces if not (isinstance(piece, str) and parser.found and piece.isspace())
-        ]
-        return [{"content": piece} if isinstance(piece, str) else {"tool_calls": [piece]} for piece in texts_and_calls]
+    def _shown(self, index: int, delta: Fields) -> Fields:
+        """The delta itself; with fullTextEnabled all of the text so far."""
+        if not self._full_text or "tool_calls" in delta:
+            return delta
+        ((name, text),) = delta.items()
+        texts = self._so_far[index]
+        texts[name] = texts.get(name, "") + text
+        return {name: texts[name]}
 
     def _chunk(
         self,
@@ -129,11 +129,10 @@ class ChatRenderer(OpenAIRenderer):
     ) -> Fields:
         return self._body([_choice(index, "delta", {"role": "assistant", **delta}, logprobs, reason)], counted)
 
-    def _logprobs(self, answer: Answer, count: int) -> Fields | None:
-        """Of the answer's last `count` tokens."""
+    def _logprobs(self, answer: Answer, reports: Sequence[TokenLogprobs]) -> Fields | None:
+        """Of the answer's last tokens, as many as there are reports."""
         if self._token_text is None:
             return None
-        reports = answer.logprobs[len(answer.logprobs) - count :]
         return {"content": chat_content(self._token_text, answer.token_ids, reports)}
 
 
@@ -185,14 +184,20 @@ def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
 def read_chat(service: Service, data: Fields) -> Job:
     body = validate(ChatRequest, data)
     _check(service, body)
-    turns, tools = conversation(body.messages), offered_tools(body, data.get("tools") or [])
+    turns = without_thoughts(conversation(body.messages), service.tokenizer.chat_template)
+    tools = offered_tools(body, data.get("tools") or [])
     count = count_sequences(body, equal_in_streams=True)
     top_logprobs = check_logprobs(body)
-    options: Fields = {"chat_template_kwargs": body.chat_template_kwargs}
+    options: Fields = {"chat_template_kwargs": body.chat_template_kwargs.model_dump(exclude_unset=True)}
     if tools:
         options["tools"] = tools
     prompt = service.encode_chat(turns, options, text_length(turns, tools))
-    renderer = ChatRenderer(service, count, parse_tools=bool(tools), with_logprobs=top_logprobs is not None)
+    parts = [
+        ChatParts(thought_parser(service.tokenizer, prompt), ToolCallParser() if tools else None) for _ in range(count)
+    ]
+    if parts[0].may_wait:  # tags may be special tokens; vLLM too keeps those for its parsers
+        body = body.model_copy(update={"skip_special_tokens": False})
+    renderer = ChatRenderer(service, parts, top_logprobs is not None)
     return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, top_logprobs)
 
 

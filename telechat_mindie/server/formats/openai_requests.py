@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from telechat_mindie.server.fields import RequestBody, TokenIds, utf16_length
 from telechat_mindie.server.formats.vllm import VllmSampling
@@ -56,6 +56,7 @@ class TextPart(RequestBody):
 class Message(RequestBody):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    reasoning_content: str | None = Field(default=None, description="an assistant's thought; for the chat template")
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Filled | None = None
 
@@ -64,6 +65,14 @@ class Message(RequestBody):
         if self.content is None or isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+
+class TemplateVariables(RequestBody):
+    """For the chat template; MindIE looks at the one that is named here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    enable_thinking: bool | None = Field(default=None, description="for templates that can open or omit a thought")
 
 
 class ChatRequest(VllmSampling):
@@ -76,7 +85,7 @@ class ChatRequest(VllmSampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
-    chat_template_kwargs: dict[str, Any] = Field(default={}, description="variables for the chat template")
+    chat_template_kwargs: TemplateVariables = TemplateVariables()
 
 
 class CompletionRequest(VllmSampling):
@@ -97,10 +106,12 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
         where, text = f"Parameter messages.{index}", message.text
         if message.role == "tool" and message.tool_call_id is None:
             raise invalid(f"{where}.tool_call_id is missing, which the role tool needs.")
-        has_calls = message.role == "assistant" and message.tool_calls
-        if not has_calls and (text is None or (message.role == "assistant" and not text)):
+        has_more = message.role == "assistant" and (message.tool_calls or message.reasoning_content)
+        if not has_more and (text is None or (message.role == "assistant" and not text)):
             raise invalid(f"{where}.content is missing or empty.")
         turn: dict[str, Any] = {"role": message.role, "content": text or ""}
+        if message.reasoning_content is not None:
+            turn["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
             turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         if message.tool_call_id is not None:

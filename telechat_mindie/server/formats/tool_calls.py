@@ -13,34 +13,26 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+from telechat_mindie.text.overlap import overlap
+
 BEGIN, END = "<tool_call>", "</tool_call>"
 _ID_LETTERS = string.ascii_letters + string.digits
-
-
-def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """The text of an answer without its tool calls, and those in OpenAI's form."""
-    parser = ToolCallParser()
-    content, calls = [], []
-    for piece in (*parser.put(text), *parser.flush()):
-        if isinstance(piece, str):
-            content.append(piece)
-        else:
-            calls.append({key: value for key, value in piece.items() if key != "index"})
-    # What stands around calls is nothing but the template's line ends.
-    return ("".join(content).strip() if calls else "".join(content)), calls
 
 
 class ToolCallParser:
     """Takes an answer's text in pieces of any size; gives content at once, and each call when it is complete.
 
     What looks like a call and is none (no JSON, no name) is content. A call that the answer's end leaves without its
-    closing tag counts, if its JSON is complete.
+    closing tag counts, if its JSON is complete. White space waits for text behind it: around calls it is nothing but
+    the template's line ends, which are no content.
     """
 
     def __init__(self) -> None:
         self._held = ""  # text that may be the beginning of a tag, or is inside of one
         self._is_inside = False
         self._count = 0
+        self._space = ""  # white space at the content's end
+        self._has_content = False
 
     @property
     def found(self) -> bool:
@@ -57,23 +49,41 @@ class ToolCallParser:
                 break
             before, self._held = self._held[:place], self._held[place + len(tag) :]
             if self._is_inside:
-                yield self._call(before) or f"{BEGIN}{before}{END}"
-            elif before:
-                yield before
+                yield from self._called(before, END)
+            else:
+                yield from self._content(before)
             self._is_inside = not self._is_inside
         if not self._is_inside:
-            kept = _overlap(self._held, BEGIN)
-            ready, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
-            if ready:
-                yield ready
+            kept = len(self._held) - overlap(self._held, BEGIN)
+            ready, self._held = self._held[:kept], self._held[kept:]
+            yield from self._content(ready)
 
     def flush(self) -> Iterator[str | dict[str, Any]]:
         """What is left at the answer's end."""
         held, self._held = self._held, ""
         if self._is_inside:
-            yield self._call(held) or BEGIN + held
-        elif held:
-            yield held
+            yield from self._called(held, "")
+        else:
+            yield from self._content(held)
+        if self._space and not self.found:
+            yield self._space
+
+    def _content(self, text: str) -> Iterator[str]:
+        text = self._space + text
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        if self.found and not self._has_content:
+            shown = shown.lstrip()
+        if shown:
+            self._has_content = True
+            yield shown
+
+    def _called(self, text: str, end: str) -> Iterator[str | dict[str, Any]]:
+        call = self._call(text)
+        if call is None:
+            yield from self._content(BEGIN + text + end)
+        else:
+            yield call
 
     def _call(self, text: str) -> dict[str, Any] | None:
         try:
@@ -93,8 +103,3 @@ class ToolCallParser:
                 "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
             },
         }
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` with which `tag` begins."""
-    return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)
