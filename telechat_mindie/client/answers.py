@@ -7,18 +7,16 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from telechat_mindie.client.dialects import Message, Sampling
 from telechat_mindie.errors import InputError
+from telechat_mindie.text.thoughts import Piece, ThoughtParser, thought_parser
 
-if TYPE_CHECKING:
-    pass
-
-Emit = Callable[[str], object]
-"""Takes the next piece of an answer's text."""
+Emit = Callable[[Piece], object]
+"""Takes the next piece of an answer, or of the thought before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +93,16 @@ class LocalAnswers:
         from telechat_mindie.engine.output import FinishReason
 
         prompt_ids = self._local.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        thoughts = thought_parser(self._local.tokenizer, prompt_ids)
+        # A thought's tags may be special tokens.
+        params = replace(self._params, skip_special_tokens=not thoughts.expected)
         # Closed, so that an interrupt frees its blocks.
-        with contextlib.closing(self._local.engine.generate(prompt_ids, self._params)) as outputs:
+        with contextlib.closing(self._local.engine.generate(prompt_ids, params)) as outputs:
             for output in outputs:
-                emit(output.text)
+                for piece in thoughts.put(output.text):
+                    emit(piece)
+        for piece in thoughts.flush():
+            emit(piece)
         if output.error:
             raise InputError(output.error)
         timings = output.timings
@@ -145,18 +149,24 @@ class RemoteAnswers:
     async def _answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
         begin = time.monotonic()
         first = None
+        thoughts = ThoughtParser()  # MindIE's ms backend leaves the tags in the text
         reason = prompt_tokens = generated_tokens = None
         async with (
             self._client as client,
             contextlib.aclosing(client.stream(self._dialect, messages, self._sampling)) as deltas,
         ):
             async for delta in deltas:
-                if delta.text and first is None:
+                if (delta.text or delta.thought) and first is None:
                     first = time.monotonic()
-                emit(delta.text)
+                if delta.thought:
+                    emit(Piece(delta.thought, is_thought=True))
+                for piece in thoughts.put(delta.text):
+                    emit(piece)
                 reason = delta.finish_reason or reason
                 prompt_tokens = delta.prompt_tokens or prompt_tokens
                 generated_tokens = delta.generated_tokens or generated_tokens
+        for piece in thoughts.flush():
+            emit(piece)
         end = time.monotonic()
         return Figures(
             first_seconds=(first or end) - begin,

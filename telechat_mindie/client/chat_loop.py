@@ -10,10 +10,12 @@ from collections.abc import Callable
 from telechat_mindie.client.answers import Answers
 from telechat_mindie.client.dialects import Message
 from telechat_mindie.errors import InputError, TelechatMindieError
+from telechat_mindie.text.thoughts import Piece, without_thought
 
 HELP = """\
 /system TEXT   set the system text; without a text, go back to the chat template's own
 /history       print the conversation
+/thought       print what the last answer thought before it spoke
 /reset         forget the conversation; the system text stays
 /help          print this
 /exit          end, as Ctrl-D does
@@ -40,11 +42,13 @@ class ChatLoop:
     def __init__(self, answers: Answers, system: str | None) -> None:
         self._answers = answers
         self._system = system
-        self._turns: list[Message] = []  # user and assistant by turns
+        self._turns: list[Message] = []  # user and assistant by turns, without thoughts
+        self._thought = ""
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._commands: dict[str, Callable[[str], object]] = {
             "/system": self._set_system,
             "/history": self._print_history,
+            "/thought": lambda _: print(self._shown(self._thought.strip())),
             "/reset": self._reset,
             "/help": lambda _: print(HELP),
         }
@@ -117,10 +121,22 @@ class ChatLoop:
         command(argument.strip())
 
     def _ask(self, question: str) -> None:
-        pieces: list[str] = []
+        answer = ""
+        thoughts: list[str] = []
 
-        def emit(text: str) -> None:
-            pieces.append(text)
+        def emit(piece: Piece) -> None:
+            nonlocal answer
+            if piece.is_thought:
+                if not thoughts:
+                    self._fold("(thinking...)")
+                thoughts.append(piece.text)
+                return
+            text = piece.text
+            if thoughts and not answer:
+                text = text.lstrip()  # the line ends behind the thought
+                if text:
+                    self._fold(f"\r(thought for {len(thoughts)} tokens)\n")
+            answer += text
             print(self._shown(text), end="", flush=True)
 
         try:
@@ -132,12 +148,13 @@ class ChatLoop:
             self._note("stopped")
             figures = None
         except TelechatMindieError:
-            if any(pieces):
+            if answer or (thoughts and self._interactive):
                 print()
             raise
         else:
             print()
-        answer = "".join(pieces)
+        self._thought = "".join(thoughts)
+        answer = answer if thoughts else without_thought(answer)
         if answer:
             self._turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if figures is not None and self._interactive:
@@ -159,6 +176,11 @@ class ChatLoop:
         """What was said so far."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         return [*system, *self._turns]
+
+    def _fold(self, text: str) -> None:
+        """Show a terminal what stands for a thought; a pipe gets answers alone."""
+        if self._interactive:
+            print(text, end="", flush=True)
 
     def _note(self, text: str) -> None:
         if self._interactive:

@@ -47,12 +47,14 @@ class Delta:
 
     Attributes:
         text: new text, which may be empty.
+        thought: new text of the thought before the answer, where the service tells them apart.
         finish_reason: why the answer ended, on its last event.
         prompt_tokens: length of the prompt, where the service tells it (on the last event).
         generated_tokens: length of the answer, likewise.
     """
 
     text: str = ""
+    thought: str = ""
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
@@ -101,8 +103,10 @@ class OpenAIChat:
         usage = data.get("usage") or {}
         choices = data.get("choices") or [{}]  # the usage may come in a chunk without choices
         try:
+            delta = choices[0].get("delta") or {}
             return Delta(
-                text=(choices[0].get("delta") or {}).get("content") or "",
+                text=delta.get("content") or "",
+                thought=delta.get("reasoning_content") or "",
                 finish_reason=choices[0].get("finish_reason"),
                 prompt_tokens=usage.get("prompt_tokens"),
                 generated_tokens=usage.get("completion_tokens"),

@@ -67,9 +67,9 @@ async def send(client: MindieClient, dialect: Dialect, item: Item, sampling: Sam
     try:
         async with contextlib.aclosing(client.stream(dialect, item.prompt, sampling)) as deltas:
             async for delta in deltas:
-                if delta.text:
+                if text := delta.thought + delta.text:
                     record.texts.append(time.perf_counter())
-                    pieces.append(delta.text)
+                    pieces.append(text)
                 if delta.prompt_tokens is not None:
                     record.prompt_tokens = delta.prompt_tokens
                 if delta.generated_tokens is not None:

@@ -178,6 +178,54 @@ def test_a_terminal():
         assert terminal.returncode() == 0
 
 
+THINKING = {
+    "told apart": (["想", "\x1b[31m一想"], ["\n\n", "好"]),
+    "tags in the text": ([], ["<thi", "nk>想", "一想</thi", "nk>\n\n", "好"]),
+}
+
+
+@pytest.mark.parametrize(("thoughts", "pieces"), THINKING.values(), ids=THINKING)
+def test_a_pipe_gets_no_thoughts_and_sends_none(thoughts, pieces):
+    with FakeMindie(thoughts=thoughts, pieces=pieces) as fake:
+        done = pipe("one\ntwo\n", fake.url)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "好\n好\n", "")
+        history = fake.bodies("/v1/chat/completions")[1]["messages"]
+    assert [message["content"] for message in history] == ["one", "好", "two"]
+
+
+def test_a_thought_without_its_opening_tag_is_not_sent_again():
+    with FakeMindie(pieces=["想\n</thi", "nk>\n\n好"]) as fake:
+        pipe("one\ntwo\n", fake.url)
+        history = fake.bodies("/v1/chat/completions")[1]["messages"]
+    assert [message["content"] for message in history] == ["one", "好", "two"]
+
+
+def test_a_terminal_folds_a_thought():
+    thoughts, pieces = THINKING["told apart"]
+    with FakeMindie(thoughts=thoughts, pieces=pieces) as fake, Terminal(fake.url) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("hi\n")
+        shown = terminal.wait_for("> ")
+        assert "(thinking...)\r(thought for 2 tokens)\r\n好\r\n" in shown and "想" not in shown
+        terminal.type("/thought\n")
+        assert "想\ufffd[31m一想\r\n" in terminal.wait_for("> ")
+        fake.pieces = []  # the answer ends inside its thought
+        terminal.type("again\n")
+        shown = terminal.wait_for("> ")
+        assert "(thinking...)\r\n" in shown and "first after" in shown
+        terminal.type("/history\n")
+        assert "user: hi\r\nassistant: 好\r\n" in terminal.wait_for("> ")
+
+
+def test_the_embedded_engine_tells_a_thought_apart(model_path, monkeypatch):
+    answers = LocalAnswers(model_path, Sampling())
+    template = "{% for m in messages %}<_user>{{ m.content }}{% endfor %}<_bot><think>\n"
+    monkeypatch.setattr(answers._local.tokenizer, "chat_template", template)
+    pieces = []
+    answers.answer([{"role": "user", "content": "你好"}], pieces.append)
+    assert pieces and all(piece.is_thought for piece in pieces)  # nano ends it nowhere
+
+
 def test_an_interrupt_ends_the_answer_and_not_the_chat():
     with FakeMindie(pieces=["x"] * 500, delay=0.02) as fake, Terminal(fake.url) as terminal:
         terminal.wait_for("> ")
@@ -210,8 +258,8 @@ def test_an_interrupt_gives_the_blocks_back(model_path):
     messages = [{"role": "user", "content": "生抽与老抽的区别？"}]
     pieces = []
 
-    def interrupt(text):
-        pieces.append(text)
+    def interrupt(piece):
+        pieces.append(piece.text)
         if len(pieces) == 5:
             raise KeyboardInterrupt
 
@@ -221,7 +269,7 @@ def test_an_interrupt_gives_the_blocks_back(model_path):
     assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
     whole = []
     figures = answers.answer(messages, whole.append)
-    assert "".join(whole).startswith("".join(pieces)) and not figures.cut
+    assert "".join(piece.text for piece in whole).startswith("".join(pieces)) and not figures.cut
     assert figures.prompt_tokens > 0 and 0 < figures.first_seconds < figures.seconds
 
 

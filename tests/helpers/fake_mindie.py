@@ -17,6 +17,7 @@ class FakeMindie:
 
     page: Path | None = None
     pieces: list[str] = field(default_factory=lambda: ["你", "好", "，世界"])
+    thoughts: list[str] = field(default_factory=list)  # come before the pieces, in a chat as reasoning_content
     delay: float = 0.0  # seconds before each piece
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> status and body, in the answer's place
     usage: bool = True
@@ -112,14 +113,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, json.dumps({"error": "no such route", "error_type": "NotFoundError"}))
 
     def _pieces(self, most):
-        count = len(self.fake.pieces) if most is None else min(most, len(self.fake.pieces))
-        for number, piece in enumerate(self.fake.pieces[:count], 1):
+        pieces = [*self.fake.thoughts, *self.fake.pieces]
+        count = len(pieces) if most is None else min(most, len(pieces))
+        for number, piece in enumerate(pieces[:count], 1):
             time.sleep(self.fake.delay)
             with self.fake._lock:
                 self.fake.generated += 1
             reason = None
             if number == count:
-                reason = "stop" if count == len(self.fake.pieces) else "length"
+                reason = "stop" if count == len(pieces) else "length"
             yield number, piece, reason
 
     def _chat(self, body):
@@ -128,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         yield json.dumps({**chunk, "choices": [first]})
         for number, piece, reason in self._pieces(body.get("max_tokens")):
-            choice = {"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": reason}
+            name = "reasoning_content" if number <= len(self.fake.thoughts) else "content"
+            choice = {"index": 0, "delta": {"role": "assistant", name: piece}, "finish_reason": reason}
             usage = {"prompt_tokens": prompt, "completion_tokens": number, "total_tokens": prompt + number}
             yield json.dumps({**chunk, "choices": [choice], **({"usage": usage} if reason and self.fake.usage else {})})
         yield "[DONE]"
