@@ -206,6 +206,49 @@ def test_text_is_never_markup(fake, visit):
     assert "/pwned" not in [path for path, _ in fake.requests]
 
 
+@pytest.mark.parametrize(
+    ("thoughts", "pieces"),
+    [
+        (["想\n", HOSTILE], ["\n\n", "好 </think>"]),
+        ([], ["<thi", "nk>想\n", HOSTILE, "</th", "ink>\n\n好 </think>"]),
+        ([], ["想\n", HOSTILE, "\n</think>", "\n\n好 </think>"]),  # the prompt had the opening tag
+    ],
+    ids=["told apart", "tags", "closing tag"],
+)
+def test_a_thought_is_folded(fake, visit, thoughts, pieces):
+    fake.thoughts, fake.pieces = thoughts, pieces
+    page = visit()
+    answer = ask(page, "one")
+    assert answer.locator(".text").text_content() == "好 </think>"
+    thought = answer.locator("details.thought")
+    assert thought.evaluate("details => details.open") is False
+    assert re.fullmatch(r"Thought for \d+ s", thought.locator("summary").text_content())
+    thought.locator("summary").click()
+    assert thought.locator("div").is_visible() and thought.locator("div").text_content() == f"想\n{HOSTILE}"
+    assert page.locator("#log img, #log script").count() == 0 and page.evaluate("window.pwned") is None
+    page.get_by_role("button", name="中文").click()
+    assert thought.locator("summary").text_content().startswith("已思考")
+    ask(page, "two")
+    assert [message["content"] for message in asked(fake)[1]["messages"]] == ["one", "好 </think>", "two"]
+
+
+def test_a_thought_shows_that_it_goes_on(fake, visit):
+    fake.thoughts, fake.pieces, fake.delay = ["想"] * 100, ["好"], 0.02
+    page = visit()
+    page.get_by_role("textbox", name="Ask something").fill("long")
+    page.keyboard.press("Enter")
+    wait_until(page, "document.querySelector('.thought div').textContent.length >= 3")
+    assert page.locator(".thought summary").text_content().startswith("Thinking… ")
+    assert page.locator(".assistant .text").text_content() == ""
+    page.keyboard.press("Escape")  # an answer that ends inside its thought
+    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
+    assert page.locator(".thought summary").text_content().startswith("Thought for ")
+    fake.thoughts, fake.delay = [], 0
+    answer = ask(page, "again")
+    assert answer.locator(".thought").is_hidden()
+    assert [message["content"] for message in asked(fake)[1]["messages"]] == ["again"]
+
+
 def test_faults_are_said(fake, visit):
     fake.faults["/v1/chat/completions"] = (503, '{"error": "queue is full", "error_type": "Service Unavailable"}')
     page = visit()
