@@ -251,6 +251,15 @@ class TestRoutes:
         assert found == {"role": "assistant", "content": CALL, "tool_calls": []} and reason == "stop"
 
 
+def test_a_developer_is_the_system():
+    prompts = []
+    for role in ("system", "developer"):
+        server = Scripted()
+        server.chat("好", False, [{"role": role, "content": "简短"}, {"role": "user", "content": "你好"}])
+        prompts.append(server.prompt)
+    assert prompts[0] == prompts[1] and "简短" in prompts[0]
+
+
 def test_every_event_repeats_the_text_where_the_service_says_so():
     found, _ = Scripted(OPENS, full_text=True).chat("想一想</think>你好", stream=True)
     assert (found["reasoning_content"], found["content"]) == ("想一想", "你好")

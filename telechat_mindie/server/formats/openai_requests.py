@@ -54,7 +54,7 @@ class TextPart(RequestBody):
 
 
 class Message(RequestBody):
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = Field(default=None, description="an assistant's thought; for the chat template")
     tool_calls: list[ToolCall] | None = None
@@ -109,7 +109,9 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
         has_more = message.role == "assistant" and (message.tool_calls or message.reasoning_content)
         if not has_more and (text is None or (message.role == "assistant" and not text)):
             raise invalid(f"{where}.content is missing or empty.")
-        turn: dict[str, Any] = {"role": message.role, "content": text or ""}
+        # OpenAI's clients have another name for the system's role, which templates do not know.
+        role = "system" if message.role == "developer" else message.role
+        turn: dict[str, Any] = {"role": role, "content": text or ""}
         if message.reasoning_content is not None:
             turn["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
