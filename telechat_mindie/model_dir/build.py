@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -25,10 +24,10 @@ from telechat_mindie.model_dir.generation import Generation, read_generation
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
-from telechat_mindie.reading import read_json, refuse_lfs_pointer
+from telechat_mindie.reading import read_json, read_text, refuse_lfs_pointer
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
-from telechat_mindie.text.settings import BARE_PROMPT_MODES, constructor_arguments
+from telechat_mindie.text.settings import BARE_PROMPT_MODES, TEMPLATE_BYTES, TEMPLATE_FILES
 from telechat_mindie.variants import label_for
 
 _TOKENIZER_BYTES = 64 << 20
@@ -72,8 +71,7 @@ def build(
     check_computation(source.config, checkpoint / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = _check_lengths(options, source.config)
-    tokenizer_model, tokenizer_settings = read_tokenizer(checkpoint, source.config, options.bare_prompt)
-    tokenizer_files = {"tokenizer.model": tokenizer_model, "tokenizer_config.json": dump_json(tokenizer_settings)}
+    tokenizer_files, tokenizer_settings = read_tokenizer(checkpoint, source.config, options.bare_prompt)
     generation = read_generation(checkpoint, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
     config = replace(source.config, eos_token_id=generation.eos_token_id)
@@ -113,9 +111,12 @@ def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     return max_seq_len
 
 
-def read_tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -> tuple[bytes, dict[str, Any]]:
-    """tokenizer.model as it is, and tokenizer_config.json with our switches; refused where no tokenizer comes of it."""
-    from telechat_mindie.text.tokenizer import TelechatTokenizer
+def read_tokenizer(
+    checkpoint: Path, config: TelechatConfig, bare_prompt: str
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """tokenizer.model and template files as they are, and tokenizer_config.json with our switches; also its content.
+    Refused where they do not work."""
+    from telechat_mindie.text.trial import try_tokenizer
 
     path, config_path = checkpoint / "tokenizer.model", checkpoint / "tokenizer_config.json"
     if not path.is_file():
@@ -127,15 +128,12 @@ def read_tokenizer(checkpoint: Path, config: TelechatConfig, bare_prompt: str) -
     given = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
     given = {key: value for key, value in given.items() if value is not None and key != "auto_map"}
     settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}
-    TelechatTokenizer(path, vocab_size=config.vocab_size)
-    try:
-        arguments = constructor_arguments(settings, config_path)
-        tokenizer = TelechatTokenizer(path, vocab_size=config.vocab_size, **arguments)
-        with contextlib.suppress(InputError):  # a template may refuse this conversation and take others
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    except TokenizerError as error:
-        raise TokenizerError(str(error), where=config_path) from None
-    return model, settings
+    try_tokenizer(checkpoint, config.vocab_size, settings)
+    files = {"tokenizer.model": model, "tokenizer_config.json": dump_json(settings)}
+    for name in TEMPLATE_FILES:
+        if (checkpoint / name).exists():
+            files[name] = read_text(checkpoint / name, TEMPLATE_BYTES).encode()
+    return files, settings
 
 
 def _render(

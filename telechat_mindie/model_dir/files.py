@@ -13,10 +13,12 @@ from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, section
 from telechat_mindie.model_dir.modes import file_status
 from telechat_mindie.model_dir.parts import Parts
+from telechat_mindie.text.settings import TEMPLATE_FILES
 
 REQUIRED = ("config.json", "tokenizer.model", "tokenizer_config.json")
 
-EDITABLE = (".json", ".yaml", ".yml")
+_YAMLS = (".yaml", ".yml")
+EDITABLE = (".json", ".jinja", *_YAMLS)
 """What a person may change after a build, within what the other rules allow."""
 
 CHUNK = 8 << 20
@@ -68,8 +70,12 @@ def check_files(parts: Parts) -> Iterator[Finding]:
         if status.st_size != entry.nbytes:
             message = f"has {status.st_size} bytes, {entry.nbytes} when it was built"
             found.append(error("size", parts.path / name, message, REBUILD))
-    # A second yaml has a rule of its own.
-    strange = {name for name in extra if name not in listed and not ("/" not in name and name.endswith(EDITABLE[1:]))}
+    # A second yaml has a rule of its own, and a model may be given its template later.
+    strange = {
+        name
+        for name in extra
+        if name not in listed and name not in TEMPLATE_FILES and not ("/" not in name and name.endswith(_YAMLS))
+    }
     if weights := {name for name in strange if name.endswith(".safetensors")}:
         message = f"holds weights that build did not write: {name_some(weights)}"
         advice = "Move them away: every safetensors file of a rank's folder is loaded."

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.text.control_tokens import CONTROL_IDS
@@ -38,12 +39,23 @@ class Detokenizer:
         hide_turn: never print the `<_bot>` that opens an answer, nor `<_end>` and `<_pad>` that close it. MindIE asks
             for control tokens to be skipped only where a request says so, which a TGI request cannot, and counts the
             closing token as part of the answer.
+        as_transformers: where a text begins, and so drops the space that `encode` put there. False: behind every
+            special token. True, as transformers with the published tokenizer class: at the very beginning, and behind
+            the last special token that is printed. One difference is wanted: an answer begins behind `<_bot>`, and
+            no answer begins with a space.
     """
 
-    def __init__(self, vocabulary: Vocabulary, special_ids: frozenset[int], hide_turn: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        special_ids: frozenset[int],
+        hide_turn: bool = False,
+        as_transformers: bool = False,
+    ) -> None:
         self.vocabulary = vocabulary
         self.special_ids = special_ids
         self.hide_turn = hide_turn
+        self.as_transformers = as_transformers
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of ids; a *slice* of a one-dimensional numpy array is read as a window of that array.
@@ -67,11 +79,20 @@ class Detokenizer:
         """
         ids = to_ids(token_ids)
         decoder = StreamDecoder(self, skip_special_tokens)
-        context = _tokens_before(token_ids)
-        if context is None:
-            return decoder.put(ids) + decoder.flush()
-        # What is cut off on the left of the context cannot matter: UTF-8 shows where a character begins, and three
-        # tokens reach back to the first byte of any that ends in the slice.
+        before = _tokens_before(token_ids)
+        if before is None:
+            last = 0
+            if self.as_transformers and not skip_special_tokens:
+                last = next((at for at in range(len(ids), 0, -1) if ids[at - 1] in self.special_ids), 0)
+            head = decoder.put(ids[:last])
+            if last:
+                decoder.begin_text()
+            return head + decoder.put(ids[last:]) + decoder.flush()
+        context = before[-_MAX_CONTEXT:].tolist()
+        if any(index not in self.special_ids for index in before[:-_MAX_CONTEXT]):
+            decoder.continue_text()
+        # Nothing else that is cut off on the left of the context can matter: UTF-8 shows where a character begins, and
+        # three tokens reach back to the first byte of any that ends in the slice.
         decoder.put(index for index in context if 0 <= index < self.vocabulary.size)
         return decoder.put(ids)
 
@@ -79,15 +100,23 @@ class Detokenizer:
 class StreamDecoder:
     """Decodes an answer token by token, and never emits a part of a character.
 
-    The texts of all `put` and the final `flush` add up to what `Detokenizer.decode` makes of all ids at once.
+    The texts of all `put` and the final `flush` add up to what `Detokenizer.decode` makes of all ids at once; but where
+    that drops a space behind the last special token, a stream, which does not know it for the last, prints it.
 
-    A text begins at the first token, and again after each control token; there a leading space is sentencepiece's
-    dummy prefix, which `encode` put there, and is dropped.
+    Where a text begins, a leading space is sentencepiece's dummy prefix, which `encode` put there, and is dropped.
+
+    Args:
+        detokenizer: whose rules hold.
+        skip_special_tokens: leave special tokens out.
+        keep: ids of special tokens that are printed nevertheless.
     """
 
-    def __init__(self, detokenizer: Detokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()
+    ) -> None:
         self._detokenizer = detokenizer
         self._skip = skip_special_tokens
+        self._keep = keep
         self._reset()
 
     def put(self, ids: Iterable[int]) -> str:
@@ -107,8 +136,17 @@ class StreamDecoder:
     def _reset(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="telechat_mindie.replace_each_byte")
         self._is_empty = True  # no token yet
-        self._at_run_start = True
+        self._has_text = False
+        self._at_text_start = True
         self._closing = ""  # tokens that close the answer, unless more follows
+
+    def begin_text(self) -> None:
+        """What follows begins a text."""
+        self._at_text_start = True
+
+    def continue_text(self) -> None:
+        """There was text before all of this."""
+        self._has_text, self._at_text_start = True, False
 
     def _put_one(self, index: int) -> str:
         piece = self._detokenizer.vocabulary.piece(index)
@@ -116,13 +154,17 @@ class StreamDecoder:
         if index not in self._detokenizer.special_ids:
             if piece.is_control:
                 return ""
-            data = piece.data[1:] if self._at_run_start and piece.opens_word else piece.data
-            self._at_run_start = False
+            data = piece.data[1:] if self._at_text_start and piece.opens_word else piece.data
+            self._at_text_start, self._has_text = index in self._detokenizer.vocabulary.added, True
             before, self._closing = self._closing, ""
             return before + self._utf8.decode(data)
-        self._at_run_start = True
         cut_off = self._utf8.decode(b"", final=True)
-        if self._skip:
+        is_skipped = self._skip and index not in self._keep
+        if not self._detokenizer.as_transformers or index == BOT_ID:
+            self._at_text_start = True
+        else:
+            self._at_text_start = is_skipped and not self._has_text
+        if is_skipped:
             return cut_off
         name = piece.data.decode()
         if self._detokenizer.hide_turn:
@@ -131,6 +173,7 @@ class StreamDecoder:
             if index in CLOSING_IDS:
                 self._closing += name
                 return cut_off
+        self._has_text = True
         before, self._closing = self._closing, ""
         return cut_off + before + name
 
@@ -150,8 +193,8 @@ def to_ids(token_ids: Any) -> list[int]:
         ) from None
 
 
-def _tokens_before(token_ids: Any) -> list[int] | None:
-    """Up to three ids before a slice of a one-dimensional array; None for anything else."""
+def _tokens_before(token_ids: Any) -> NDArray[Any] | None:
+    """The ids before a slice of a one-dimensional array; None for anything else."""
     whole = token_ids.base if isinstance(token_ids, np.ndarray) else None
     if (
         not isinstance(whole, np.ndarray)
@@ -161,6 +204,4 @@ def _tokens_before(token_ids: Any) -> list[int] | None:
         or whole.strides != token_ids.strides
     ):
         return None
-    start = (token_ids.ctypes.data - whole.ctypes.data) // whole.itemsize
-    before: list[int] = whole[max(0, start - _MAX_CONTEXT) : start].tolist()
-    return before
+    return whole[: (token_ids.ctypes.data - whole.ctypes.data) // whole.itemsize]

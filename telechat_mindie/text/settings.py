@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from telechat_mindie.errors import TokenizerError, name_some
-from telechat_mindie.reading import read_json
+from telechat_mindie.reading import read_json, read_text
 
 CONTROL_TOKEN_MODES = ("ids", "published")
 BARE_PROMPT_MODES = ("chat", "raw")
@@ -19,6 +19,8 @@ Choice = TypeVar("Choice", str, bool)
 SETTINGS = (
     "add_bos_token",
     "add_eos_token",
+    "added_tokens_decoder",
+    "additional_special_tokens",
     "bare_prompt",
     "bos_token",
     "chat_template",
@@ -29,54 +31,82 @@ SETTINGS = (
     "pad_token",
     "sp_model_kwargs",
     "turn_tokens",
+    "unk_token",
 )
 """Keys of a tokenizer_config.json that mean something here. Files by others hold many more."""
 
 _COMMON_ARGUMENTS = """
-    _commit_hash _from_auto added_tokens_decoder additional_special_tokens auto_map bot_token cache_dir call_end_token
+    _commit_hash _from_auto auto_map bot_token cache_dir call_end_token
     call_start_token code_revision fast_tokenizer force_download legacy local_files_only name_or_path padding_side
     processor_class repo_end_token repo_start_token revision spaces_between_special_tokens special_tokens_map_file
     split_special_tokens subfolder sys_token token tokenizer_class tokenizer_file truncation_side trust_remote_code type
-    unk_token use_fast usr_token verbose
+    use_fast usr_token verbose
 """
 WITHOUT_EFFECT = frozenset(_COMMON_ARGUMENTS.split())
 """Arguments that Hugging Face or mindformers give to any tokenizer, and that change nothing for this one."""
 
 
+DEFAULT, WITH_TOOLS = "default", "tool_use"
+"""Names of chat templates that transformers chooses by itself."""
+
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""What transformers writes beside tokenizer_config.json; the first that is there wins, over that file too."""
+
+
+TEMPLATE_BYTES = 1 << 20
+
+
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Constructor arguments from the tokenizer_config.json and config.json of a directory, either of which may lack.
+    """Constructor arguments from a directory's tokenizer_config.json, template files and config.json, if there.
 
     Raises:
         ConfigError: a file that cannot be read.
-        TokenizerError: a chat_template that is neither Jinja source nor a list that names a default.
+        TokenizerError: a chat template that is neither Jinja source nor named ones with a default.
     """
-    settings: dict[str, Any] = {}
-    if (file := directory / "tokenizer_config.json").exists():
-        settings = constructor_arguments(read_json(file), file)
+    file = directory / "tokenizer_config.json"
+    settings = constructor_arguments(read_json(file) if file.exists() else {}, directory)
     if (file := directory / "config.json").exists():
         settings["vocab_size"] = read_json(file).get("vocab_size")
     return settings
 
 
-def constructor_arguments(written: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The settings in the content of a tokenizer_config.json.
+def constructor_arguments(written: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The settings in the content of a tokenizer_config.json, with the chat template that wins in its directory.
 
     Raises:
-        TokenizerError: a chat_template that is neither Jinja source nor a list that names a default.
+        ConfigError: a template file that cannot be read.
+        TokenizerError: a chat template that is neither Jinja source nor named ones with a default.
     """
     settings = {key: written[key] for key in SETTINGS if written.get(key) is not None}
-    settings["chat_template"] = _default_template(settings.get("chat_template"), file)
+    source, file = settings.pop("chat_template", None), template_file(directory)
+    if file is not None:
+        is_json = file.suffix == ".json"
+        source = read_json(file, TEMPLATE_BYTES).get("chat_template") if is_json else read_text(file, TEMPLATE_BYTES)
+    if source is not None:
+        settings["chat_template"] = named_templates(source, file or directory / "tokenizer_config.json")
     return settings
 
 
-def _default_template(template: object, file: Path) -> object:
-    """Of several templates ({"name", "template"} each, as Hugging Face writes them) the one named default."""
-    if not isinstance(template, list):
-        return template
-    named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if "default" not in named:
-        raise TokenizerError("names no default chat_template", where=file, found=name_some(named) or "no name")
-    return named["default"]
+def template_file(directory: Path) -> Path | None:
+    """The file that holds a directory's chat template; None where tokenizer_config.json may hold it."""
+    return next((file for name in TEMPLATE_FILES if (file := directory / name).exists()), None)
+
+
+def named_templates(source: object, where: object) -> dict[str, str]:
+    """Chat templates by name, from Jinja source, or from transformers' list or object of several.
+
+    Raises:
+        TokenizerError: none of these, or no template named default.
+    """
+    if isinstance(source, str):
+        source = {DEFAULT: source}
+    elif isinstance(source, list):
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if not isinstance(source, Mapping) or not all(isinstance(text, str) for text in source.values()):
+        raise TokenizerError("has a chat_template that is no text", where=where, expected="Jinja source", found=source)
+    if DEFAULT not in source:
+        raise TokenizerError("names no default chat_template", where=where, found=name_some(source) or "no name")
+    return dict(source)
 
 
 def check_choice(name: str, value: Choice, allowed: tuple[Choice, ...]) -> Choice:
@@ -102,9 +132,13 @@ def check_token(name: str, given: object, token: str) -> None:
     Raises:
         TokenizerError: another token.
     """
-    content = given.get("content") if isinstance(given, Mapping) else getattr(given, "content", given)
-    if content != token:
+    if (content := token_text(given)) != token:
         raise TokenizerError("is not TeleChat2's", where=name, expected=token, found=repr(content))
+
+
+def token_text(given: object) -> object:
+    """What a token is written as: a string, an AddedToken (of any library), or the JSON of one."""
+    return given.get("content") if isinstance(given, Mapping) else getattr(given, "content", given)
 
 
 def check_exact(clean_up_tokenization_spaces: object, sp_model_kwargs: object) -> None:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from telechat_mindie.errors import InputError, TokenizerError
 from telechat_mindie.text import settings
-from telechat_mindie.text.chat_template import check_text, default_template, render, unmask
-from telechat_mindie.text.control_tokens import CONTROL_IDS, PUBLISHED_IDS, Run, holds_control, split, split_published
+from telechat_mindie.text.chat_template import default_template, render
+from telechat_mindie.text.control_tokens import PUBLISHED_TOKENS, TURN_TOKENS, ControlTokens, Run
+from telechat_mindie.text.conversation import check_text, read_conversation
 from telechat_mindie.text.detokenizer import Detokenizer, StreamDecoder, to_ids
+from telechat_mindie.text.masking import Mask, unmask
 from telechat_mindie.text.vocabulary import UNKNOWN_ID, Vocabulary
 
 
@@ -26,17 +28,21 @@ class TelechatTokenizer:
     the tokens spelt out in letters. `model.chat()` of the published code does not notice, since it inserts the ids 4
     and 5 itself, but a server that is handed a rendered prompt does. Here `<_start> <_end> <_pad> <_user> <_bot>
     <_system>` in a prompt become the ids 1 to 6 (`control_tokens="ids"`). `"published"` splits as the published files
-    do. `<tool_call>` and its like are ordinary text in both: mindformers gives them new ids, which lie beyond the
-    embedding of the published weights. `<_unk>` is id 0 in both (the published config names `<_end>` there); with
-    byte fallback no text needs it.
+    do. `<_unk>` is id 0 in both (the published config names `<_end>` there); with byte fallback no text needs it.
+
+    **Added tokens.** The files of 3B and 7B name tokens in `added_tokens_decoder`, among them `<tool_call>` (9) to
+    `</tool_response>` (12) over other names in tokenizer.model. Where there is such a list it says which strings are
+    tokens, and how (single_word, lstrip, rstrip), as in transformers; the six count besides, unless `control_tokens` is
+    "published". Ids without an embedding are skipped. What a template writes counts as a token in any case.
 
     **Text between control tokens** is encoded run by run, so each run begins with sentencepiece's dummy space. That is
     what the model was trained on: Tele-AI/TeleChat2 deepspeed/train.py and mindformers' telechat_preprocess.py join
-    `[user] + tokenizer(question) + [bot] + tokenizer(answer) + [end]`. `decode` drops that space again at the start of
-    a run, and so also from the answer's first word: `decode(encode(text)) == text` for every text without U+2581,
-    which is sentencepiece's own sign for a space.
+    `[user] + tokenizer(question) + [bot] + tokenizer(answer) + [end]`. `decode` drops that space again where a text
+    begins (text/detokenizer.py says where), and so from the answer's first word. Without added tokens it does so behind
+    each control token, and `decode(encode(text)) == text` for every text without U+2581, which is sentencepiece's own
+    sign for a space.
 
-    **Injection.** `apply_chat_template` makes control ids only of what the template wrote (text/chat_template.py has
+    **Injection.** `apply_chat_template` makes control ids only of what the template wrote (text/masking.py has
     the argument), and `encode(text, allow_control=False)` of nothing.
 
     **Bare prompts.** MindIE's TGI, vLLM and native routes and /v1/completions hand over plain text and know no
@@ -54,7 +60,9 @@ class TelechatTokenizer:
     Args:
         vocab_file: the `tokenizer.model`.
         vocab_size: rows of the model's embedding. No id that is returned reaches it.
-        chat_template: Jinja source; None for the package's own.
+        added_tokens_decoder: tokens by id, as in a tokenizer_config.json.
+        chat_template: Jinja source, or several by name: `default`, and `tool_use` for conversations with tools; None
+            for the package's own.
         control_tokens: "ids" or "published".
         bare_prompt: "chat" or "raw".
         turn_tokens: "hide" or "show"; None hides them where bare prompts become chat prompts.
@@ -63,6 +71,8 @@ class TelechatTokenizer:
         bos_token: must be `<_start>`; also as an AddedToken, or as its JSON.
         eos_token: must be `<_end>`.
         pad_token: must be `<_pad>`.
+        unk_token: for templates alone.
+        additional_special_tokens: for templates alone.
         model_max_length: kept for callers, never enforced.
         clean_up_tokenization_spaces: must be false: it would change the text.
         sp_model_kwargs: must be empty: sampling would make prompts irreproducible.
@@ -83,7 +93,8 @@ class TelechatTokenizer:
         vocab_file: str | PathLike[str],
         *,
         vocab_size: int | None = None,
-        chat_template: str | None = None,
+        added_tokens_decoder: object = None,
+        chat_template: object = None,
         control_tokens: str = "ids",
         bare_prompt: str = "raw",
         turn_tokens: str | None = None,
@@ -92,6 +103,8 @@ class TelechatTokenizer:
         bos_token: object = "<_start>",
         eos_token: object = "<_end>",
         pad_token: object = "<_pad>",
+        unk_token: object = None,
+        additional_special_tokens: Sequence[object] = (),
         model_max_length: int | None = None,
         clean_up_tokenization_spaces: bool | None = False,
         sp_model_kwargs: dict[str, Any] | None = None,
@@ -110,13 +123,32 @@ class TelechatTokenizer:
         self.add_eos_token = settings.check_choice("add_eos_token", add_eos_token, settings.FLAG)
         if not isinstance(vocab_file, (str, PathLike)):
             raise TokenizerError("is not a path", where="vocab_file", found=repr(vocab_file))
-        self._vocabulary = Vocabulary(Path(vocab_file), vocab_size)
+        self._vocabulary = Vocabulary(Path(vocab_file), vocab_size, added_tokens_decoder)
         is_published = control_tokens == "published"
-        self._split = split_published if is_published else split
-        special_ids = frozenset(PUBLISHED_IDS.values()) if is_published else self._vocabulary.control_ids()
+        if from_files := added_tokens_decoder is not None:
+            tokens = {token.id: token for token in (() if is_published else TURN_TOKENS)} | self._vocabulary.added
+        else:
+            tokens = {token.id: token for token in (PUBLISHED_TOKENS if is_published else TURN_TOKENS)}
+        self._tokens = ControlTokens(tokens.values())
+        # What a template may write counts whatever a bare text may hold.
+        written = {token.id: token for token in TURN_TOKENS} | tokens
+        self._template_tokens = ControlTokens(written.values())
+        self._mask = Mask(self._template_tokens.characters)
+        special = {index for index, token in tokens.items() if token.special}
+        special_ids = frozenset(special) if is_published else self._vocabulary.control_ids()
         self.all_special_ids = sorted(special_ids)
-        self._detokenizer = Detokenizer(self._vocabulary, special_ids, hide_turn=turn_tokens == "hide")
-        self.chat_template = chat_template or default_template()
+        self._detokenizer = Detokenizer(
+            self._vocabulary, special_ids, hide_turn=turn_tokens == "hide", as_transformers=from_files
+        )
+        self._templates = settings.named_templates(chat_template or default_template(), "chat_template")
+        self._constants = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            # transformers' name for it where no file gives one, which is no piece
+            "unk_token": settings.token_text(unk_token) or "<unk>",
+            "additional_special_tokens": [settings.token_text(token) for token in additional_special_tokens],
+        }
         self.model_max_length = model_max_length
         self.name_or_path = str(Path(vocab_file).parent)
 
@@ -136,6 +168,11 @@ class TelechatTokenizer:
         if not directory.is_dir():
             raise TokenizerError("is not a directory", where=directory, advice="Name the folder of tokenizer.model.")
         return cls(directory / "tokenizer.model", **{**settings.read_settings(directory), **options})
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source for a conversation without tools."""
+        return self._templates[settings.DEFAULT]
 
     @property
     def vocab_size(self) -> int:
@@ -195,10 +232,10 @@ class TelechatTokenizer:
         settings.check_choice("bare_prompt", bare_prompt, settings.BARE_PROMPT_MODES)
         if not allow_control:
             ids = self._vocabulary.encode(text)
-        elif bare_prompt == "chat" and not holds_control(text):
+        elif bare_prompt == "chat" and not self._template_tokens.frames(text):
             return self._encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
         else:
-            ids = self._encode_runs(self._split(text))
+            ids = self._encode_runs(self._tokens.split(text))
         before = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
         after = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
         return before + ids + after
@@ -226,9 +263,16 @@ class TelechatTokenizer:
         """`decode` of each sequence, as a whole text."""
         return [self._detokenizer.decode(to_ids(sequence), skip_special_tokens) for sequence in sequences]
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for one answer that grows token by token."""
-        return StreamDecoder(self._detokenizer, skip_special_tokens)
+    def stream_decoder(self, skip_special_tokens: bool = True, keep: Iterable[str] = ()) -> StreamDecoder:
+        """A decoder for one answer that grows token by token.
+
+        Args:
+            skip_special_tokens: as for `decode`.
+            keep: special tokens that are never skipped, such as the tags of a tool call; names that are none here do
+                not matter.
+        """
+        kept = frozenset(map(self._vocabulary.id_of, keep)) - {UNKNOWN_ID}
+        return StreamDecoder(self._detokenizer, skip_special_tokens, kept)
 
     def convert_ids_to_tokens(self, ids: Any) -> str | list[str]:
         """The piece of an id, or the pieces of several."""
@@ -262,7 +306,7 @@ class TelechatTokenizer:
         Args:
             conversation: messages with `role` and `content`; a last one of the role `tools_call` holds the tools.
             tools: function descriptions.
-            chat_template: Jinja source in place of the tokenizer's.
+            chat_template: Jinja source in place of the tokenizer's, or the name of one of these.
             add_generation_prompt: end with `<_bot>`.
             tokenize: False for the text.
             return_tensors: "np" for an int64 array [1, length].
@@ -279,7 +323,7 @@ class TelechatTokenizer:
             raise InputError("is not an object", where="chat_template_kwargs", found=type(more).__name__)
         options: dict[str, Any] = {
             "tools": tools,
-            "template": self.chat_template if chat_template is None else chat_template,
+            "template": chat_template,
             "add_generation_prompt": add_generation_prompt,
             "variables": {**more, **variables},
         }
@@ -291,18 +335,22 @@ class TelechatTokenizer:
             ids, mask = _as_array([ids], return_tensors), _as_array([mask], return_tensors)
         return {"input_ids": ids, "attention_mask": mask} if return_dict else ids
 
-    def _render(self, conversation: object, template: str | None = None, **options: Any) -> str:
-        names = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
-        return render(template or self.chat_template, conversation, constants=names, **options)
+    def _render(self, conversation: object, template: str | None = None, tools: object = None, **options: Any) -> str:
+        if template is None:
+            offered = read_conversation(conversation)[1] if tools is None else tools
+            template = settings.WITH_TOOLS if offered and settings.WITH_TOOLS in self._templates else settings.DEFAULT
+        if isinstance(template, str):  # a name, as transformers takes it, or source
+            template = self._templates.get(template, template)
+        return render(template, conversation, tools, constants=self._constants, mask=self._mask, **options)
 
     def _encode_chat(self, conversation: object, **options: Any) -> list[int]:
-        masked = split(self._render(conversation, **options))
-        return self._encode_runs(Run(unmask(run.text), run.is_control) for run in masked)
+        masked = self._template_tokens.split(self._render(conversation, **options), single_words=False)
+        return self._encode_runs(Run(unmask(run.text), run.token_id) for run in masked)
 
     def _encode_runs(self, runs: Iterable[Run]) -> list[int]:
         ids: list[int] = []
         for run in runs:
-            ids += [CONTROL_IDS[run.text]] if run.is_control else self._vocabulary.encode(run.text)
+            ids += self._vocabulary.encode(run.text) if run.token_id is None else [run.token_id]
         return ids
 
 

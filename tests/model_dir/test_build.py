@@ -24,6 +24,7 @@ from telechat_mindie.model_dir import build as build_module
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.staging import StagedDirectory
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 LAST_SHARD = "model-00002-of-00002.safetensors"
 
@@ -206,6 +207,10 @@ def edit_config(checkpoint, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def template(source):
+    return lambda checkpoint: (checkpoint / "chat_template.jinja").write_text(source)
+
+
 def larger_tokenizer(checkpoint):
     train_tiny_tokenizer(checkpoint, vocab_size=530)
 
@@ -241,6 +246,7 @@ def larger_tokenizer(checkpoint):
         (write("tokenizer_config.json", turn_tokens=INJECTED), "turn_tokens: has an unknown value"),
         (write("tokenizer_config.json", control_tokens=INJECTED), "control_tokens: has an unknown value"),
         (write("tokenizer_config.json", chat_template="{% for"), "tokenizer_config.json: "),
+        (template("{% for"), "chat_template.jinja: makes no prompt of a question: "),
         (write("tokenizer_config.json", chat_template=[{"name": "tools", "template": ""}]), "names no default"),
         (lambda path: edit_config(path, n_layer=10**9), "n_layer: is out of range"),
     ],
@@ -296,6 +302,21 @@ def test_no_top_k_is_invented(checkpoint, tmp_path):
     assert (serving.top_k, serving.top_p, serving.do_sample, serving.max_new_tokens) == (0, 0.95, True, 300)
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["top_k"] == 512
     assert run("check", tmp_path / "model", "--json").returncode in (0, 1)
+
+
+def test_the_directory_renders_what_the_checkpoint_renders(checkpoint, tmp_path):
+    write("tokenizer_config.json", chat_template="config {{ messages | length }}")(checkpoint)
+    (checkpoint / "chat_template.json").write_text('{"chat_template": "json {{ messages | length }}"}')
+    template("jinja {{ messages | length }}\n")(checkpoint)
+    target = tmp_path / "model"
+    build(target, checkpoint)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        assert (target / name).read_bytes() == (checkpoint / name).read_bytes()
+        assert stat.S_IMODE((target / name).stat().st_mode) == 0o640
+        assert name in json.loads((target / MANIFEST).read_text())["files"]
+    for directory in (target, checkpoint):
+        tokenizer = TelechatTokenizer.from_pretrained(directory)
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "jinja 1"
 
 
 def test_numbers_that_yaml_would_take_for_texts(checkpoint, tmp_path):

@@ -404,6 +404,15 @@ class TestModules:
         edit(model / "tokenizer_config.json", lambda data: data.update(chat_template="{{ messages[0].content }}"))
         report = check(model, CheckOptions(uid=0, environment={"PATH": os.environ["PATH"]}))
         assert "chat-prompt" in ids(report, "warning")
+        assert "remove" not in str(report).lower()  # a model's own template is what it was trained on
+
+    def test_a_thinking_template_and_one_without_tools(self, model):
+        template = "{% if tools %}{{ tools[0].no.name }}{% endif %}<_user>{{ messages[0].content }}<_bot><think>\n"
+        (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (model / "chat_template.jinja").chmod(0o640)
+        report = check(model, CheckOptions(uid=0, environment={"PATH": os.environ["PATH"]}))
+        assert "chat-tools" in ids(report, "warning") and "chat_template.jinja" in str(report)
+        assert not {"chat-prompt", "extra-file"} & set(ids(report, "warning"))
 
     def test_time_out(self, model):
         chosen = CheckOptions(uid=0, environment={"PATH": os.environ["PATH"]}, timeout=0.01)

@@ -13,8 +13,9 @@ from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.model_dir.manifest import REBUILD
 from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.check.probe import QUESTION
 from telechat_mindie.text.control_tokens import CONTROL_IDS
+from telechat_mindie.text.settings import template_file
+from telechat_mindie.text.trial import QUESTION
 
 
 def check_by_running(parts: Parts, importable: list[str], options: CheckOptions) -> Iterator[Finding]:
@@ -90,12 +91,21 @@ def _tokenizer(parts: Parts, made: dict[str, Any]) -> Iterator[Finding]:
         )
         return
     user, bot = CONTROL_IDS["<_user>"], CONTROL_IDS["<_bot>"]
-    if user not in made["chat"] or made["chat"][-1] != bot:
+    template = template_file(parts.path) or parts.path / "tokenizer_config.json"
+    turns = [token for token in made["chat"] if token in (user, bot)]
+    if made["with_tools"]:
+        yield warning(
+            "chat-tools",
+            template,
+            f"its chat template makes no prompt of a request with tools: {made['with_tools']}",
+            "Requests without tools are not affected. Compare it with the one of the checkpoint.",
+        )
+    if turns[-2:] != [user, bot]:  # what may follow <_bot> is how a thinking model's answer begins
         yield warning(
             "chat-prompt",
-            where.parent / "tokenizer_config.json",
-            f"its chat template makes {made['prompt']!r} of a question, which does not end in <_bot> after a <_user>",
-            "Remove chat_template there to get TeleChat2's own.",
+            template,
+            f"its chat template makes {made['prompt']!r} of a question, which has no <_bot> after a <_user>",
+            "Compare it with the one of the checkpoint; a TeleChat2 answers after <_bot>.",
         )
     elif QUESTION not in made["decoded"]:
         yield error(

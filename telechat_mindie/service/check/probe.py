@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.errors import InputError
 from telechat_mindie.model_dir.modules import OWN_RUNNER
+from telechat_mindie.text.trial import QUESTION, TOOLS, TURN
 
-QUESTION = "生抽与老抽的区别？"
 RUNNER = f"{OWN_RUNNER}.MindIEModelRunner"
 
 
@@ -57,14 +58,19 @@ def _run_tokenizer(model_path: str) -> dict[str, Any]:
     from telechat_mindie.backend.get_model import get_model
 
     tokenizer, builder = get_model(model_path)
-    messages = [{"role": "user", "content": QUESTION}]
     plain = tokenizer([QUESTION], return_tensors="np")["input_ids"][0].tolist()
-    chat = builder.make_context(0, messages, chat_template_kwargs={})
+    chat = builder.make_context(0, TURN, chat_template_kwargs={})
+    with_tools = ""
+    try:
+        builder.make_context(0, [*TURN, {"role": "tools_call", "tools": TOOLS, "content": ""}])
+    except InputError as failure:
+        with_tools = str(failure)
     return {
         "pieces": tokenizer.vocab_size,
         "plain": plain,
         "chat": chat,
-        "prompt": tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        "prompt": tokenizer.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False),
+        "with_tools": with_tools,
         "decoded": tokenizer.decode(np.array(chat), skip_special_tokens=True),
     }
 
