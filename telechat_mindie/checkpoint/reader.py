@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from telechat_mindie.checkpoint.blocks import Block, blocks
+from telechat_mindie.checkpoint.deltas import LoadedDeltas
 from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.mapping import Target
 from telechat_mindie.checkpoint.plan import ConversionPlan
@@ -27,6 +28,7 @@ class BlockReader:
         self._weights = weights
         self._reader = TensorReader()
         self._turned: tuple[tuple[str, range], np.ndarray] | None = None  # source and rows, and their matrix
+        self._deltas: tuple[str, LoadedDeltas] | None = None  # of the source that was read last
 
     def close(self) -> None:
         self._reader.__exit__()
@@ -34,16 +36,26 @@ class BlockReader:
     def blocks(self, target: Target, plan: ConversionPlan) -> Iterator[Block]:
         """The target in blocks of at most BLOCK_BYTES, or of a single line that is longer."""
         for block in blocks(target, plan.tp):
-            dtypes = (self._weights[block.source].dtype, target.dtype or plan.dtype)
+            dtypes = (self._weights[block.source].read_dtype, target.dtype or plan.dtype)
             yield from block.cut(BLOCK_BYTES // max(DTYPES[dtype].itemsize for dtype in dtypes))
 
     def read(self, block: Block, buffer: np.ndarray) -> np.ndarray:
-        """The block's array, of the source's dtype, in `buffer` (bytes)."""
-        array = view(buffer, DTYPES[self._weights[block.source].dtype].numpy, block.shape)
+        """The block's array, of the source's `read_dtype`, in `buffer` (bytes)."""
+        weight = self._weights[block.source]
+        array = view(buffer, DTYPES[weight.read_dtype].numpy, block.shape)
         if block.transposed:
             array[:] = self._rectangle(block).T
-        else:
+        elif weight.read_dtype == weight.dtype:
             self._fill(block.source, block.rows, block.columns, array)
+        else:
+            stored = np.empty(block.shape, DTYPES[weight.dtype].numpy)
+            self._fill(block.source, block.rows, block.columns, stored)
+            array[:] = stored
+        if weight.deltas:
+            if self._deltas is None or self._deltas[0] != block.source:
+                self._deltas = None  # release those of the weight before
+                self._deltas = (block.source, LoadedDeltas(weight.deltas, self._reader))
+            self._deltas[1].add_to(array.T if block.transposed else array, block.rows, block.columns)
         return array
 
     def _rectangle(self, block: Block) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint import hugging_face, mindformers
+from telechat_mindie.checkpoint.adapter import NOT_A_MODEL, Adapter, is_adapter, read_adapter, without_factors
 from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
@@ -24,6 +25,7 @@ class Checkpoint:
         ranks: number of rank_N folders; 0 for a whole checkpoint.
         qkv_concat: MindSpore weights with q, k, v and gate, up packed.
         transposed_experts: MindSpore experts stored for the grouped matmul.
+        adapters: what is added to the weights where they are read.
     """
 
     path: Path
@@ -33,6 +35,7 @@ class Checkpoint:
     ranks: int = 0
     qkv_concat: bool = False
     transposed_experts: bool = False
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -47,19 +50,32 @@ class Checkpoint:
         return sum(weight.elements * DTYPES[weight.dtype].itemsize for weight in self.weights.values())
 
 
-def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequence[str | Path] = ()) -> Checkpoint:
     """Recognise and index the checkpoint at `path`, a directory or a MindSpore file; only headers are read.
 
     Args:
         config_dir: where config.json is; by default beside the weights. A MindSpore checkpoint can do without.
+        adapters: LoRA adapters to merge, each as for `read_adapter`, which reads them whole.
 
     Raises:
         InputError: nothing is there.
         ConfigError: config.json is missing or not TeleChat2's.
         CheckpointError: no weights, a damaged or hostile file, or names, shapes or dtypes that do not fit the config.
     """
+    model = _open_model(path, config_dir, adapters)
+    weights = dict(model.weights)
+    read = tuple(read_adapter(given, model.config, path) for given in adapters)
+    for adapter in read:
+        for name, delta in adapter.deltas.items():
+            weights[name] = replace(weights[name], deltas=(*weights[name].deltas, delta))
+    return replace(model, weights=weights, adapters=read)
+
+
+def _open_model(path: Path, config_dir: Path | None, adapters: Sequence[str | Path]) -> Checkpoint:
     if not path.exists():
         raise InputError("checkpoint is not there", where=path)
+    if is_adapter(path):
+        raise CheckpointError("is a LoRA adapter, not a model", where=path, advice=NOT_A_MODEL)
     if path.is_file():
         refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)
@@ -79,6 +95,7 @@ def open_checkpoint(path: Path, config_dir: Path | None = None) -> Checkpoint:
             where=path,
             expected="*.safetensors, pytorch_model*.bin, *.ckpt or rank_N folders",
         )
+    ranks = [without_factors(stored, path, adapters) for stored in ranks]
     config = config or mindformers.infer_config(ranks, path)
     form = mindformers.recognise(ranks[0], config, len(ranks))
     by_rank = path.is_dir() and (path / "rank_0").is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from telechat_mindie.checkpoint.deltas import Delta
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import CheckpointError
@@ -27,11 +28,17 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TiledWeight:
-    """A whole weight put together from tiles. A vector is a matrix of one column."""
+    """A whole weight put together from tiles, and what adapters add to it. A vector is a matrix of one column."""
 
     dtype: str
     shape: tuple[int, int]
     tiles: tuple[Tile, ...]
+    deltas: tuple[Delta, ...] = ()
+
+    @property
+    def read_dtype(self) -> str:
+        """The dtype that blocks of it are read in."""
+        return "float32" if self.deltas else self.dtype
 
     @property
     def elements(self) -> int:

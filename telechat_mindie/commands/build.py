@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from telechat_mindie.commands.options import (
+    Adapter,
     AllowNonfinite,
     AllowOverflow,
     AsJson,
@@ -22,6 +23,7 @@ from telechat_mindie.commands.options import (
 def build(
     model_path: Path = typer.Argument(help="Directory to make."),
     checkpoint: Path = typer.Option(..., "--checkpoint", help="Directory of the TeleChat2 checkpoint."),
+    adapter: Adapter = None,
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -38,6 +40,7 @@ def build(
 ) -> None:
     """Turn a checkpoint into a model directory that MindIE serves."""
     from telechat_mindie.commands.output import byte_progress, print_json
+    from telechat_mindie.errors import name_some
     from telechat_mindie.model_dir.build import BuildOptions
     from telechat_mindie.model_dir.build import build as run
     from telechat_mindie.units import format_bytes
@@ -50,6 +53,7 @@ def build(
         block_size=block_size,
         bare_prompt=bare_prompt,
         force=force,
+        adapters=tuple(adapter or ()),
         resume=resume,
         allow_nonfinite=allow_nonfinite,
         allow_overflow=allow_overflow,
@@ -61,5 +65,6 @@ def build(
             {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}
         )
     else:
+        merged = f", with {name_some(adapter)} merged" if adapter else ""
         ranks = f"{plan.tp} rank{'s' if plan.tp > 1 else ''}"
-        print(f"{model_path}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights for {ranks}")
+        print(f"{model_path}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights for {ranks}{merged}")

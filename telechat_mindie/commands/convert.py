@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from telechat_mindie.commands.options import AllowNonfinite, AllowOverflow, Force, Resume
+from telechat_mindie.commands.options import Adapter, AllowNonfinite, AllowOverflow, Force, Resume
 
 
 def convert(
@@ -16,6 +16,7 @@ def convert(
     output: Path = typer.Argument(help="File or directory to make."),
     to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
+    adapter: Adapter = None,
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float16, bfloat16 or float32."),
     tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
     qkv_concat: bool = typer.Option(False, "--qkv-concat", help="MindSpore: pack q/k/v and gate/up."),
@@ -30,7 +31,7 @@ def convert(
     from telechat_mindie.checkpoint.source import open_checkpoint
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.computation import refusal
-    from telechat_mindie.errors import InputError
+    from telechat_mindie.errors import InputError, name_some
     from telechat_mindie.units import format_bytes
 
     forms = ("hf", "safetensors", "ckpt")
@@ -45,7 +46,7 @@ def convert(
         "allow_nonfinite": allow_nonfinite,
         "allow_overflow": allow_overflow,
     }
-    source = open_checkpoint(checkpoint, config)
+    source = open_checkpoint(checkpoint, config, adapter or ())
     with byte_progress("converting") as start:
         if to == "hf":
             plan = to_hugging_face(source, output, OutputOptions(**chosen), start)
@@ -59,6 +60,7 @@ def convert(
                 **chosen,
             )
             plan = to_mindspore(source, output, form, start)
-    print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}")
+    merged = f" with {name_some(adapter)} merged" if adapter else ""
+    print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}{merged}")
     if (refused := refusal(source.config)) is not None:
         print(f"The weights are converted; `build` would refuse them: {refused}", file=sys.stderr)

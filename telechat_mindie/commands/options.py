@@ -18,6 +18,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that this program made.")]
 
 # Conversions
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA adapter to merge: peft's folder, or a mindformers checkpoint as PATH or PATH=SCALE; repeatable.",
+    ),
+]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (16 bits as stored, or of 32), float16, bfloat16 or float32.")
 ]

@@ -46,6 +46,7 @@ class BuildOptions(ConvertOptions):
     block_size: int = 128
     bare_prompt: str = "chat"
     force: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 def build(
@@ -67,7 +68,7 @@ def build(
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 
     options = options or BuildOptions()
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapters=options.adapters)
     check_computation(source.config, checkpoint / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = _check_lengths(options, source.config)
@@ -187,10 +188,13 @@ def _kept(config: TelechatConfig) -> dict[str, Any]:
 
 
 def _manifest(plan: ConversionPlan, source: Checkpoint, options: BuildOptions, written: Written) -> dict[str, Any]:
+    described = {"kind": source.kind, "dtype": source.dtype, "bytes": source.source_bytes}
+    if source.adapters:
+        described["adapters"] = [adapter.describe() for adapter in source.adapters]
     return {
         "format": 1,
         "tool": f"telechat-mindie {telechat_mindie.__version__}",
-        "source": {"kind": source.kind, "dtype": source.dtype, "bytes": source.source_bytes},
+        "source": described,
         "dtype": plan.dtype,
         "tp": plan.tp,
         "qkv_concat": options.qkv_concat,

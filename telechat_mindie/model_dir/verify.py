@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from telechat_mindie.checkpoint.casting import cast_into
+from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.formats.tensors import open_regular
 from telechat_mindie.checkpoint.mapping import Target, mindformers_targets
 from telechat_mindie.checkpoint.pipeline import Progress
@@ -17,9 +18,10 @@ from telechat_mindie.checkpoint.plan import ConversionPlan, Shard, make_plan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, BlockReader
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError, ModelDirError
+from telechat_mindie.errors import CheckpointError, InputError, ModelDirError, name_some
 from telechat_mindie.model_dir.files import changes, differences
 from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.model_dir.manifest import section
 
 
 def check_files(directory: ModelDir, progress: Progress | None = None) -> list[str]:
@@ -31,15 +33,28 @@ def check_files(directory: ModelDir, progress: Progress | None = None) -> list[s
 
 
 def check_against(
-    directory: ModelDir, checkpoint: Path, on_start: Callable[[int], Progress] | None = None
+    directory: ModelDir,
+    checkpoint: Path,
+    on_start: Callable[[int], Progress] | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> list[str]:
     """The weights that differ from what the checkpoint gives, every element derived again; memory stays constant.
 
     Raises:
+        InputError: the manifest names more adapters, or fewer.
         ModelDirError: the directory was built from a model of another shape.
         ConfigError, CheckpointError: the checkpoint is refused.
     """
-    source = open_checkpoint(checkpoint)
+    merged = section(directory.manifest, "source").get("adapters")
+    names = [quoted(section(entry).get("name")) for entry in merged] if isinstance(merged, list) else []
+    if len(names) != len(adapters):
+        raise InputError(
+            "does not name the adapters that were merged when the directory was built",
+            where="--adapter",
+            expected=name_some(names) if names else "none",
+            found=name_some(adapters) if adapters else "none",
+        )
+    source = open_checkpoint(checkpoint, adapters=adapters)
     if source.config != directory.config:
         raise ModelDirError("was built from a model of another shape", where=directory.path, expected=source.config)
     packed = directory.manifest["qkv_concat"]
