@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +37,7 @@ class EngineStoppedError(TelechatMindieError):
 class Tokenizer(Protocol):
     """`telechat_mindie.text.tokenizer.TelechatTokenizer`, as far as the engine uses it."""
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> Decoder:
+    def stream_decoder(self, skip_special_tokens: bool = True, keep: Iterable[str] = ()) -> Decoder:
         """A decoder for one answer."""
 
 
@@ -112,7 +112,7 @@ class Engine:
             params,
             seed=secrets.randbits(32) if params.seed is None else params.seed,
             text=AnswerText(
-                self._tokenizer.stream_decoder(params.skip_special_tokens),
+                self._tokenizer.stream_decoder(params.skip_special_tokens, params.kept_tokens),
                 params.stop,
                 params.include_stop_str_in_output,
             ),

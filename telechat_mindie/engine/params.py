@@ -37,6 +37,7 @@ class GenerationParams:
         ignore_eos: go on after the model's end of sequence.
         include_stop_str_in_output: leave the stop string or the last token's text in the answer.
         skip_special_tokens: leave control tokens out of the text.
+        kept_tokens: names of those that stay in it even so, such as the tags of a tool call.
         logprobs: how many most likely tokens to report with each token of the answer; None to report nothing.
         priority: 1 (most urgent) to 5.
         timeout: seconds from arrival after which the answer is cut; None for no limit.
@@ -60,6 +61,7 @@ class GenerationParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    kept_tokens: tuple[str, ...] = ()
     logprobs: int | None = None
     priority: int = 5
     timeout: float | None = None

@@ -192,7 +192,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode()]
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> _ByteDecoder:
+    def stream_decoder(self, skip_special_tokens: bool = True, keep: Iterable[str] = ()) -> _ByteDecoder:
         return _ByteDecoder()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from helpers.tiny_tokenizer import write_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telechat_mindie.errors import InputError, TokenizerError
+from telechat_mindie.errors import ConfigError, InputError, TokenizerError
 from telechat_mindie.text import chat_template as chat
 from telechat_mindie.text.control_tokens import CONTROL_IDS
 from telechat_mindie.text.tokenizer import TelechatTokenizer
@@ -307,3 +308,101 @@ class TestRefusals:
             tiny.apply_chat_template(HELLO, mood=object())
         with pytest.raises(InputError, match="chat template: is not a text"):
             tiny.apply_chat_template(HELLO, chat_template=["x"])  # type: ignore[arg-type]
+
+
+class TestTransformersEnvironment:
+    @pytest.mark.parametrize(
+        ("template", "text"),
+        [
+            ("a{{ nothing }}{% if not nothing %}b{% endif %}{{ messages[0].nothing }}", "ab"),
+            ("{% for n in [1, 2, 3] %}{% if n == 2 %}{% continue %}{% endif %}{{ n }}{% endfor %}", "13"),
+            ("{% for n in [1, 2, 3] %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "1"),
+            ("{% generation %}{{ messages[0].content }}{% set x = 1 %}{% endgeneration %}{{ x }}", "你好"),
+            ("{{ strftime_now('%Y') | length }}", "4"),
+            ("{{ {'b': '<_北'} | tojson(indent=2) }}", '{\n  "b": "<_北"\n}'),
+            ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
+            ("{{ messages }}", "[{'role': 'user', 'content': '你好'}]"),
+            ("{{ 'tool_calls' in messages[0] }}", "False"),
+        ],
+    )
+    def test_as_there(self, template: str, text: str) -> None:
+        assert render(HELLO, template=template) == text
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ 'a' * 10 ** 9 }}",
+            "{{ 2 ** 9999999999 }}",
+            "{% for x in range(99999) %}{{ 'abcdefghij' * 999 }}{% endfor %}",
+            "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
+        ],
+    )
+    def test_time_and_output_are_bounded(self, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chat, "MAX_SECONDS", 0.5)
+        began = time.thread_time()
+        with pytest.raises(InputError, match=r"chat template: (makes too long|takes more)"):
+            render(HELLO, template=template)
+        assert time.thread_time() - began < 5
+
+    def test_a_megabyte_is_nothing(self) -> None:
+        began = time.thread_time()
+        text = "<_user>老抽 the" * 100_000
+        assert render([{"role": "user", "content": text}]).endswith(text)
+        assert time.thread_time() - began < 5
+
+    def test_named_templates(self, tmp_path: Path) -> None:
+        named = [{"name": name, "template": name} for name in ("default", "tool_use", "rag")]
+        tokenizer = TelechatTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path, chat_template=named))
+        tools = [{"name": "f"}]
+        for expected, options in (
+            ("default", {}),
+            ("default", {"tools": []}),
+            ("tool_use", {"tools": tools}),
+            ("rag", {"tools": tools, "chat_template": "rag"}),
+            ("own", {"tools": tools, "chat_template": "own"}),
+        ):
+            assert tokenizer.apply_chat_template(HELLO, tokenize=False, **options) == expected
+        appended = [*HELLO, {"role": "tools_call", "tools": tools, "content": ""}]
+        assert tokenizer.apply_chat_template(appended, tokenize=False) == "tool_use"
+
+    def test_files_win(self, tmp_path: Path) -> None:
+        write_tiny_checkpoint(tmp_path, chat_template="config")
+        assert TelechatTokenizer.from_pretrained(tmp_path).chat_template == "config"
+        (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
+        assert TelechatTokenizer.from_pretrained(tmp_path).chat_template == "json"
+        (tmp_path / "chat_template.jinja").write_text("jinja")
+        assert TelechatTokenizer.from_pretrained(tmp_path).chat_template == "jinja"
+        (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+        with pytest.raises(ConfigError, match=r"chat_template\.jinja: is not UTF-8"):
+            TelechatTokenizer.from_pretrained(tmp_path)
+
+    def test_names_of_tokens(self, tmp_path: Path) -> None:
+        template = "{{ unk_token }}{{ additional_special_tokens | join(',') }}"
+        settings = {"unk_token": {"content": "<u>"}, "additional_special_tokens": ["<a>", "<b>"]}
+        tokenizer = TelechatTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path, **settings))
+        assert tokenizer.apply_chat_template(HELLO, chat_template=template, tokenize=False) == "<u><a>,<b>"
+
+
+class TestRolesOfOurTemplate:
+    def test_later_system_messages_and_developers(self) -> None:
+        conversation = [{"role": "developer", "content": "S"}, *HELLO, {"role": "system", "content": "T"}, *HELLO]
+        assert render(conversation) == "<_system>S\n<_user>你好<_system>T\n<_user>你好"
+
+    @pytest.mark.parametrize("role", ["function", "observation"])
+    def test_older_names_of_tool(self, role: str) -> None:
+        def results(*roles: str) -> list[dict[str, Any]]:
+            return [*HELLO, *({"role": name, "name": "f", "content": "1"} for name in roles)]
+
+        assert render(results(role, "tool")) == render(results("tool", "tool"))
+
+    def test_earlier_thoughts_are_not_shown(self) -> None:
+        answers = [
+            {"role": "assistant", "content": "A"},
+            {"role": "assistant", "content": "A", "reasoning_content": "T"},
+        ]
+        assert render([*HELLO, answers[0]]) == render([*HELLO, answers[1]])
+        alone = {"role": "assistant", "content": None, "reasoning_content": "T"}
+        assert render([*HELLO, alone]).endswith("<_bot><_end>\n")
+
+    def test_null_content_beside_calls(self) -> None:
+        assert "None" not in render([*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ class EmptyModel:
 class NoText:
     """A tokenizer whose tokens are nothing."""
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> NoText:
+    def stream_decoder(self, skip_special_tokens: bool = True, keep: Iterable[str] = ()) -> NoText:
         return self
 
     def put(self, ids: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from telechat_mindie.text.overlap import overlap
 
-BEGIN, END = "<tool_call>", "</tool_call>"
+TAGS = BEGIN, END = "<tool_call>", "</tool_call>"
 _ID_LETTERS = string.ascii_letters + string.digits
 
 
