@@ -104,7 +104,7 @@ class TelechatTokenizer:
         eos_token: object = "<_end>",
         pad_token: object = "<_pad>",
         unk_token: object = None,
-        additional_special_tokens: Sequence[object] = (),
+        additional_special_tokens: object = (),
         model_max_length: int | None = None,
         clean_up_tokenization_spaces: bool | None = False,
         sp_model_kwargs: dict[str, Any] | None = None,
@@ -114,6 +114,9 @@ class TelechatTokenizer:
         settings.check_token("bos_token", bos_token, self.bos_token)
         settings.check_token("eos_token", eos_token, self.eos_token)
         settings.check_token("pad_token", pad_token, self.pad_token)
+        if not isinstance(additional_special_tokens, (list, tuple)):
+            found = type(additional_special_tokens).__name__
+            raise TokenizerError("is not a list of tokens", where="additional_special_tokens", found=found)
         settings.check_exact(clean_up_tokenization_spaces, sp_model_kwargs)
         settings.check_choice("control_tokens", control_tokens, settings.CONTROL_TOKEN_MODES)
         self._bare_prompt = settings.check_choice("bare_prompt", bare_prompt, settings.BARE_PROMPT_MODES)

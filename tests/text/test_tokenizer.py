@@ -512,6 +512,7 @@ class TestSettings:
             {"eos_token": "</s>"},
             {"bos_token": None},
             {"pad_token": {"content": "<pad>"}},
+            {"additional_special_tokens": "<a>"},
             {"control_tokens": "all"},
             {"bare_prompt": True},
             {"turn_tokens": "maybe"},
