@@ -527,7 +527,7 @@ def test_a_decoder_or_receiver_that_raises_ends_only_its_own_request(monkeypatch
 
     made = engine()
     made.add([5], GenerationParams(max_new_tokens=3), "good")
-    monkeypatch.setattr(TOKENIZER, "stream_decoder", lambda skip: Broken())
+    monkeypatch.setattr(TOKENIZER, "stream_decoder", lambda *_: Broken())
     made.add([6], GenerationParams(max_new_tokens=3, timeout=1000), "undecodable")
     monkeypatch.undo()
     received = []
