@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 
 import pytest
 from helpers import ROOT
@@ -25,6 +26,7 @@ from telechat_mindie.client.errors import ServiceError
 from telechat_mindie.client.sse import MAX_EVENT_BYTES, SseDecoder
 from telechat_mindie.model_dir.build import build
 from telechat_mindie.nano import write_checkpoint
+from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 CORPUS = ROOT / "tools" / "nano_corpus.jsonl"
 
@@ -217,10 +219,11 @@ def test_a_terminal_folds_a_thought():
         assert "user: hi\r\nassistant: 好\r\n" in terminal.wait_for("> ")
 
 
-def test_the_embedded_engine_tells_a_thought_apart(model_path, monkeypatch):
+def test_the_embedded_engine_tells_a_thought_apart(model_path):
     answers = LocalAnswers(model_path, Sampling())
     template = "{% for m in messages %}<_user>{{ m.content }}{% endfor %}<_bot><think>\n"
-    monkeypatch.setattr(answers._local.tokenizer, "chat_template", template)
+    tokenizer = TelechatTokenizer.from_pretrained(model_path, chat_template=template)
+    answers._local = replace(answers._local, tokenizer=tokenizer)
     pieces = []
     answers.answer([{"role": "user", "content": "你好"}], pieces.append)
     assert pieces and all(piece.is_thought for piece in pieces)  # nano ends it nowhere
