@@ -9,7 +9,7 @@ import numpy as np
 
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
 
-TILE_ROWS, TILE_COLUMNS = 16, 512
+TILE_ROWS, TILE_COLUMNS = 16, 256
 """The grid that a product is computed on. It lies on the weight and not on the block that is read, and a BLAS gives
 the same sums for the same tile, so that the bytes do not depend on the number of ranks or on how targets are packed."""
 
