@@ -270,7 +270,7 @@ def checked_token_ids(value: object, vocab_size: int, where: object) -> int | tu
 
 
 def _check_family(data: Mapping[str, Any]) -> None:
-    refuse_foreign("config", _facts(data), "config", ConfigError)
+    refuse_foreign("config", _facts(data), None, ConfigError)
     model_type = data.get("model_type")
     architectures = data.get("architectures") or []
     if model_type is None and not architectures:
@@ -297,7 +297,6 @@ def _facts(data: Mapping[str, Any]) -> Iterator[str]:
     """`key=value` of what tells other models and quantised ones, in lower case."""
     given = dict(data)
     if isinstance(inner := given.pop("quantization_config", None), Mapping):
-        yield "quantization_config."
         given |= {f"quantization_config.{name}": value for name, value in inner.items()}
     for key, value in given.items():
         for one in value if isinstance(value, list) else (value,):

@@ -260,10 +260,12 @@ class TestContents:
         edit(model / "generation_config.json", lambda data: data.update(top_k=1000))  # of 512 tokens
         report = check(model, options)
         assert ids(report) == {"top-k"} and '"top_k" to 512' in advice(report, "top-k")
-        edit(model / "generation_config.json", lambda data: data.update(top_k=2))
-        assert "top-k" in ids(check(model, options), "warning")
         edit(model / "generation_config.json", lambda data: data.update(top_k=512))
         assert check(model, options).exit_code == 0
+        edit(model / "generation_config.json", lambda data: data.update(top_k=2))
+        assert "top-k" not in ids(check(model, options), "warning")  # the yaml gives a request none
+        substitute(model / YAML, "^    top_k: 0", "    top_k: 5")
+        assert "top-k" in ids(check(model, options), "warning")
 
     def test_stray_files(self, model, options):
         save_file({"x": np.zeros(1, np.float16)}, model / "rank_0" / "more.safetensors")
