@@ -7,13 +7,13 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from telechat_mindie.client.dialects import Message, Sampling
 from telechat_mindie.errors import InputError
-from telechat_mindie.text.thoughts import Piece, ThoughtParser, thought_parser
+from telechat_mindie.text.thoughts import TAGS, Piece, ThoughtParser, thought_parser
 
 Emit = Callable[[Piece], object]
 """Takes the next piece of an answer, or of the thought before it."""
@@ -87,6 +87,7 @@ class LocalAnswers:
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
+            kept_tokens=TAGS,
         )
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
@@ -94,10 +95,8 @@ class LocalAnswers:
 
         prompt_ids = self._local.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         thoughts = thought_parser(self._local.tokenizer, prompt_ids)
-        # A thought's tags may be special tokens.
-        params = replace(self._params, skip_special_tokens=not thoughts.expected)
         # Closed, so that an interrupt frees its blocks.
-        with contextlib.closing(self._local.engine.generate(prompt_ids, params)) as outputs:
+        with contextlib.closing(self._local.engine.generate(prompt_ids, self._params)) as outputs:
             for output in outputs:
                 for piece in thoughts.put(output.text):
                     emit(piece)

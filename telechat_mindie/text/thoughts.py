@@ -16,7 +16,7 @@ from telechat_mindie.text.overlap import overlap
 if TYPE_CHECKING:
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 
-BEGIN, END = "<think>", "</think>"
+TAGS = BEGIN, END = "<think>", "</think>"
 _TAIL = 16  # tokens of a prompt that are looked at: a tag spelt out in letters, and line ends
 # With its opening tag, or without it, where the closing one has a line of its own.
 _THOUGHT = re.compile(rf"\s*{BEGIN}.*?{END}|.*?^{END}$", re.DOTALL | re.MULTILINE)

@@ -118,9 +118,9 @@ def test_history_without_thoughts():
 class Scripted:
     """Real routes over a model that answers every request with `text`, token by token."""
 
-    def __init__(self, template=None, full_text=False):
+    def __init__(self, template=None, full_text=False, **tokenizer_settings):
         directory = ModelDir.open(nano_directory())
-        self.tokenizer = TelechatTokenizer.from_pretrained(directory.path, chat_template=template)
+        self.tokenizer = TelechatTokenizer.from_pretrained(directory.path, chat_template=template, **tokenizer_settings)
         settings = replace(plain_settings(directory), full_text=full_text)
         self.runner = NullRunner(100, block_size=settings.engine.block_size, vocab_size=directory.config.vocab_size)
         self.host = EngineHost(directory, self.tokenizer, Engine(self.runner, self.tokenizer, settings.engine))
@@ -128,7 +128,7 @@ class Scripted:
         self.prompt = ""
 
     def ask(self, text, path="/v1/chat/completions", ends=True, **body):
-        script = [*self.tokenizer.encode(text, allow_control=False), *([2] if ends else [])]
+        script = [*self.tokenizer.encode(text, bare_prompt="raw"), *([2] if ends else [])]
         start = None
 
         def say(arguments, logits):
@@ -235,6 +235,15 @@ class TestRoutes:
         for call in found["tool_calls"]:
             assert call["type"] == "function" and call["function"]["name"] == "天气"
             assert json.loads(call["function"]["arguments"]) == {"地点": "北京"}
+
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_tags_that_are_special_tokens(self, stream, skip):
+        names = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+        tokens = {str(9 + place): {"content": name, "special": True} for place, name in enumerate(names)}
+        server = Scripted(OPENS, added_tokens_decoder=tokens)
+        found, reason = server.chat(f"想</think>{CALL}", stream, tools=TOOLS, skip_special_tokens=skip)
+        assert (found["reasoning_content"], found["content"], reason) == ("想", "", "tool_calls")
+        assert found["tool_calls"][0]["function"]["name"] == "天气"
 
     def test_a_tool_call_and_the_round_trip_of_its_result(self, stream):
         found, reason = Scripted().chat(f"查一下。\n{CALL}", stream, tools=TOOLS)

@@ -195,8 +195,6 @@ def read_chat(service: Service, data: Fields) -> Job:
     parts = [
         ChatParts(thought_parser(service.tokenizer, prompt), ToolCallParser() if tools else None) for _ in range(count)
     ]
-    if parts[0].may_wait:  # tags may be special tokens; vLLM too keeps those for its parsers
-        body = body.model_copy(update={"skip_special_tokens": False})
     renderer = ChatRenderer(service, parts, top_logprobs is not None)
     return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, top_logprobs)
 

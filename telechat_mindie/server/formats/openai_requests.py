@@ -12,6 +12,7 @@ from telechat_mindie.server.fields import RequestBody, TokenIds, utf16_length
 from telechat_mindie.server.formats.tool_calls import TAGS
 from telechat_mindie.server.formats.vllm import VllmSampling
 from telechat_mindie.server.http.errors import invalid
+from telechat_mindie.text.thoughts import TAGS as THOUGHT_TAGS
 
 MAX_TOP_LOGPROBS = 20
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\u4e00-\u9fa5-]{1,64}$")]
@@ -90,8 +91,8 @@ class ChatRequest(VllmSampling):
 
     @property
     def kept_tokens(self) -> tuple[str, ...]:
-        """Tool calls are found by their tags, which are special tokens in some vocabularies."""
-        return TAGS if self.tools and self.tool_choice != "none" else ()
+        """Thoughts and tool calls are found by their tags, which are special tokens in some vocabularies."""
+        return THOUGHT_TAGS + (TAGS if self.tools and self.tool_choice != "none" else ())
 
 
 class CompletionRequest(VllmSampling):
