@@ -42,12 +42,14 @@ PARAMETERS_PER_RANK = {
 }
 
 SCRIPT = """
-import json, pathlib, resource, sys
+import json, pathlib, sys
 from telechat_mindie.model.export import export
 from telechat_mindie.variants import VARIANTS
 for case, (variant, tp, dtype) in json.loads(sys.argv[1]).items():
     report = export(VARIANTS[variant], tp, pathlib.Path(sys.argv[2]), dtype, variant)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, in which a process begins with the size of the one that started it.
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(json.dumps([case, report.as_dict(), peak_bytes]))
 """
 

@@ -164,7 +164,8 @@ def test_an_answer_is_shown_as_it_comes(fake, visit):
     page.keyboard.press("Enter")
     lengths = []
     for size in (3, 10, 20):
-        wait_until(page, f"document.querySelector('.assistant .text').textContent.length >= {size}")
+        least = max([size, *(length + 1 for length in lengths)])
+        wait_until(page, f"document.querySelector('.assistant .text').textContent.length >= {least}")
         lengths.append(len(page.locator(".assistant .text").text_content()))
     assert lengths[0] < lengths[1] < lengths[2] < 300
     wait_until(page, "document.getElementById('running').textContent === '1'")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from helpers.server import Server, shared_server, special_server
+
+from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.nano import write_checkpoint
 
 LONG = {"prompt": "说", "stream": True, "max_tokens": 900, "ignore_eos": True}
 
@@ -266,9 +270,15 @@ def test_the_loop_answers_while_the_engine_computes():
 
 
 @pytest.mark.slow
-def test_sixty_four_requests_together_answer_as_each_alone():
-    """Greedy answers of all formats, mixed with sampled ones, equal those of the same requests one after the other."""
-    server = shared_server()
+def test_sixty_four_requests_together_answer_as_each_alone(tmp_path):
+    """Greedy answers of all formats, mixed with sampled ones, equal those of the same requests one after the other.
+
+    Keys and values are float32 here. In 16 bits a sum's last bit, which depends on the batch, can round a key the other
+    way, and where two tokens are about as likely, a greedy answer goes on with the other.
+    """
+    write_checkpoint(tmp_path / "checkpoint")
+    build(tmp_path / "model", tmp_path / "checkpoint", BuildOptions(dtype="float32"))
+    server = Server([sys.executable, "-m", "telechat_mindie", "serve", str(tmp_path / "model"), "--port", "0"])
     words = ["生抽与老抽的区别？", "你好", "中国电信是做什么的？", "1+1=", "写一首诗", "How are you?", "床前明月光，"]
     requests = []
     for number in range(64):
@@ -281,7 +291,7 @@ def test_sixty_four_requests_together_answer_as_each_alone():
             body = {"prompt": text, "max_tokens": length, "temperature": 0 if greedy else 0.9, "seed": number}
             requests.append(("/generate", body | {"repetition_penalty": 1.2 if number % 2 else 1.0}, greedy))
         else:
-            body = {"model": "nano", "messages": [{"role": "user", "content": text}], "max_tokens": length}
+            body = {"model": "model", "messages": [{"role": "user", "content": text}], "max_tokens": length}
             body |= {"temperature": 0 if greedy else 1.5, "seed": number, "stop": ["。"]}
             requests.append(("/v1/chat/completions", body, greedy))
 
@@ -299,6 +309,7 @@ def test_sixty_four_requests_together_answer_as_each_alone():
         return alone, together
 
     alone, together = asyncio.run(run())
+    server.kill()
     wrong = [
         n
         for n, (one, other, item) in enumerate(zip(alone, together, requests, strict=True))
