@@ -33,13 +33,13 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _GPTQ, _AWQ = "is quantised by GPTQ", "is quantised by AWQ"
 _W8A8 = "is quantised to int8 by msmodelslim (W8A8, W8A16)"
 _FP8, _BNB = "is quantised to fp8", "is quantised by bitsandbytes"
-_LORA = "is a LoRA adapter, not a model"
-_BASE = "Give the base model as the checkpoint, and this folder with --adapter."
+IS_ADAPTER = "is a LoRA adapter, not a model"
+NOT_A_MODEL = "Name the model that it was trained on as --checkpoint, and the adapter as --adapter."
 _ORIGINAL = "Take the float16, bfloat16 or float32 checkpoint that it was made from; nothing is dequantised here."
 ANOTHER_ARCHITECTURE = "Only TeleChat2, TeleChat2.5 and T1 are built here; use an engine that has this architecture."
 
 TABLE = (
-    Foreign("file", r"adapter_config\.json|adapter_model\.(safetensors|bin)", _LORA, _BASE),
+    Foreign("file", r"adapter_config\.json|adapter_model\.(safetensors|bin)", IS_ADAPTER, NOT_A_MODEL),
     Foreign("file", r".*\.gguf", "is in llama.cpp's format GGUF", _ORIGINAL),
     Foreign("file", r"quant_model_description.*\.json|quant_model_weight.*", _W8A8, _ORIGINAL),
     Foreign("file", r"quantize_config\.json", _GPTQ, _ORIGINAL),
@@ -70,7 +70,9 @@ TABLE = (
         "Join them with mindformers' transform_checkpoint.py and the run's strategy files "
         "(strategy/ckpt_strategy_rank_N.ckpt); ranks of tensor parallelism alone may lie in folders rank_0, rank_1.",
     ),
-    Foreign("tensor", r".*(\.lora_[AB]\.|mindpet_delta_lora).*", "holds LoRA weights that were not merged", _BASE),
+    Foreign(
+        "tensor", r".*(\.lora_[AB]\.|mindpet_delta_lora).*", "holds LoRA weights that were not merged", NOT_A_MODEL
+    ),
     Foreign("tensor", r".*\.(qweight|qzeros|g_idx)", "is quantised by GPTQ or AWQ", _ORIGINAL),
     Foreign("tensor", r".*\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map|quant_state\..*))", _BNB, _ORIGINAL),
     Foreign("tensor", r".*\.(deq_scale|quant_bias|input_offset|weight_offset)", _W8A8, _ORIGINAL),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint import hugging_face, mindformers
-from telechat_mindie.checkpoint.adapter import NOT_A_MODEL, Adapter, is_adapter, read_adapter, without_factors
+from telechat_mindie.checkpoint.adapters.adapter import Adapter, is_adapter, read_adapter, without_factors
 from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
-from telechat_mindie.foreign import ADAPTER_FILES, refuse_foreign
+from telechat_mindie.foreign import ADAPTER_FILES, IS_ADAPTER, NOT_A_MODEL, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Sequence[str | Pa
     if not path.exists():
         raise InputError("checkpoint is not there", where=path)
     if is_adapter(path):
-        raise CheckpointError("is a LoRA adapter, not a model", where=path, advice=NOT_A_MODEL)
+        raise CheckpointError(IS_ADAPTER, where=path, advice=NOT_A_MODEL)
     if path.is_file():
         refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from telechat_mindie import cli
 from telechat_mindie.checkpoint import reader
-from telechat_mindie.checkpoint.adapter import is_adapter
+from telechat_mindie.checkpoint.adapters.adapter import is_adapter
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.checkpoint.source import open_checkpoint

@@ -1,0 +1,1 @@
+"""LoRA adapters, merged into weights while they are read."""
