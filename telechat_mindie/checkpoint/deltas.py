@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,27 +33,46 @@ class Delta:
     first_row: int = 0
     turned: bool = False
 
-    def load(self, reader: TensorReader) -> tuple[np.ndarray, np.ndarray]:
-        """A [r, in] and B [out, r], in float32."""
-        a, stored = (reader.load(tensor).astype(np.float32) for tensor in (self.a, self.b))
-        if self.turned:
-            a, stored = a.T, stored.T
-        b = np.empty((sum(map(len, self.rows)), stored.shape[1]), np.float32)
-        first = self.first_row
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1 if self.turned else 0]
+
+    def load(self, reader: TensorReader, a: np.ndarray, b: np.ndarray) -> None:
+        """Fill `a` [r, in] with A and `b` [out, r] with scale * B, one after the other."""
+        a[:] = self._matrix(reader, self.a)
+        stored, first = self._matrix(reader, self.b), self.first_row
         for rows in self.rows:
             b[rows.start : rows.stop] = stored[first : first + len(rows)]
             first += len(rows)
-        return a, b
+        b *= self.scale
+
+    def _matrix(self, reader: TensorReader, factor: StoredTensor) -> np.ndarray:
+        return reader.load(factor).T if self.turned else reader.load(factor)
+
+
+def factor_shapes(deltas: Sequence[Delta]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of all A of one weight below each other, and of all its B side by side."""
+    rank, first = sum(delta.rank for delta in deltas), deltas[0]
+    return (rank, first.a.shape[0 if first.turned else 1]), (sum(map(len, first.rows)), rank)
+
+
+def loading_bytes(deltas: Sequence[Delta]) -> int:
+    """The most memory that `LoadedDeltas` takes: both factors of all, and one as it is stored beside them."""
+    a, b = (math.prod(shape) for shape in factor_shapes(deltas))
+    return 4 * a + 8 * b + max(factor.nbytes for delta in deltas for factor in (delta.a, delta.b))
 
 
 class LoadedDeltas:
     """The factors of one weight's deltas in memory, side by side: their product is the sum of the deltas."""
 
     def __init__(self, deltas: Sequence[Delta], reader: TensorReader) -> None:
-        factors = [delta.load(reader) for delta in deltas]
-        self._a = np.concatenate([a for a, _ in factors])
-        scaled = [delta.scale * b.astype(np.float64) for delta, (_, b) in zip(deltas, factors, strict=True)]
-        self._b = np.concatenate(scaled, axis=1)
+        a_shape, b_shape = factor_shapes(deltas)
+        self._a, self._b = np.empty(a_shape, np.float32), np.empty(b_shape, np.float64)
+        first = 0
+        for delta in deltas:
+            ranks = slice(first, first + delta.rank)
+            delta.load(reader, self._a[ranks], self._b[:, ranks])
+            first += delta.rank
 
     def add_to(self, block: np.ndarray, rows: range, columns: range) -> None:
         """Add to a float32 block that holds these rows and columns of the weight.

@@ -8,7 +8,7 @@ from pathlib import Path
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.formats.torch import read_torch_bin
-from telechat_mindie.checkpoint.mapping import check_weights, published_names, weights
+from telechat_mindie.checkpoint.mapping import EMBEDDINGS, HEAD, check_weights, published_names, weights
 from telechat_mindie.checkpoint.tiles import TiledWeight, single_tile
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
@@ -61,7 +61,7 @@ def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, wh
     """
     named = {name: stored[given] for name, given in published_names(stored, where).items()}
     check_weights({name: tensor.shape for name, tensor in named.items()}, config, where)
-    named.setdefault("lm_head.weight", named["transformer.word_embeddings.weight"])  # tied, or check_weights refuses
+    named.setdefault(HEAD, named[EMBEDDINGS])  # tied, or check_weights refuses
     return {name: single_tile(name, named[name]) for name in weights(config)}
 
 

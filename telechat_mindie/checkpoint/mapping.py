@@ -24,14 +24,22 @@ class Rule:
     when: str = ""  # "", "dense", "moe" or "embed_layernorm": the models that have it
 
 
-_EMBEDDINGS = "transformer.word_embeddings"
+EMBEDDINGS, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+"""One weight, where they are tied."""
+
 _LAYER = "transformer.h.{layer}."
 _EXPERT = _LAYER + "mlp.local_experts.{expert}."
 _TARGET = "model.layers.{layer}."
 
 RULES = (
-    Rule(_EMBEDDINGS + ".weight", "model.tok_embeddings.embedding_weight", Role.COLUMN, "V h"),
-    Rule(_EMBEDDINGS + "_layernorm.weight", "model.embedding_norm.weight", Role.REPLICATED, "h", "embed_layernorm"),
+    Rule(EMBEDDINGS, "model.tok_embeddings.embedding_weight", Role.COLUMN, "V h"),
+    Rule(
+        "transformer.word_embeddings_layernorm.weight",
+        "model.embedding_norm.weight",
+        Role.REPLICATED,
+        "h",
+        "embed_layernorm",
+    ),
     Rule(_LAYER + "input_layernorm.weight", _TARGET + "attention_norm.weight", Role.REPLICATED, "h"),
     Rule(_LAYER + "self_attention.query.weight", _TARGET + "attention.wq.weight", Role.COLUMN, "h h"),
     Rule(_LAYER + "self_attention.key_value.weight", _TARGET + "attention.wk_v.weight", Role.COLUMN, "kv h"),
@@ -48,7 +56,7 @@ RULES = (
     Rule(_EXPERT + "down_proj.weight", _TARGET + "feed_forward.ffn.w2.weight", Role.EXPERT_ROW, "h f", "moe"),
     Rule(_EXPERT + "down_proj.bias", _TARGET + "feed_forward.ffn.w2.bias", Role.REPLICATED, "h", "moe"),
     Rule("transformer.ln_f.weight", "model.norm_out.weight", Role.REPLICATED, "h"),
-    Rule("lm_head.weight", "lm_head.weight", Role.COLUMN, "V h"),
+    Rule(HEAD, HEAD, Role.COLUMN, "V h"),
 )
 
 HUGGING_FACE_DROPPED = re.compile(
@@ -232,12 +240,12 @@ def check_weights(found: Mapping[str, tuple[int, ...] | None], config: TelechatC
         CheckpointError: weights that the config asks for are missing or of another shape, or some are unknown.
     """
     expected = {weight.name: weight.shape for weight in weights(config).values()}
-    if config.tie_word_embeddings and "lm_head.weight" not in found:
-        del expected["lm_head.weight"]
+    if config.tie_word_embeddings and HEAD not in found:
+        del expected[HEAD]
     refuse_foreign("tensor", found, where, CheckpointError)
     for problem, clause in differences(found, expected):
         advice = "config.json belongs to another model."
-        if expected.keys() - found.keys() == {"lm_head.weight"}:
+        if expected.keys() - found.keys() == {HEAD}:
             said = "says" if "tie_word_embeddings" in config.raw else "does not say, which means"
             advice = (
                 f"config.json {said} tie_word_embeddings false; set it to true if the model was trained with the "

@@ -44,13 +44,13 @@ def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
         CheckpointError: a rank folder is missing or empty, or a file is damaged or hostile.
     """
     if folders := rank_folders(path):
-        return [read_files(weight_files(folder), _read_weights, folder) for folder in folders]
+        return [read_files(weight_files(folder), read_weights, folder) for folder in folders]
     if path.is_file():
-        return [_read_weights(path, path.parent)]
+        return [read_weights(path, path.parent)]
     files = _files(path)
     if len(files) > 1:
         refuse_foreign("rank file", (file.name for file in files), path, CheckpointError)
-    return [read_files(files, _read_weights, path)] if files else None
+    return [read_files(files, read_weights, path)] if files else None
 
 
 def rank_folders(path: Path) -> list[Path]:
@@ -76,7 +76,8 @@ def read_file(file: Path, root: Path) -> dict[str, StoredTensor]:
     return read_safetensors(file, root) if file.suffix == ".safetensors" else read_mindspore_ckpt(file, root)
 
 
-def _read_weights(file: Path, root: Path) -> dict[str, StoredTensor]:
+def read_weights(file: Path, root: Path) -> dict[str, StoredTensor]:
+    """The weights in a file, as `read_file`."""
     return {name: tensor for name, tensor in read_file(file, root).items() if not MINDFORMERS_DROPPED.search(name)}
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint import hugging_face, mindformers
-from telechat_mindie.checkpoint.adapters.adapter import Adapter, is_adapter, read_adapter, without_factors
+from telechat_mindie.checkpoint.adapters.adapter import Adapter, parse_adapter, read_adapter, without_factors
+from telechat_mindie.checkpoint.adapters.factors import check_memory
 from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError
-from telechat_mindie.foreign import ADAPTER_FILES, IS_ADAPTER, NOT_A_MODEL, refuse_foreign
+from telechat_mindie.foreign import ADAPTER_FILES, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,27 @@ def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequen
 
     Args:
         config_dir: where config.json is; by default beside the weights. A MindSpore checkpoint can do without.
-        adapters: LoRA adapters to merge, each as for `read_adapter`, which reads them whole.
+        adapters: LoRA adapters to merge, each as for `parse_adapter`; `read_adapter` reads them whole.
 
     Raises:
         InputError: nothing is there.
         ConfigError: config.json is missing or not TeleChat2's.
         CheckpointError: no weights, a damaged or hostile file, or names, shapes or dtypes that do not fit the config.
     """
-    model = _open_model(path, config_dir, adapters)
+    named = [parse_adapter(given) for given in adapters]
+    model = _open_model(path, config_dir, {adapter.resolve() for adapter, _ in named})
     weights = dict(model.weights)
-    read = tuple(read_adapter(given, model.config, path) for given in adapters)
+    read = tuple(read_adapter(adapter, scale, model.config, path) for adapter, scale in named)
     for adapter in read:
         for name, delta in adapter.deltas.items():
             weights[name] = replace(weights[name], deltas=(*weights[name].deltas, delta))
+            check_memory(weights[name].deltas, f"adapters of {name}")
     return replace(model, weights=weights, adapters=read)
 
 
-def _open_model(path: Path, config_dir: Path | None, adapters: Sequence[str | Path]) -> Checkpoint:
+def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) -> Checkpoint:
     if not path.exists():
         raise InputError("checkpoint is not there", where=path)
-    if is_adapter(path):
-        raise CheckpointError(IS_ADAPTER, where=path, advice=NOT_A_MODEL)
     if path.is_file():
         refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)

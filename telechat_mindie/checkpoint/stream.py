@@ -106,18 +106,19 @@ def _remove_strays(root: Path, journal: Journal) -> None:
 
 
 def _fingerprint(plan: ConversionPlan, source: Checkpoint, *choices: object) -> str:
-    """A hash of everything that decides the bytes of a conversion: plan, options, version, and the source's files."""
-    weights = source.weights.values()
-    deltas = [(name, delta) for name, weight in source.weights.items() for delta in weight.deltas]
-    stored = [tile.stored for weight in weights for tile in weight.tiles]
-    stored += [factor for _, delta in deltas for factor in (delta.a, delta.b)]
-    paths = {extent.file for tensor in stored for extent in tensor.extents}
+    """A hash of everything that decides the bytes of a conversion: plan, options, version, source.
+
+    The model's files go in by size and time, for they are too large to be read twice, adapters by their sha256.
+    """
+    tiles = [tile for weight in source.weights.values() for tile in weight.tiles]
+    paths = {extent.file for tile in tiles for extent in tile.stored.extents}
     files = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
     shards = [
         [shard.file, shard.nbytes, hashlib.sha256(b"".join(frame.prefix for frame in shard.frames)).hexdigest()]
         for shard in plan.shards
     ]
-    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files), *map(repr, deltas)]
+    adapters = [repr(adapter) for adapter in source.adapters]
+    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files), *adapters]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from telechat_mindie import cli
 from telechat_mindie.checkpoint import reader
-from telechat_mindie.checkpoint.adapters.adapter import is_adapter
+from telechat_mindie.checkpoint.adapters import factors as adapter_factors
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
+from telechat_mindie.checkpoint.deltas import LoadedDeltas, loading_bytes
+from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.config import TelechatConfig
@@ -219,6 +222,64 @@ def test_scales_and_several_adapters(base, tmp_path):
         np.testing.assert_array_max_ulp(found[name], array, 1)
 
 
+def scales(root, adapter):
+    """The scale of each module that an adapter changes, by its path without the layers' prefix."""
+    (read,) = open_checkpoint(root, adapters=[adapter]).adapters
+    return {name.removeprefix("transformer.").removesuffix(".weight"): d.scale for name, d in read.deltas.items()}
+
+
+def test_a_pattern_with_a_caret_is_the_whole_path(base, tmp_path):
+    """As peft matches it, `(.*\\.)?(KEY)$`: all of a path in the model that was trained, and the first key wins."""
+    factors = make_factors(("query",))
+    patterns = [
+        ({"^query": 8}, 6, 6),
+        ({"^h.0.self_attention.query": 8}, 6, 6),
+        ({"^transformer.h.0.self_attention.query": 8, "query": 32}, 8, 32),
+        ({"self_attention.query": 8, "^transformer.h.0.self_attention.query": 32}, 8, 8),
+        ({"attention.query": 8}, 6, 6),
+    ]
+    for number, (pattern, first, second) in enumerate(patterns):
+        lora = write_peft(tmp_path / str(number), factors, alpha_pattern=pattern)
+        expected = {f"h.{layer}.self_attention.query": alpha / RANK for layer, alpha in ((0, first), (1, second))}
+        assert scales(base[0], lora) == expected, pattern
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["base_model.model.module.transformer.", "base_model.model._orig_mod.", "module.base_model.model.transformer.", ""],
+)
+def test_names_behind_what_training_leaves(base, tmp_path, prefix):
+    factors = make_factors(("query", "down_proj"))
+    tensors = {name.replace("base_model.model.transformer.", prefix): t for name, t in peft_tensors(factors).items()}
+    lora = write_peft(tmp_path / "lora", factors, tensors)
+    assert len(scales(base[0], lora)) == 4
+    tensors |= peft_tensors(make_factors(("dense",)))
+    with pytest.raises(CheckpointError, match="under several prefixes"):
+        open_checkpoint(base[0], adapters=[write_peft(tmp_path / "mixed", factors, tensors)])
+
+
+def test_the_sha256_is_of_the_factors(base, tmp_path):
+    """Not of the file, which may have another order or form, or hold the model too."""
+    factors = make_factors(("query", "dense"), dtype="bfloat16")
+    tensors = peft_tensors(factors)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].tobytes())
+    found = set()
+    for archive in (False, True):
+        lora = write_peft(tmp_path / f"lora{archive}", factors, dict(reversed(tensors.items())), archive=archive)
+        found.add(open_checkpoint(base[0], adapters=[lora]).adapters[0].describe()["sha256"])
+    assert found == {digest.hexdigest()}
+    both = tmp_path / "both.safetensors"
+    to_mindspore(open_checkpoint(base[0]), both, MindSporeForm())
+    tensors = mindformers_tensors(factors)
+    save_file(tensors, tmp_path / "alone.safetensors")
+    save_file(load_file(both) | tensors, both)
+    alone = open_checkpoint(base[0], adapters=[f"{tmp_path / 'alone.safetensors'}=2"])
+    (read,) = open_checkpoint(both, base[0], [f"{both}=2"]).adapters
+    assert read.sha256 == alone.adapters[0].sha256
+
+
 def mindformers_tensors(factors):
     found = {}
     for module, (a, b) in factors.items():
@@ -274,9 +335,15 @@ def test_mindformers(base, tmp_path, suffix):
     (folder / "finetune.yaml").write_text(YAML.format(rank=RANK, alpha=ALPHA))
     build(tmp_path / "c", root, BuildOptions(tp=2, adapters=(folder,)))
     assert digests(tmp_path / "a") == digests(tmp_path / "c")
-    (folder / "finetune.yaml").write_text(YAML.format(rank=RANK + 1, alpha=ALPHA))
-    with pytest.raises(TelechatMindieError, match="rank is not the yaml's"):
-        open_checkpoint(root, adapters=[folder])
+    for rank, alpha, message in (
+        (RANK + 1, ALPHA, r"rank is not the yaml's \(expected 5, found 4\)"),
+        ("much", ALPHA, r"finetune.yaml: lora_rank: is no positive number \(found 'much'\)"),
+        (RANK, -1, r"finetune.yaml: lora_alpha: is no positive number \(found '-1'\)"),
+        (RANK, "[1, {a: 2}]", r"finetune.yaml: lora_alpha: is no positive number \(found 'a sequence'\)"),
+    ):
+        (folder / "finetune.yaml").write_text(YAML.format(rank=rank, alpha=alpha))
+        with pytest.raises(TelechatMindieError, match=message):
+            open_checkpoint(root, adapters=[folder])
 
 
 def test_mindformers_trained_with_qkv_concat(base, tmp_path):
@@ -420,6 +487,11 @@ def test_tied_embeddings_are_not_adapted(tmp_path):
     lora = write_peft(tmp_path / "lora", make_factors(("lm_head",)))
     with pytest.raises(CheckpointError, match="tied"):
         open_checkpoint(tmp_path / "ckpt", adapters=[lora])
+    a, b = make_factors(("lm_head",))["lm_head"]
+    stem = "lm_head.mindpet_delta_lora_"
+    save_file({stem + "a": a, stem + "b": b}, tmp_path / "head.safetensors")
+    with pytest.raises(CheckpointError, match="tied"):
+        open_checkpoint(tmp_path / "ckpt", adapters=[f"{tmp_path / 'head.safetensors'}=1"])
 
 
 def truncate(lora):
@@ -429,7 +501,8 @@ def truncate(lora):
 
 def huge_rank(lora):
     """A sparse file whose A is larger than the bound: told from the header, not by loading it."""
-    rank = 600_000
+    rank, config = 600_000, lora / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"r": {RANK}', f'"r": {rank}'))
     shapes = {"A": [rank, 64], "B": [64, rank]}
     header = {
         f"base_model.model.transformer.h.0.self_attention.query.lora_{side}.weight": {
@@ -519,12 +592,6 @@ def test_the_commands(base, adapter, tmp_path, run):
     assert not (tmp_path / "x").exists()
 
 
-def test_which_folders_are_adapters(base, adapter, tmp_path):
-    assert is_adapter(adapter) and not is_adapter(base[0]) and not is_adapter(tmp_path)
-    (adapter / "model.safetensors").touch()
-    assert not is_adapter(adapter)
-
-
 def test_another_adapter_makes_an_old_journal_invalid(base, adapter, tmp_path, monkeypatch):
     """A resumed run takes finished shards over only where everything is as it was."""
     from telechat_mindie.checkpoint import plan, stream
@@ -551,6 +618,7 @@ def test_another_adapter_makes_an_old_journal_invalid(base, adapter, tmp_path, m
     with pytest.raises(OutputError, match="begun with other options"):
         build(tmp_path / "model", base[0], BuildOptions(adapters=(other,), resume=True))
     interrupted(other)
+    os.utime(other / "adapter_model.safetensors")  # what it holds counts, not when it was copied
     build(tmp_path / "model", base[0], BuildOptions(adapters=(other,), resume=True))
     assert digests(tmp_path / "model") == digests(tmp_path / "expected")
     assert check_against(ModelDir.open(tmp_path / "model"), base[0], adapters=[other]) == []
@@ -572,3 +640,29 @@ def test_memory_stays_bounded(tmp_path):
             tracemalloc.stop()
 
     assert peak(lora) - peak() < 6 << 20
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bound_on_factors_is_what_they_take(base, tmp_path, monkeypatch, count, dtype):
+    """Of all the adapters of a weight together, while they are loaded."""
+    changes = {"n_layer": 1, "hidden_size": 1024, "ffn_hidden_size": 2048}
+    make_checkpoint(tmp_path / "ckpt", "float16", **changes)
+    factors = make_factors(("up_proj",), rank=32, dtype=dtype, **changes)
+    loras = [write_peft(tmp_path / f"lora{number}", factors, r=32) for number in range(count)]
+    source = open_checkpoint(tmp_path / "ckpt", adapters=loras)
+    ((name, deltas),) = [(name, weight.deltas) for name, weight in source.weights.items() if weight.deltas]
+    with TensorReader() as tensors:
+        tracemalloc.start()
+        try:
+            loaded = LoadedDeltas(deltas, tensors)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert loaded and abs(peak - loading_bytes(deltas)) < 256 << 10  # numpy's own buffers
+    for bound in (loading_bytes(deltas), loading_bytes(deltas) - 1):
+        monkeypatch.setattr(adapter_factors, "MAX_FACTOR_BYTES", bound)
+        if bound == loading_bytes(deltas):
+            open_checkpoint(tmp_path / "ckpt", adapters=loras)
+    with pytest.raises(CheckpointError, match=rf"{name}: rank {32 * count} is too large"):
+        open_checkpoint(tmp_path / "ckpt", adapters=loras)

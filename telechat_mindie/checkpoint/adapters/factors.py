@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from telechat_mindie.checkpoint.deltas import Delta
+from telechat_mindie.checkpoint.deltas import Delta, loading_bytes
 from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.checkpoint.tiles import float_dtype
 from telechat_mindie.errors import CheckpointError, ConfigError, name_some
 
 MAX_FACTOR_BYTES = 256 << 20
-"""Of one weight's A and B in memory: rank 64 of the 115B's largest takes 23 MB."""
+"""Of all A and B of one weight while they are loaded: rank 64 of the 115B's largest linear layer takes 34 MB."""
 
 Factors = dict[str, StoredTensor]
 
@@ -45,7 +45,7 @@ def factor_pairs(stored: Mapping[str, StoredTensor], pattern: re.Pattern[str], w
 
 
 def check_fit(delta: Delta, shape: tuple[int, ...], where: str) -> None:
-    """Refuse factors that do not fit a target of this shape, or are too large to hold."""
+    """Refuse factors that do not fit a target of this shape."""
     a, b = ((tensor.shape[::-1] if delta.turned else tensor.shape) for tensor in (delta.a, delta.b))
     if len(shape) != 2:
         raise CheckpointError("adapts what is no single matrix", where=where, found=list(shape))
@@ -57,10 +57,15 @@ def check_fit(delta: Delta, shape: tuple[int, ...], where: str) -> None:
             found=f"{' x '.join(map(str, a))} and {' x '.join(map(str, b))}",
             advice="It was trained on another model.",
         )
-    if a[0] * (4 * shape[1] + 8 * shape[0]) > MAX_FACTOR_BYTES:
-        raise CheckpointError(f"rank {a[0]} is too large to merge in bounded memory", where=where)
     for tensor in (delta.a, delta.b):
         float_dtype(where, tensor)
+
+
+def check_memory(deltas: Sequence[Delta], where: str) -> None:
+    """Refuse the deltas of one weight where they are too large to be held side by side."""
+    if loading_bytes(deltas) > MAX_FACTOR_BYTES:
+        rank = sum(delta.rank for delta in deltas)
+        raise CheckpointError(f"rank {rank} is too large to merge in bounded memory", where=where)
 
 
 def positive_number(value: object, where: object) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint.adapters.factors import Factors, check_fit, factor_pairs, positive_number
 from telechat_mindie.checkpoint.deltas import Delta
-from telechat_mindie.checkpoint.mapping import MINDFORMERS_DROPPED, mindformers_targets
-from telechat_mindie.checkpoint.mindformers import rank_folders, read_file, weight_files
+from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.checkpoint.mindformers import rank_folders, read_weights, weight_files
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, ConfigError, InputError, name_some
 from telechat_mindie.foreign import NOT_A_MODEL
@@ -36,7 +37,7 @@ def read_mindformers(
         ConfigError, CheckpointError: the files are damaged or hostile, or do not fit the model.
     """
     file = _single_file(path)
-    stored = {name: t for name, t in read_file(file, file.parent).items() if not MINDFORMERS_DROPPED.search(name)}
+    stored = read_weights(file, file.parent)
     pairs = factor_pairs(stored, _NAME, file)
     if not pairs:
         raise CheckpointError(
@@ -51,7 +52,10 @@ def read_mindformers(
             where=file,
             advice="Where they are the model that was trained, name this as --checkpoint too.",
         )
-    settings = {} if scale is not None else _pet_config(path if path.is_dir() else path.parent)
+    rank = None
+    if scale is None:
+        rank, alpha = _rank_and_alpha(path if path.is_dir() else path.parent)
+        scale = alpha / rank
     targets = {
         target.name.removesuffix(".weight"): target
         for packed in (True, False)
@@ -64,10 +68,10 @@ def read_mindformers(
         if module not in targets:
             raise CheckpointError("adapts a weight that the model does not have", where=where, advice=NOT_A_MODEL)
         target = targets[module]
-        check_fit(Delta(1.0, factors["A"], factors["B"], ()), target.shape, where)
-        if settings and positive_number(settings.get("lora_rank"), "lora_rank") != factors["A"].shape[0]:
-            found = factors["A"].shape[0]
-            raise ConfigError("rank is not the yaml's", where=where, expected=settings["lora_rank"], found=found)
+        whole = Delta(scale, factors["A"], factors["B"], ())
+        check_fit(whole, target.shape, where)
+        if rank not in (None, whole.rank):
+            raise ConfigError("rank is not the yaml's", where=where, expected=f"{rank:g}", found=whole.rank)
         rows: dict[str, list[range]] = {}  # of each weight, in the order in which they lie in B
         for part in target.parts:
             rows.setdefault(part.source, []).extend(part.pick_rows(range(part.shape[0])))
@@ -75,8 +79,7 @@ def read_mindformers(
         for name, ranges in rows.items():
             if name in deltas:
                 raise CheckpointError("is adapted twice, packed and not", where=f"{file}: {name}")
-            factor = scale or positive_number(settings.get("lora_alpha"), "lora_alpha") / factors["A"].shape[0]
-            deltas[name] = Delta(factor, factors["A"], factors["B"], tuple(ranges), first_row)
+            deltas[name] = replace(whole, rows=tuple(ranges), first_row=first_row)
             first_row += sum(map(len, ranges))
     return file, deltas
 
@@ -103,17 +106,19 @@ def _single_file(path: Path) -> Path:
     return files[0]
 
 
-def _pet_config(folder: Path) -> dict[str, str]:
-    """model.model_config.pet_config of the folder's yaml: the rank and alpha that mindformers trained with.
+def _rank_and_alpha(folder: Path) -> tuple[float, float]:
+    """What mindformers trained with: lora_rank and lora_alpha of model.model_config.pet_config in the folder's yaml.
 
     Raises:
-        InputError: no yaml there says it, or two say different things.
+        InputError: no yaml there says them, or two say different things.
+        ConfigError: one of them is no positive number.
     """
-    found: list[dict[str, str]] = []
+    found = set()
     for path in sorted(folder.glob("*.y*ml")):
         settings = _read_pet_config(path)
-        if "lora_alpha" in settings and settings not in found:
-            found.append(settings)
+        if "lora_alpha" in settings:
+            rank, alpha = (positive_number(settings.get(key), f"{path}: {key}") for key in ("lora_rank", "lora_alpha"))
+            found.add((rank, alpha))
     if len(found) != 1:
         raise InputError(
             "the scale of the adapter is not known, for a mindformers checkpoint does not hold it",
@@ -122,11 +127,14 @@ def _pet_config(folder: Path) -> dict[str, str]:
             found=len(found),
             advice="Put the finetuning yaml there, or name --adapter PATH=SCALE with the scale lora_alpha / lora_rank.",
         )
-    return found[0]
+    return found.pop()
 
 
 def _read_pet_config(path: Path) -> dict[str, str]:
-    """The scalars of a yaml's pet_config as texts. mindformers' yamls have aliases, so nodes are read, not values."""
+    """A yaml's pet_config as texts, those of what is no scalar a word for it.
+
+    mindformers' yamls have aliases, so nodes are read, not values.
+    """
     import yaml
 
     text = read_text(path, 1 << 18)
@@ -138,4 +146,6 @@ def _read_pet_config(path: Path) -> dict[str, str]:
         entries = node.value if isinstance(node, yaml.MappingNode) else []
         node = next((value for key, value in entries if key.value == wanted), None)
     entries = node.value if isinstance(node, yaml.MappingNode) else []
-    return {str(key.value): str(value.value) for key, value in entries}
+    return {
+        str(key.value): value.value if isinstance(value, yaml.ScalarNode) else f"a {value.id}" for key, value in entries
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from telechat_mindie.checkpoint.deltas import Delta
 from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.torch import read_torch_bin
-from telechat_mindie.checkpoint.mapping import weights
+from telechat_mindie.checkpoint.mapping import EMBEDDINGS, published_names, weights
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, ConfigError, name_some
 from telechat_mindie.foreign import ADAPTER_FILES, NOT_A_MODEL
@@ -23,7 +24,7 @@ CONFIG = "adapter_config.json"
 READERS = dict(zip(ADAPTER_FILES, (read_safetensors, read_torch_bin), strict=True))
 """By file name, in the order in which peft prefers them."""
 
-_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:([AB])(?:\.\w+)?\.weight|(embedding_[AB])(?:\.\w+)?)")
+_NAME = re.compile(r"(.+)\.lora_(?:([AB])(?:\.\w+)?\.weight|(embedding_[AB])(?:\.\w+)?)")
 
 _SETTINGS = (
     "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights "
@@ -57,24 +58,19 @@ def read_peft(folder: Path, config: TelechatConfig) -> tuple[Path, dict[str, Del
             advice="Copies of the embeddings can be left out: save_pretrained(..., save_embedding_layers=False).",
         )
     known = weights(config)
+    pairs = {f"{module}.weight": factors for module, factors in factor_pairs(stored, _NAME, file).items()}
     deltas: dict[str, Delta] = {}
-    for module, factors in factor_pairs(stored, _NAME, file).items():
-        names = [f"{prefix}{module}.weight" for prefix in ("", "transformer.")]
-        name = next((name for name in names if name in known), "")
+    for name, given in published_names(pairs, file).items():
+        module, factors = given.removesuffix(".weight"), pairs[given]
         where = f"{file}: {module}"
-        embedding = "embedding_A" in factors
-        if not name or name in deltas or embedding != (name == "transformer.word_embeddings.weight"):
+        turned = "embedding_A" in factors  # an embedding's, of which peft stores A as [r, vocabulary], B as [hidden, r]
+        if name not in known or turned != (name == EMBEDDINGS):
             raise CheckpointError("adapts a weight that the model does not have", where=where, advice=NOT_A_MODEL)
-        if config.tie_word_embeddings and name in ("lm_head.weight", "transformer.word_embeddings.weight"):
-            raise CheckpointError("adapts one of two weights that are tied", where=where)
-        scale, rows = 1.0, (range(known[name].shape[0]),)
-        if embedding:  # of which peft stores A as [r, vocabulary] and B as [hidden, r]
-            delta = Delta(scale, factors["embedding_B"], factors["embedding_A"], rows, turned=True)
-        else:
-            delta = Delta(scale, factors["A"], factors["B"], rows)
+        a, b = (factors["embedding_B"], factors["embedding_A"]) if turned else (factors["A"], factors["B"])
+        delta = Delta(1.0, a, b, (range(known[name].shape[0]),), turned=turned)
         check_fit(delta, known[name].shape, where)
-        rank = factors["embedding_A" if embedding else "A"].shape[0]
-        deltas[name] = Delta(_scale(settings, module, rank, folder / CONFIG), delta.a, delta.b, rows, 0, embedding)
+        path = module.rpartition("base_model.model.")[2]
+        deltas[name] = replace(delta, scale=_scale(settings, path, delta.rank, folder / CONFIG))
     if not deltas:
         raise CheckpointError("holds no tensors", where=file)
     return file, deltas
@@ -102,8 +98,12 @@ def _check_settings(settings: Mapping[str, Any], where: Path) -> None:
 def _scale(settings: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
     """peft's scaling of one module: alpha / r, with rslora alpha / sqrt(r) (peft/tuners/lora/layer.py, update_layer).
 
-    alpha_pattern's keys are regular expressions there; a path or its end, which is what they are in practice, is
-    compared as a text, and any other is refused.
+    alpha_pattern's keys are regular expressions there, matched with a module's path as `(.*\\.)?(KEY)$`. Those that are
+    the end of a path, or behind `^` all of it, are compared as texts, which is practice, and any other is refused.
+
+    Args:
+        module: its path in the model that was trained.
+        rank: of the weights; what rank_pattern says of the module need not be found, for peft loads no other.
     """
     ranks, alphas = (settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
@@ -116,7 +116,7 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int, where: Path) -> 
     for key, value in alphas.items():
         if not re.fullmatch(r"\^?[\w.]+", key):
             raise ConfigError("is a pattern that is not understood", where=f"{where}: alpha_pattern", found=quoted(key))
-        if f".{module}".endswith("." + key.removeprefix("^")):
+        if module == key[1:] if key.startswith("^") else f".{module}".endswith(f".{key}"):
             alpha = value
             break
     divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
