@@ -192,13 +192,14 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would block
 
 
-def existing_directory(path: Path, what: str) -> Path:
-    """`path` if it is a directory.
+def existing_path(path: Path, what: str) -> Path:
+    """`path` if it is a directory or a regular file.
 
     Raises:
-        InputError: it is missing or not a directory.
+        InputError: it is missing, or a pipe, a device or the like.
     """
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise InputError(f"{what} is not a directory", where=path, found=found)
+    if not path.exists():
+        raise InputError(f"{what} is not there", where=path)
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{what} is neither a folder nor a regular file", where=path)
     return path

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.checkpoint.direct_io import STAGING_BYTES
+from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.hugging_face import index_alone, read_index
-from telechat_mindie.checkpoint.mapping import check_weights, published_names, weights
+from telechat_mindie.checkpoint.mapping import HEAD, check_weights, published_names, weights
 from telechat_mindie.checkpoint.pipeline import DEPTH
 from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, TURN_BYTES
-from telechat_mindie.checkpoint.source import holds_weights, open_checkpoint, refuse_foreign_files
+from telechat_mindie.checkpoint.source import NoWeightsError, open_checkpoint
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
-from telechat_mindie.reading import read_json
 from telechat_mindie.staging import reporting_os_errors
 
 INTERPRETER_BYTES = 80 << 20
@@ -47,17 +47,16 @@ def source_facts(checkpoint: Path) -> Source:
         checkpoint: a folder, a weight file, or a config.json, which then is all that is looked at.
 
     Raises:
-        ConfigError, CheckpointError: as `open_checkpoint`; or an index whose total size fits no dtype.
+        ConfigError, CheckpointError: as `open_checkpoint`; or nothing tells the dtype of what an index lists.
     """
     if checkpoint.suffix == ".json":
         return from_config(TelechatConfig.from_file(checkpoint))
-    if checkpoint.is_dir():
-        if (index := index_alone(checkpoint)) is not None:
-            return _from_index(index, TelechatConfig.from_directory(checkpoint))
-        if (checkpoint / "config.json").exists() and not holds_weights(checkpoint):
-            refuse_foreign_files(checkpoint)
-            return from_config(TelechatConfig.from_directory(checkpoint))
-    found = open_checkpoint(checkpoint)
+    if (index := index_alone(checkpoint)) is not None:
+        return _from_index(index, TelechatConfig.from_directory(checkpoint))
+    try:
+        found = open_checkpoint(checkpoint)
+    except NoWeightsError:
+        return from_config(TelechatConfig.from_directory(checkpoint))
     return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
 
 
@@ -70,19 +69,27 @@ def from_config(config: TelechatConfig) -> Source:
 
 
 def _from_index(index: Path, config: TelechatConfig) -> Source:
-    names = read_index(index)
-    check_weights(dict.fromkeys(published_names(names, index)), config, index)
-    total = read_json(index).get("metadata", {}).get("total_size")
-    for dtype in ("float32", "float16"):  # a 16-bit index does not say which of the two it is
-        if total == config.weight_bytes(dtype):
-            dtype = config.torch_dtype or dtype if DTYPES[dtype].itemsize == 2 else dtype
-            return Source(config, dtype, total, len(names))
-    raise CheckpointError(
-        "total_size does not fit the model that config.json describes",
-        where=index,
-        expected=f"{config.weight_bytes('float32')} or {config.weight_bytes('float16')}",
-        found=total,
-    )
+    weight_map, total = read_index(index)
+    names = published_names(weight_map, index)
+    check_weights(dict.fromkeys(names), config, index)
+    elements = config.parameter_count
+    if config.tie_word_embeddings and HEAD in names:  # stored all the same
+        elements += config.vocab_size * config.hidden_size
+    wide, narrow = 4 * elements, 2 * elements
+    if total == wide:
+        return Source(config, "float32", wide, len(names))
+    if total == narrow:  # which of the two 16-bit dtypes it is, only config.json says
+        return Source(config, config.torch_dtype or "float16", narrow, len(names))
+    if config.torch_dtype is None:
+        raise CheckpointError(
+            "total_size does not fit the model that config.json describes",
+            where=index,
+            expected=f"{wide} or {narrow}",
+            found=quoted(total),
+        )
+    dtype = config.torch_dtype
+    assumed = f"{dtype} weights, as config.json says, for the index's total_size fits no dtype"
+    return Source(config, dtype, elements * DTYPES[dtype].itemsize, len(names), assumed)
 
 
 def peak_memory(plan: ConversionPlan) -> int:

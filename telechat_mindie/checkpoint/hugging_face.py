@@ -33,10 +33,8 @@ def read_stored(path: Path) -> tuple[str, dict[str, StoredTensor]]:
         chosen = next((form for form in FORMATS if path.suffix == Path(form[2]).suffix), None)
         return (chosen[0], chosen[3](path, path.parent)) if chosen else ("", {})
     for kind, index, pattern, read in FORMATS:
-        weight_map = read_index(path / index) if (path / index).exists() else None
-        files = set(weight_map.values()) if weight_map else {file.name for file in path.glob(pattern)}
-        files -= {*ADAPTER_FILES}
-        if not files:
+        weight_map = read_index(path / index)[0] if (path / index).exists() else None
+        if not (files := set(weight_map.values()) if weight_map else _shards(path, pattern)):
             continue
         stored = read_files([path / file for file in sorted(files)], read, path)
         if weight_map is not None:
@@ -48,9 +46,13 @@ def read_stored(path: Path) -> tuple[str, dict[str, StoredTensor]]:
 def index_alone(directory: Path) -> Path | None:
     """The index of shards none of which is there (yet), as before a download."""
     for _, index, pattern, _ in FORMATS:
-        if (directory / index).exists() and not any(directory.glob(pattern)):
+        if (directory / index).exists() and not _shards(directory, pattern):
             return directory / index
     return None
+
+
+def _shards(directory: Path, pattern: str) -> set[str]:
+    return {file.name for file in directory.glob(pattern)} - {*ADAPTER_FILES}
 
 
 def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:
@@ -65,9 +67,14 @@ def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, wh
     return {name: single_tile(name, named[name]) for name in weights(config)}
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Weight -> file of an index; files are plain names. Raises CheckpointError for anything else."""
-    weight_map = read_json(path).get("weight_map")
+def read_index(path: Path) -> tuple[dict[str, str], object]:
+    """Weight -> file of an index, and the total_size that it says, which may be anything, or None.
+
+    Raises:
+        CheckpointError: files are no plain names.
+    """
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", where=path)
     for name, file in weight_map.items():
@@ -75,7 +82,7 @@ def read_index(path: Path) -> dict[str, str]:
             raise CheckpointError("names a file outside its folder", where=path, found=f"{name!r} -> {file!r}")
         if len(file) > 255:
             raise CheckpointError("names a file with an over-long name", where=path, found=f"{file[:40]}...")
-    return weight_map
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _check_index(weight_map: Mapping[str, str], stored: Mapping[str, StoredTensor], path: Path) -> None:

@@ -12,8 +12,9 @@ from telechat_mindie.checkpoint.adapters.factors import check_memory
 from telechat_mindie.checkpoint.tiles import TiledWeight
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError, InputError
-from telechat_mindie.foreign import ADAPTER_FILES, refuse_foreign
+from telechat_mindie.errors import CheckpointError
+from telechat_mindie.foreign import refuse_foreign
+from telechat_mindie.reading import existing_path
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Checkpoint:
         return sum(weight.elements * DTYPES[weight.dtype].itemsize for weight in self.weights.values())
 
 
+class NoWeightsError(CheckpointError):
+    """A folder has a config.json and no weights, nor what is known in their place."""
+
+
 def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequence[str | Path] = ()) -> Checkpoint:
     """Recognise and index the checkpoint at `path`, a directory or a MindSpore file; only headers are read.
 
@@ -59,9 +64,11 @@ def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequen
         adapters: LoRA adapters to merge, each as for `parse_adapter`; `read_adapter` reads them whole.
 
     Raises:
-        InputError: nothing is there.
+        InputError: nothing is there, or a pipe or device.
         ConfigError: config.json is missing or not TeleChat2's.
-        CheckpointError: no weights, a damaged or hostile file, or names, shapes or dtypes that do not fit the config.
+        NoWeightsError: there are none.
+        CheckpointError: a form that is not read, a damaged or hostile file, or names, shapes or dtypes that do not fit
+            the config.
     """
     named = [parse_adapter(given) for given in adapters]
     model = _open_model(path, config_dir, {adapter.resolve() for adapter, _ in named})
@@ -75,10 +82,8 @@ def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequen
 
 
 def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) -> Checkpoint:
-    if not path.exists():
-        raise InputError("checkpoint is not there", where=path)
-    if path.is_file():
-        refuse_foreign_files(path)
+    if existing_path(path, "checkpoint").is_file():
+        _refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)
     has_config = (config_dir / "config.json").exists()
     # A config.json of another model says more than its weights' names, or dtypes that no file of ours has.
@@ -89,9 +94,9 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) 
         return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = mindformers.read_ranks(path)
     if ranks is None:
-        refuse_foreign_files(path)
+        _refuse_foreign_files(path)
         TelechatConfig.from_directory(config_dir)
-        raise CheckpointError(
+        raise NoWeightsError(
             "holds no weights that are recognised",
             where=path,
             expected="*.safetensors, pytorch_model*.bin, *.ckpt or rank_N folders",
@@ -111,14 +116,7 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) 
     )
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder has any file or rank folder that `open_checkpoint` would read weights from."""
-    patterns = [pattern for _, index, shards, _ in hugging_face.FORMATS for pattern in (index, shards)]
-    names = {path.name for pattern in (*patterns, "*.ckpt", "rank_*") for path in folder.glob(pattern)}
-    return bool(names - {*ADAPTER_FILES})
-
-
-def refuse_foreign_files(path: Path) -> None:
+def _refuse_foreign_files(path: Path) -> None:
     """Raises CheckpointError where a file, or a folder without weights of ours, is of a form that `foreign` names."""
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
     refuse_foreign("file", names, path, CheckpointError)

@@ -35,7 +35,7 @@ def plan(
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
-    from telechat_mindie.model_dir.build import read_tokenizer
+    from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
     from telechat_mindie.model_dir.generation import read_generation
     from telechat_mindie.units import GB, format_bytes
     from telechat_mindie.variants import VARIANTS
@@ -44,12 +44,7 @@ def plan(
         raise InputError("name one of the two", where="--checkpoint, --variant")
     if variant is not None and variant not in VARIANTS:
         raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
-    if variant is not None:
-        source = from_config(VARIANTS[variant])
-    else:
-        if not checkpoint.exists():
-            raise InputError("checkpoint is not there", where=checkpoint)
-        source = source_facts(checkpoint)
+    source = source_facts(checkpoint) if variant is None else from_config(VARIANTS[variant])
     config = source.config
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
@@ -82,6 +77,10 @@ def plan(
         output_bytes=made.output_bytes,
     )
     refused = refusal(config)
+    try:
+        check_lengths(BuildOptions(max_seq_len=max_seq_len, block_size=block_size), config)
+    except InputError as error:
+        refused = refused or str(error)
     if refused is not None:
         facts.add("build", f"would refuse it: {refused}", build_refusal=refused)
     nbytes = made.rank_bytes

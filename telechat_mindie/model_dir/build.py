@@ -71,7 +71,7 @@ def build(
     source = open_checkpoint(checkpoint, adapters=options.adapters)
     check_computation(source.config, checkpoint / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
-    max_seq_len = _check_lengths(options, source.config)
+    max_seq_len = check_lengths(options, source.config)
     tokenizer_files, tokenizer_settings = read_tokenizer(checkpoint, source.config, options.bare_prompt)
     generation = read_generation(checkpoint, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
@@ -95,7 +95,8 @@ def build(
     return plan
 
 
-def _check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
+def check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
+    """The longest sequence in tokens. Raises InputError where it, or another choice, is not to be built."""
     max_seq_len = config.seq_length if options.max_seq_len is None else options.max_seq_len
     for flag, value, limit in (
         ("--max-seq-len", max_seq_len, MAX_SEQ_LEN),

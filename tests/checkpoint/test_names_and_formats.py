@@ -251,6 +251,8 @@ SIGNED_BY_CONFIG: dict[str, tuple[Callable[[Path], None], str, str]] = {
 }
 SIGNED_BY_FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "LoRA adapter": (without_config(only("adapter_config.json", "adapter_model.safetensors")), "LoRA", "--adapter"),
+    "LoRA adapter with the model's config.json": (only("adapter_model.bin"), "LoRA adapter", "--adapter"),
+    "LoRA adapter without weights": (without_config(only("adapter_config.json")), "LoRA adapter", "--adapter"),
     "LoRA weights": (tensors(**{STEM + "lora_A__default__weight": FLOATS}), "LoRA", "--adapter"),
     "GPTQ tensors": (tensors(**{STEM + "qweight": BYTES}), "GPTQ or AWQ", "float16"),
     "GPTQ alone": (only("quantize_config.json"), "GPTQ", "float16"),

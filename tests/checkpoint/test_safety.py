@@ -18,9 +18,11 @@ import pytest
 from helpers.checkpoints import CONFIG, MOE, make_checkpoint
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 
+from telechat_mindie.checkpoint.estimate import source_facts
 from telechat_mindie.checkpoint.mapping import weights
+from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import OutputError
+from telechat_mindie.errors import CheckpointError, InputError, OutputError
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.verify import check_against, check_files
@@ -277,6 +279,84 @@ def test_an_index_alone_is_enough_to_plan(tmp_path):
     index = Path(tmp_path / "ckpt" / "model.safetensors.index.json")
     index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
     assert "total_size does not fit" in run("plan", "--checkpoint", tmp_path / "ckpt", "--no-probe").stderr
+
+
+def index_only(folder, change=lambda index: None, **settings):
+    """A checkpoint before its download: `change` is made to the index."""
+    make_checkpoint(folder, "bfloat16", **settings)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    return folder
+
+
+def with_buffers(index):
+    index["metadata"]["total_size"] += 4 * 4 * 2
+    index["weight_map"] |= {f"transformer.h.{layer}.self_attention.rotary_emb.inv_freq": "a" for layer in range(2)}
+
+
+def without_head(index):
+    del index["weight_map"]["lm_head.weight"]
+    index["metadata"]["total_size"] -= 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
+
+
+@pytest.mark.parametrize("metadata", [None, [], "text", {}, {"total_size": "7"}, {"total_size": 10**400}])
+def test_an_index_without_a_size_is_no_worse_than_a_config_json(tmp_path, metadata):
+    folder = index_only(tmp_path / "ckpt", lambda index: index.update(metadata=metadata))
+    with pytest.raises(CheckpointError, match="total_size does not fit") as refused:
+        source_facts(folder)
+    assert len(str(refused.value)) < 500
+    facts = source_facts(index_only(folder, lambda index: index.update(metadata=metadata), torch_dtype="bfloat16"))
+    assert (facts.dtype, facts.tensors) == ("bfloat16", 23) and "total_size fits no dtype" in facts.assumed
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "tensors"),
+    [
+        (with_buffers, {"torch_dtype": "bfloat16"}, 23),
+        (lambda index: None, {"torch_dtype": "bfloat16", "tie_word_embeddings": True}, 23),
+        (without_head, {"torch_dtype": "bfloat16", "tie_word_embeddings": True}, 22),
+    ],
+)
+def test_what_an_index_may_list_as_build_takes_it(tmp_path, change, settings, tensors):
+    """Buffers, whose bytes are in total_size; one of two tied weights, or both."""
+    found = source_facts(index_only(tmp_path / "ckpt", change, **settings))
+    elements = TelechatConfig.from_dict(CONFIG).parameter_count
+    elements -= (tensors == 22) * CONFIG["vocab_size"] * CONFIG["hidden_size"]
+    assert (found.dtype, found.tensors, found.nbytes) == ("bfloat16", tensors, 2 * elements)
+    assert bool(found.assumed) == (change is with_buffers)
+
+
+def test_an_index_beside_an_adapter_is_still_alone(tmp_path):
+    folder = index_only(tmp_path / "ckpt", torch_dtype="bfloat16")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(64))
+    assert source_facts(folder).tensors == 23
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    make_checkpoint(tmp_path / "ckpt")
+    for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path / "absent"):
+        expected = "is not there" if path.name == "absent" else "is neither a folder nor a regular file"
+        for read in (open_checkpoint, source_facts):
+            with pytest.raises(InputError, match=f"^{path}: checkpoint {expected}$"):
+                read(path)
+        with pytest.raises(InputError, match=f"^{path}: adapter {expected}$"):
+            open_checkpoint(tmp_path / "ckpt", adapters=[path])
+
+
+def test_plan_says_that_build_would_refuse_the_length(tmp_path):
+    scaled = {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | scaled))
+    for length, refused in ((512, False), (513, True)):
+        done = run("plan", "--checkpoint", tmp_path, "--max-seq-len", length, "--no-probe", "--json")
+        facts = json.loads(done.stdout)
+        assert ("--max-seq-len: is beyond max_position_embeddings" in facts.get("build_refusal", "")) is refused
+    done = run("plan", "--variant", "7b", "--block-size", 4096, "--no-probe", "--json")
+    assert "--block-size: is out of range" in json.loads(done.stdout)["build_refusal"]
 
 
 def test_a_config_json_is_enough_to_plan(tmp_path):

@@ -21,6 +21,7 @@ from telechat_mindie.checkpoint.mapping import EMBEDDINGS, HEAD
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, InputError
 from telechat_mindie.foreign import ADAPTER_FILES, IS_ADAPTER, NOT_A_MODEL
+from telechat_mindie.reading import existing_path
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def read_adapter(path: Path, scale: float | None, config: TelechatConfig, checkp
         InputError: nothing is there, or a scale is given where none is wanted, or none where one is.
         ConfigError, CheckpointError: the files are damaged or hostile, do not fit the model, or say more than LoRA.
     """
-    if not path.exists():
-        raise InputError("adapter is not there", where=path)
+    existing_path(path, "adapter")
     if any((path / name).exists() for name in (CONFIG, *ADAPTER_FILES)):
         if scale is not None:
             raise InputError("says its own scale", where=path / CONFIG, advice=f"Leave ={scale:g} out.")
