@@ -38,7 +38,8 @@ SIDE_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-"""What stands beside the weights in a published checkpoint, but for the code, which the output has no use for."""
+"""What stands beside the weights in a published checkpoint, or where they are alone beside its config.json, but for
+the code, which the output has no use for."""
 
 CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
@@ -135,10 +136,10 @@ def to_hugging_face(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(staged.path / "model.safetensors.index.json", dump_json(index))
         write_file(staged.path / "config.json", dump_json(_config(source, plan.dtype)))
-        folder = source.path if source.path.is_dir() else source.path.parent
+        beside = source.path if source.path.is_dir() else source.path.parent
         for name in SIDE_FILES:
-            if (folder / name).exists():
-                write_file(staged.path / name, _side_file(folder / name))
+            if found := [file for folder in (beside, source.config_dir) if (file := folder / name).exists()]:
+                write_file(staged.path / name, _side_file(found[0]))
         staged.commit()
     return plan
 

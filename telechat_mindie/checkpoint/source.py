@@ -22,6 +22,7 @@ class Checkpoint:
     """A checkpoint whose every weight is accounted for.
 
     Attributes:
+        config_dir: where config.json is, or would be.
         kind: what the files are, for messages and manifests.
         weights: by Hugging Face name.
         ranks: number of rank_N folders; 0 for a whole checkpoint.
@@ -31,6 +32,7 @@ class Checkpoint:
     """
 
     path: Path
+    config_dir: Path
     kind: str
     config: TelechatConfig
     weights: Mapping[str, TiledWeight]
@@ -91,7 +93,7 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) 
     kind, stored = hugging_face.read_stored(path)
     if stored and not mindformers.is_mindformers(stored):
         config = config or TelechatConfig.from_directory(config_dir)
-        return Checkpoint(path, kind, config, hugging_face.tiled_weights(stored, config, path))
+        return Checkpoint(path, config_dir, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = mindformers.read_ranks(path)
     if ranks is None:
         _refuse_foreign_files(path)
@@ -107,6 +109,7 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) 
     by_rank = path.is_dir() and (path / "rank_0").is_dir()
     return Checkpoint(
         path,
+        config_dir,
         f"MindSpore, {len(ranks)} ranks" if by_rank else "MindSpore",
         config,
         mindformers.tiled_weights(ranks, form, config, path),

@@ -21,9 +21,10 @@ from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.errors import CheckpointError
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.text.settings import TEMPLATE_FILES
 
 TOOLS = ROOT / "tools"
-SHAPES = {"mha": {"num_key_value_heads": 8}, "gqa": {}, "moe": MOE, "tied": {"tie_word_embeddings": False}}
+SHAPES = {"mha": {"num_key_value_heads": 8}, "gqa": {}, "moe": MOE, "tied": {"tie_word_embeddings": True}}
 
 
 @pytest.fixture(scope="module", params=["mha", "gqa", "moe"])
@@ -92,6 +93,16 @@ def test_what_stands_beside_the_weights_goes_along(tmp_path):
     assert written == {"chat_template": "{{ x }}", "n": "中"}
     assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     assert not (tmp_path / "hf" / "modeling_telechat2.py").exists()
+    assert {*TEMPLATE_FILES} <= {path.name for path in (tmp_path / "hf").iterdir()}
+    # Weights that lie alone have it beside their config.json; what is beside themselves comes first.
+    (tmp_path / "alone").mkdir()
+    whole = tmp_path / "alone" / "whole.ckpt"
+    to_mindspore(open_checkpoint(root), whole, MindSporeForm(container="ckpt"))
+    (whole.parent / "special_tokens_map.json").write_text("{}")
+    to_hugging_face(open_checkpoint(whole, root), tmp_path / "again", OutputOptions())
+    for file in (tmp_path / "hf").iterdir():
+        other = (tmp_path / "again" / file.name).read_bytes()
+        assert other == (b"{}" if file.name == "special_tokens_map.json" else file.read_bytes()), file.name
 
 
 def test_nothing_beside_the_weights_is_read_through_a_link(tmp_path):
@@ -101,6 +112,24 @@ def test_nothing_beside_the_weights_is_read_through_a_link(tmp_path):
     with pytest.raises(CheckpointError, match="symbolic link"):
         to_hugging_face(open_checkpoint(tmp_path / "ckpt"), tmp_path / "hf", OutputOptions())
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_tied_head_is_stored_of_its_own(tmp_path, tp):
+    """Whether the published file has it or not, a model directory and what is made of it hold both."""
+    root = tmp_path / "ckpt"
+    weights = make_checkpoint(root, "bfloat16", **SHAPES["tied"])
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
+    for file in (*root.glob("*.safetensors"), root / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(weights, root / "model.safetensors")
+    build(tmp_path / "both", root, BuildOptions(tp=tp))
+    save_file({name: array for name, array in weights.items() if name != "lm_head.weight"}, root / "model.safetensors")
+    build(tmp_path / "one", root, BuildOptions(tp=tp))
+    assert digests(tmp_path / "one") == digests(tmp_path / "both")
+    to_hugging_face(open_checkpoint(tmp_path / "one"), tmp_path / "hf", OutputOptions())
+    assert_same_bits(load_hugging_face(tmp_path / "hf"), weights)
+    assert open_checkpoint(tmp_path / "hf").config.tie_word_embeddings
 
 
 def test_another_tp_from_a_model_directory(tmp_path):
