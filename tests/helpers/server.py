@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import dataclasses
 import functools
 import json
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ def nano_directory() -> Path:
 
 
 class Server:
-    """A server process that is ready.
+    """A server process that is ready; it ends with a `with`.
 
     Attributes:
         url: of the business plane.
@@ -64,6 +62,12 @@ class Server:
         if not self._ready.wait(START_SECONDS) or not self.url:
             self.kill()
             raise RuntimeError(f"the server did not start: {self.output}")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
     def output(self) -> str:
@@ -130,8 +134,7 @@ def shared_server() -> Server:
     return Server([sys.executable, "-m", "telechat_mindie", "serve", str(nano_directory()), "--port", "0"])
 
 
-@contextlib.contextmanager
-def special_server(*, delay: float = 0.0, blocks: int = 400, **changes: dict[str, Any]) -> Iterator[Server]:
+def special_server(*, delay: float = 0.0, blocks: int = 400, **changes: dict[str, Any]) -> Server:
     """A server over a model without weights, with settings of its own.
 
     Args:
@@ -140,11 +143,7 @@ def special_server(*, delay: float = 0.0, blocks: int = 400, **changes: dict[str
         changes: fields of `ServerSettings`; for `limits` and `engine`, fields of those.
     """
     arguments = [str(nano_directory()), "--delay", str(delay), "--blocks", str(blocks)]
-    server = Server([sys.executable, "-m", "helpers.server", *arguments, "--changes", json.dumps(changes)])
-    try:
-        yield server
-    finally:
-        server.kill()
+    return Server([sys.executable, "-m", "helpers.server", *arguments, "--changes", json.dumps(changes)])
 
 
 def _serve_null_model() -> None:

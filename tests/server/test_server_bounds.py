@@ -278,7 +278,6 @@ def test_sixty_four_requests_together_answer_as_each_alone(tmp_path):
     """
     write_checkpoint(tmp_path / "checkpoint")
     build(tmp_path / "model", tmp_path / "checkpoint", BuildOptions(dtype="float32"))
-    server = Server([sys.executable, "-m", "telechat_mindie", "serve", str(tmp_path / "model"), "--port", "0"])
     words = ["生抽与老抽的区别？", "你好", "中国电信是做什么的？", "1+1=", "写一首诗", "How are you?", "床前明月光，"]
     requests = []
     for number in range(64):
@@ -301,15 +300,15 @@ def test_sixty_four_requests_together_answer_as_each_alone(tmp_path):
             return answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]
         return answer
 
-    async def run():
+    async def run(url):
         limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as client:
             alone = [await ask(client, path, body) for path, body, _ in requests]
             together = await asyncio.gather(*(ask(client, path, body) for path, body, _ in requests))
         return alone, together
 
-    alone, together = asyncio.run(run())
-    server.kill()
+    with Server([sys.executable, "-m", "telechat_mindie", "serve", str(tmp_path / "model"), "--port", "0"]) as server:
+        alone, together = asyncio.run(run(server.url))
     wrong = [
         n
         for n, (one, other, item) in enumerate(zip(alone, together, requests, strict=True))

@@ -177,6 +177,7 @@ class TestTriton:
         (output,) = answer["outputs"]
         assert answer["id"] == "mine-1"
         assert (output["name"], output["datatype"], output["shape"]) == ("output0", "UINT32", [1, len(output["data"])])
+        assert 0 < len(output["data"]) <= 20  # what max_new_tokens is where it is null
 
     def test_text(self, server):
         body = {"id": "mine", "text_input": QUESTION, "parameters": {"max_new_tokens": 512, "details": True}}

@@ -7,30 +7,25 @@ import json
 from collections import Counter
 from typing import ClassVar
 
-import httpx
 import pytest
-from helpers.null_model import NullRunner
+from helpers.scripted import Scripted
 from helpers.server import nano_directory
 
-from telechat_mindie.engine.engine import Engine
 from telechat_mindie.engine.output import EngineStats, FinishReason, Output, Timings
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.answers import Answer
-from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.formats.vllm import VllmRequest
 from telechat_mindie.server.generation import Generation, Job
-from telechat_mindie.server.host import EngineHost, num_blocks
+from telechat_mindie.server.host import num_blocks
 from telechat_mindie.server.http.body import MAX_JSON_DEPTH, BodyReader, parse
 from telechat_mindie.server.http.errors import ApiError
 from telechat_mindie.server.http.limits import Limits
 from telechat_mindie.server.metrics import Metrics
 from telechat_mindie.server.sampling import generation_params
-from telechat_mindie.server.service import Service
 from telechat_mindie.server.settings import Address, plain_settings, read_settings
 from telechat_mindie.service.schema import default_config
-from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -228,32 +223,16 @@ def test_metrics_on_the_wire():
 
 
 class TestBrokenEngine:
-    def ask(self, directory, prepare, *requests):
+    def ask(self, prepare, *requests):
         """Statuses and bodies of requests to a server whose engine `prepare` has dealt with."""
-        settings = plain_settings(directory)
-        runner = NullRunner(100, block_size=settings.engine.block_size, vocab_size=directory.config.vocab_size)
-        tokenizer = TelechatTokenizer.from_pretrained(directory.path)
-        host = EngineHost(directory, tokenizer, Engine(runner, tokenizer, settings.engine))
-        host.start()
-
-        async def run():
-            service = Service(settings, host)
-            prepare(service, runner)
-            transport = httpx.ASGITransport(make_app(service, Plane, is_local=True), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-                answers = [await client.request(*request[:2], json=request[2]) for request in requests]
-            service.close()
-            return [(answer.status_code, answer.json() if answer.content else None) for answer in answers]
-
-        try:
-            return asyncio.run(run())
-        finally:
-            host.stop()
+        server = Scripted()
+        answers = server.send(*requests, prepare=lambda service: prepare(service, server.runner))
+        return [(answer.status_code, answer.json() if answer.content else None) for answer in answers]
 
     GENERATE = ("POST", "/generate", {"prompt": "x", "max_tokens": 3})
     HEALTH = ("GET", "/health", None)
 
-    def test_a_forward_that_fails_ends_its_requests_only(self, directory):
+    def test_a_forward_that_fails_ends_its_requests_only(self):
         def prepare(_, runner):
             def fail(arguments):
                 runner.before_forward = lambda arguments: None
@@ -261,15 +240,12 @@ class TestBrokenEngine:
 
             runner.before_forward = fail
 
-        (status, body), (again, _), (health, _) = self.ask(
-            directory, prepare, self.GENERATE, self.GENERATE, self.HEALTH
-        )
+        (status, body), (again, _), (health, _) = self.ask(prepare, self.GENERATE, self.GENERATE, self.HEALTH)
         assert (status, again, health) == (500, 200, 200)
         assert body == {"error": "The engine failed: ValueError: no memory", "error_type": "Incomplete Generation"}
 
-    def test_an_engine_that_has_ended_is_told(self, directory):
+    def test_an_engine_that_has_ended_is_told(self):
         answers = self.ask(
-            directory,
             lambda service, _: service.host.stop(),
             self.GENERATE,
             self.HEALTH,
@@ -280,11 +256,11 @@ class TestBrokenEngine:
         assert [status for status, _ in answers] == [503, 500, 500, 500, 200]
         assert answers[-1][1] == {"status": 2, "errors": []}
 
-    def test_a_mistake_of_ours_is_no_traceback_for_the_client(self, directory):
+    def test_a_mistake_of_ours_is_no_traceback_for_the_client(self):
         def prepare(service, _):
             service.metrics.text = lambda: 1 / 0
 
-        ((status, body),) = self.ask(directory, prepare, ("GET", "/metrics", None))
+        ((status, body),) = self.ask(prepare, ("GET", "/metrics", None))
         assert status == 500 and body == {"error": "Internal error.", "error_type": "Incomplete Generation"}
 
 

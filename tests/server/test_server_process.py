@@ -103,10 +103,9 @@ class TestEnd:
 
     def test_sigterm_in_the_middle_of_real_answers(self):
         command = [sys.executable, "-m", "telechat_mindie", "serve", str(nano_directory()), "--port", "0"]
-        server = Server(command)
         body = {"inputs": QUESTION, "parameters": {"do_sample": False, "max_new_tokens": 512}}
         expected = shared_server().post("/generate", body).json()
-        with ThreadPoolExecutor(8) as pool:
+        with Server(command) as server, ThreadPoolExecutor(8) as pool:
             futures = [pool.submit(server.post, "/generate", body) for _ in range(8)]
             while server.resources()["runningRequestNum"] == 0:
                 time.sleep(0.01)
@@ -185,8 +184,7 @@ class TestServiceConfig:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config))
         command = [sys.executable, "-m", "telechat_mindie", "serve", str(nano_directory())]
-        server = Server([*command, "--service-config", str(path)])
-        try:
+        with Server([*command, "--service-config", str(path)]) as server:
             ports = config["ServerConfig"]
             assert server.url == f"http://127.0.0.1:{ports['port']}"
             management, metrics = (f"http://127.0.0.1:{ports[name]}" for name in ("managementPort", "metricsPort"))
@@ -218,8 +216,6 @@ class TestServiceConfig:
                 assert all(late.startswith(early) for early, late in pairwise(texts))  # fullText
                 assert len(texts[-1]) > len(texts[0])
             assert server.stop() == 0
-        finally:
-            server.kill()
 
 
 class TestTls:
@@ -234,8 +230,7 @@ class TestTls:
         path = tmp_path / "conf" / "config.json"
         path.write_text(json.dumps(config))
         command = [sys.executable, "-m", "telechat_mindie", "serve", str(nano_directory())]
-        server = Server([*command, "--service-config", str(path)])
-        try:
+        with Server([*command, "--service-config", str(path)]) as server:
             assert server.url.startswith("https://")
             context = ssl.create_default_context(cafile=str(files["ca.pem"]))
             with pytest.raises(httpx.TransportError), httpx.Client(verify=context, trust_env=False) as client:
@@ -253,8 +248,6 @@ class TestTls:
             with pytest.raises(httpx.TransportError), httpx.Client(verify=old, trust_env=False) as client:
                 client.get(f"{server.url}/v1/models")
             assert server.stop() == 0
-        finally:
-            server.kill()
 
     def test_missing_files_are_named_before_the_model_is_loaded(self, tmp_path):
         config = service_config()

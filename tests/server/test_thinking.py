@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-from dataclasses import replace
 
-import httpx
 import pytest
-from helpers.null_model import NullRunner
-from helpers.server import nano_directory
+from helpers.scripted import Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_mindie.engine.engine import Engine
-from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.server.app import Plane, make_app
 from telechat_mindie.server.formats.chat_parts import ChatParts, message
 from telechat_mindie.server.formats.tool_calls import ToolCallParser
-from telechat_mindie.server.host import EngineHost
-from telechat_mindie.server.service import Service
-from telechat_mindie.server.settings import plain_settings
 from telechat_mindie.text.thoughts import Piece, ThoughtParser, without_thought, without_thoughts
-from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 TURNS = """{% for m in messages %}{% if m.role == 'assistant' %}<_bot>{{ m.content.split('</think>')[-1] }}<_end>
 {% else %}<_user>{{ m.content }}{% endif %}{% endfor %}"""
@@ -113,67 +102,6 @@ def test_history_without_thoughts():
     assert without_thoughts(turns, "no thoughts") == turns
     assert without_thoughts(turns, "<think>{{ split('</think>') }}") == turns  # the template does it
     assert without_thoughts(turns, "<_bot><think>\n") == [turns[0], {"role": "assistant", "content": "b"}]
-
-
-class Scripted:
-    """Real routes over a model that answers every request with `text`, token by token."""
-
-    def __init__(self, template=None, full_text=False, **tokenizer_settings):
-        directory = ModelDir.open(nano_directory())
-        self.tokenizer = TelechatTokenizer.from_pretrained(directory.path, chat_template=template, **tokenizer_settings)
-        settings = replace(plain_settings(directory), full_text=full_text)
-        self.runner = NullRunner(100, block_size=settings.engine.block_size, vocab_size=directory.config.vocab_size)
-        self.host = EngineHost(directory, self.tokenizer, Engine(self.runner, self.tokenizer, settings.engine))
-        self.settings = settings
-        self.prompt = ""
-
-    def ask(self, text, path="/v1/chat/completions", ends=True, **body):
-        script = [*self.tokenizer.encode(text, bare_prompt="raw"), *([2] if ends else [])]
-        start = None
-
-        def say(arguments, logits):
-            nonlocal start
-            (length,) = arguments["valid_length_each_example"].tolist()
-            if start is None:
-                start = length
-                self.prompt = self.tokenizer.decode(arguments["input_ids"].tolist())
-            logits[:] = -1.0
-            logits[:, script[length - start]] = 1.0
-
-        async def run():
-            self.host.start()
-            self.runner.after_forward = say
-            service = Service(self.settings, self.host)
-            transport = httpx.ASGITransport(make_app(service, Plane, is_local=True))
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-                answer = await client.post(path, json=body)
-            service.close()
-            return answer
-
-        try:
-            answer = asyncio.run(run())
-        finally:
-            self.host.stop()
-        assert answer.status_code == 200, answer.text
-        return answer
-
-    def chat(self, text, stream, messages=({"role": "user", "content": "你好"},), **body):
-        """The message and the reason why it ended; of a stream, put together."""
-        body = {"model": "nano", "messages": list(messages), "stream": stream, **body}
-        answer = self.ask(text, **body, ends="max_tokens" not in body)
-        if not stream:
-            (choice,) = answer.json()["choices"]
-            return choice["message"], choice["finish_reason"]
-        found, reason = {"role": "assistant", "content": ""}, None
-        for line in answer.text.split("\n\n")[:-2]:
-            (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-            for name, value in choice["delta"].items():
-                if name != "role":
-                    found[name] = found[name] + value if name in found and not self.settings.full_text else value
-            assert reason is None
-            reason = choice["finish_reason"]
-        calls = [{key: value for key, value in call.items() if key != "index"} for call in found.pop("tool_calls", [])]
-        return {**found, "tool_calls": calls}, reason
 
 
 def both(test):
