@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from telechat_mindie.client.answers import Answers
@@ -123,6 +124,7 @@ class ChatLoop:
     def _ask(self, question: str) -> None:
         answer = ""
         thoughts: list[str] = []
+        begin = time.monotonic()
 
         def emit(piece: Piece) -> None:
             nonlocal answer
@@ -135,7 +137,7 @@ class ChatLoop:
             if thoughts and not answer:
                 text = text.lstrip()  # the line ends behind the thought
                 if text:
-                    self._fold(f"\r(thought for {len(thoughts)} tokens)\n")
+                    self._fold(f"\r(thought for {time.monotonic() - begin:.0f} s)\n")
             answer += text
             print(self._shown(text), end="", flush=True)
 

@@ -233,6 +233,13 @@ def test_a_thought_is_folded(fake, visit, thoughts, pieces):
     assert [message["content"] for message in asked(fake)[1]["messages"]] == ["one", "好 </think>", "two"]
 
 
+def test_a_thoughts_time_is_that_of_its_end(fake, visit):
+    # The prompt had the opening tag, so that all looks like the answer until the closing one.
+    fake.pieces, fake.delay = ["想", "一", "想", "\n</think>\n\n好"], 0.6
+    summary = ask(visit(), "one").locator(".thought summary").text_content()
+    assert re.fullmatch(r"Thought for (?:[2-9]|[1-9]\d) s", summary), summary
+
+
 def test_a_thought_shows_that_it_goes_on(fake, visit):
     fake.thoughts, fake.pieces, fake.delay = ["想"] * 100, ["好"], 0.02
     page = visit()
