@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from telechat_mindie.client.dialects import Message, Sampling
 from telechat_mindie.errors import InputError
 from telechat_mindie.text.thoughts import TAGS, Piece, ThoughtParser, thought_parser
+
+if TYPE_CHECKING:
+    from telechat_mindie.engine.params import GenerationParams
+    from telechat_mindie.model_dir.layout import ServingConfig
 
 Emit = Callable[[Piece], object]
 """Takes the next piece of an answer, or of the thought before it."""
@@ -65,6 +70,18 @@ class Answers(Protocol):
         """
 
 
+def local_params(sampling: Sampling, defaults: ServingConfig) -> GenerationParams:
+    """The embedded engine's for `sampling`; what that leaves out is as the model directory has it.
+
+    The tags of a thought stay in the text, also where they are special tokens, lest thought and answer run together.
+    """
+    from telechat_mindie.engine.params import GenerationParams
+
+    given = dataclasses.asdict(sampling)
+    most = given.pop("max_tokens") or defaults.max_new_tokens
+    return GenerationParams.with_defaults(defaults, max_new_tokens=most, kept_tokens=TAGS, **given)
+
+
 class LocalAnswers:
     """The embedded engine on a model directory.
 
@@ -74,27 +91,17 @@ class LocalAnswers:
 
     def __init__(self, model_path: Path, sampling: Sampling) -> None:
         from telechat_mindie.engine.local import open_local
-        from telechat_mindie.engine.params import GenerationParams
 
         self.name = str(model_path)
         self._local = open_local(model_path)
-        serving = self._local.directory.serving
-        self._params = GenerationParams.with_defaults(
-            serving,
-            max_new_tokens=sampling.max_tokens or serving.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            kept_tokens=TAGS,
-        )
+        self._params = local_params(sampling, self._local.directory.serving)
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
         from telechat_mindie.engine.output import FinishReason
 
-        prompt_ids = self._local.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-        thoughts = thought_parser(self._local.tokenizer, prompt_ids)
+        tokenizer = self._local.tokenizer
+        prompt_ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        thoughts = thought_parser(tokenizer, prompt_ids, tokenizer.chat_template)
         # Closed, so that an interrupt frees its blocks.
         with contextlib.closing(self._local.engine.generate(prompt_ids, self._params)) as outputs:
             for output in outputs:

@@ -33,23 +33,23 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt on the CPU, through the interface that MindIE calls."""
+    from telechat_mindie.client.answers import local_params
+    from telechat_mindie.client.dialects import Sampling
     from telechat_mindie.engine.local import open_local
-    from telechat_mindie.engine.params import GenerationParams
     from telechat_mindie.errors import InputError
 
     if raw and system is not None:
         raise InputError("has no place in a raw prompt", where="--system", advice="Leave out --raw.")
     local = open_local(model_path)
-    serving, tokenizer = local.directory.serving, local.tokenizer
+    tokenizer = local.tokenizer
     if raw:
         prompt_ids = tokenizer.encode(prompt, bare_prompt="raw")
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
         prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    params = GenerationParams.with_defaults(
-        serving,
-        max_new_tokens=max_new_tokens or serving.max_new_tokens,
+    sampling = Sampling(
+        max_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -57,7 +57,7 @@ def generate(
         seed=seed,
     )
     answer = []
-    for output in local.engine.generate(prompt_ids, params):
+    for output in local.engine.generate(prompt_ids, local_params(sampling, local.directory.serving)):
         answer.append(output.text)
         if not as_json:
             print(output.text, end="", flush=True)

@@ -20,6 +20,7 @@ def generation_params(
     timeout: float,
     count: int = 1,
     logprobs: int | None = None,
+    kept_tokens: tuple[str, ...] = (),
 ) -> GenerationParams:
     """What the engine is to do for a request.
 
@@ -33,6 +34,7 @@ def generation_params(
         timeout: seconds for the whole answer.
         count: sequences that are sampled.
         logprobs: how many of the most likely tokens are to be reported.
+        kept_tokens: special tokens that stay in the text even where they are skipped.
     """
     given = {field.name: getattr(body, field.name, None) for field in fields(GenerationParams)}
     stop, stop_ids = given["stop"], given["stop_token_ids"]
@@ -51,6 +53,7 @@ def generation_params(
             and (stop is not None or stop_ids is not None),
             "skip_special_tokens": bool(given["skip_special_tokens"]),
             "logprobs": logprobs if logprobs is not None or count == 1 else 0,  # several answers are ranked by theirs
+            "kept_tokens": kept_tokens,
             "timeout": timeout,
         },
     )

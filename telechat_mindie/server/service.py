@@ -149,12 +149,19 @@ class Service:
         count: int = 1,
         logprobs: int | None = None,
         name: str | None = None,
+        kept_tokens: tuple[str, ...] = (),
     ) -> Job:
         """What to do for a body, or its `parameters`, which may have a `timeout` of their own."""
         timeout: int | None = getattr(fields, "timeout", None)
         seconds = min(timeout or self.limits.request_seconds, self.limits.request_seconds)
         params = generation_params(
-            fields, self.defaults, max_new_tokens=max_new_tokens, timeout=seconds, count=count, logprobs=logprobs
+            fields,
+            self.defaults,
+            max_new_tokens=max_new_tokens,
+            timeout=seconds,
+            count=count,
+            logprobs=logprobs,
+            kept_tokens=kept_tokens,
         )
         return Job(prompt_ids, params, renderer, stream, count, timeout is not None, name)
 

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from telechat_mindie.text.overlap import overlap
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 TAGS = BEGIN, END = "<think>", "</think>"
@@ -74,12 +77,14 @@ class ThoughtParser:
         self._held = ""
 
 
-def thought_parser(tokenizer: TelechatTokenizer, prompt_ids: Sequence[int]) -> ThoughtParser:
+def thought_parser(
+    tokenizer: TelechatTokenizer, prompt_ids: Sequence[int] | NDArray[np.int64], template: str
+) -> ThoughtParser:
     """The parser for an answer to this prompt: the prompt's end says whether the thought is open, the chat template
-    whether the model thinks at all."""
+    that wrote it whether the model thinks at all."""
     prompt_end = tokenizer.decode(list(prompt_ids[-_TAIL:])).rstrip()
     opened = prompt_end.endswith(BEGIN)
-    return ThoughtParser(opened=opened, expected=opened or BEGIN in tokenizer.chat_template)
+    return ThoughtParser(opened=opened, expected=opened or BEGIN in template)
 
 
 def without_thought(text: str) -> str:

@@ -177,6 +177,10 @@ class TelechatTokenizer:
         """The Jinja source for a conversation without tools."""
         return self._templates[settings.DEFAULT]
 
+    def template_for(self, tools: object) -> str:
+        """The Jinja source for a conversation that offers these tools."""
+        return self._templates.get(settings.WITH_TOOLS, self.chat_template) if tools else self.chat_template
+
     @property
     def vocab_size(self) -> int:
         """Pieces of the tokenizer.model; the model's embedding may have more rows."""
@@ -340,9 +344,8 @@ class TelechatTokenizer:
 
     def _render(self, conversation: object, template: str | None = None, tools: object = None, **options: Any) -> str:
         if template is None:
-            offered = read_conversation(conversation)[1] if tools is None else tools
-            template = settings.WITH_TOOLS if offered and settings.WITH_TOOLS in self._templates else settings.DEFAULT
-        if isinstance(template, str):  # a name, as transformers takes it, or source
+            template = self.template_for(read_conversation(conversation)[1] if tools is None else tools)
+        elif isinstance(template, str):  # a name, as transformers takes it, or source
             template = self._templates.get(template, template)
         return render(template, conversation, tools, constants=self._constants, mask=self._mask, **options)
 

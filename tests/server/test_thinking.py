@@ -16,6 +16,7 @@ from telechat_mindie.text.thoughts import Piece, ThoughtParser, without_thought,
 
 TURNS = """{% for m in messages %}{% if m.role == 'assistant' %}<_bot>{{ m.content.split('</think>')[-1] }}<_end>
 {% else %}<_user>{{ m.content }}{% endif %}{% endfor %}"""
+PLAIN = TURNS + "{% if add_generation_prompt %}<_bot>{% endif %}"
 OPENS = TURNS + "{% if add_generation_prompt %}<_bot><think>\n{% endif %}"
 CHOOSES = TURNS + (
     "{% if add_generation_prompt %}<_bot>{% if enable_thinking is defined and not enable_thinking %}"
@@ -23,6 +24,11 @@ CHOOSES = TURNS + (
 )
 CALL = '<tool_call>\n{"name": "天气", "arguments": {"地点": "北京"}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "天气", "parameters": {"type": "object", "properties": {}}}}]
+
+SPECIAL_TAGS = {
+    str(index): {"content": name, "special": True}
+    for index, name in enumerate(("<tool_call>", "</tool_call>", "<think>", "</think>"), 9)
+}
 
 
 def split(text, **options):
@@ -166,12 +172,39 @@ class TestRoutes:
 
     @pytest.mark.parametrize("skip", [False, True])
     def test_tags_that_are_special_tokens(self, stream, skip):
-        names = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-        tokens = {str(9 + place): {"content": name, "special": True} for place, name in enumerate(names)}
-        server = Scripted(OPENS, added_tokens_decoder=tokens)
+        server = Scripted(OPENS, added_tokens_decoder=SPECIAL_TAGS)
         found, reason = server.chat(f"想</think>{CALL}", stream, tools=TOOLS, skip_special_tokens=skip)
         assert (found["reasoning_content"], found["content"], reason) == ("想", "", "tool_calls")
         assert found["tool_calls"][0]["function"]["name"] == "天气"
+
+    @pytest.mark.parametrize("template", [PLAIN, OPENS], ids=["plain", "thinking"])
+    def test_tags_that_nobody_looks_for_are_skipped_as_others(self, stream, template):
+        server = Scripted(template, added_tokens_decoder=SPECIAL_TAGS)
+        other = {"type": "function", "function": {"name": "别的"}}
+        found, reason = server.chat(
+            f"<think>想</think>{CALL}", stream, tools=TOOLS, tool_choice=other, skip_special_tokens=True
+        )
+        said = CALL.replace("<tool_call>", " ").removesuffix("</tool_call>")
+        assert found["content"] == (said if template is OPENS else f"想{said}") and reason == "stop"
+        assert found.get("reasoning_content") == (" 想" if template is OPENS else None) and found["tool_calls"] == []
+
+    def test_the_template_for_tools_says_whether_the_model_thinks_with_them(self, stream):
+        only_opens = "{% for m in messages %}<_user>{{ m.content }}{% endfor %}<_bot><think>\n"
+        history = [
+            {"role": "user", "content": "一"},
+            {"role": "assistant", "content": "旧想\n</think>\n\n二"},
+            {"role": "user", "content": "三"},
+        ]
+        for templates, thinks_with_tools in (
+            ({"default": PLAIN, "tool_use": CHOOSES}, True),
+            ({"default": CHOOSES, "tool_use": PLAIN}, False),
+            ({"default": PLAIN, "tool_use": only_opens}, True),
+        ):
+            server = Scripted(templates)
+            found, _ = server.chat("<think>想</think>好", stream, history, tools=TOOLS)
+            thought, content = ("想", "好") if thinks_with_tools else (None, "<think>想</think>好")
+            assert (found.get("reasoning_content"), found["content"]) == (thought, content)
+            assert "二" in server.prompt and "旧想" not in server.prompt
 
     def test_a_tool_call_and_the_round_trip_of_its_result(self, stream):
         found, reason = Scripted().chat(f"查一下。\n{CALL}", stream, tools=TOOLS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from telechat_mindie.server.formats.tool_calls import TAGS as CALL_TAGS
 from telechat_mindie.server.formats.tool_calls import ToolCallParser
+from telechat_mindie.text.thoughts import TAGS as THOUGHT_TAGS
 from telechat_mindie.text.thoughts import ThoughtParser
 
 Fields = dict[str, Any]
@@ -27,6 +29,11 @@ class ChatParts:
     def may_wait(self) -> bool:
         """Whether text may be held back."""
         return self._thoughts.expected or self._calls is not None
+
+    @property
+    def kept_tokens(self) -> tuple[str, ...]:
+        """The tags by which both are found, which are special tokens in some vocabularies."""
+        return (THOUGHT_TAGS if self._thoughts.expected else ()) + (() if self._calls is None else CALL_TAGS)
 
     @property
     def has_called(self) -> bool:

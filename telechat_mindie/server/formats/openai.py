@@ -184,8 +184,9 @@ def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
 def read_chat(service: Service, data: Fields) -> Job:
     body = validate(ChatRequest, data)
     _check(service, body)
-    turns = without_thoughts(conversation(body.messages), service.tokenizer.chat_template)
     tools = offered_tools(body, data.get("tools") or [])
+    template = service.tokenizer.template_for(tools)
+    turns = without_thoughts(conversation(body.messages), template)
     count = count_sequences(body, equal_in_streams=True)
     top_logprobs = check_logprobs(body)
     options: Fields = {"chat_template_kwargs": body.chat_template_kwargs.model_dump(exclude_unset=True)}
@@ -193,10 +194,12 @@ def read_chat(service: Service, data: Fields) -> Job:
         options["tools"] = tools
     prompt = service.encode_chat(turns, options, text_length(turns, tools))
     parts = [
-        ChatParts(thought_parser(service.tokenizer, prompt), ToolCallParser() if tools else None) for _ in range(count)
+        ChatParts(thought_parser(service.tokenizer, prompt, template), ToolCallParser() if tools else None)
+        for _ in range(count)
     ]
     renderer = ChatRenderer(service, parts, top_logprobs is not None)
-    return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, top_logprobs)
+    kept = parts[0].kept_tokens
+    return service.job(prompt, body, body.max_tokens, renderer, body.stream, count, top_logprobs, kept_tokens=kept)
 
 
 def read_completion(service: Service, data: Fields) -> Job:

@@ -9,10 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from telechat_mindie.server.fields import RequestBody, TokenIds, utf16_length
-from telechat_mindie.server.formats.tool_calls import TAGS
 from telechat_mindie.server.formats.vllm import VllmSampling
 from telechat_mindie.server.http.errors import invalid
-from telechat_mindie.text.thoughts import TAGS as THOUGHT_TAGS
 
 MAX_TOP_LOGPROBS = 20
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\u4e00-\u9fa5-]{1,64}$")]
@@ -88,11 +86,6 @@ class ChatRequest(VllmSampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
     chat_template_kwargs: TemplateVariables = TemplateVariables()
-
-    @property
-    def kept_tokens(self) -> tuple[str, ...]:
-        """Thoughts and tool calls are found by their tags, which are special tokens in some vocabularies."""
-        return THOUGHT_TAGS + (TAGS if self.tools and self.tool_choice != "none" else ())
 
 
 class CompletionRequest(VllmSampling):
