@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -54,12 +54,9 @@ class EngineCore:
         self.outbox: deque[tuple[Request, Output]] = deque()
         self._in_flight: list[Request] = []
         self._deadlines: list[tuple[float, str]] = []  # a heap of requests by their ids
-        self._num_received = 0
         self._num_generated = 0
-        self._finished: Counter[FinishReason] = Counter()
 
     def add(self, request: Request) -> None:
-        self._num_received += 1
         self.requests[request.id] = request
         self.scheduler.add(request.sequence)
         if request.deadline is not None:
@@ -142,7 +139,6 @@ class EngineCore:
         """End all requests, without a look at the scheduler, whose state cannot be relied on."""
         for request in self.requests.values():
             self.outbox.append((request, request.end(FinishReason.ERROR, self._clock(), error)))
-            self._finished[FinishReason.ERROR] += 1
         self.requests.clear()
 
     def stats(self) -> EngineStats:
@@ -159,8 +155,6 @@ class EngineCore:
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
             generated_tokens=self._num_generated,
-            received=self._num_received,
-            finished=dict(self._finished),
         )
 
     def _moved(self, batch: Batch) -> list[Request]:
@@ -178,14 +172,13 @@ class EngineCore:
         self._num_generated += 1
         self.outbox.append((request, output))
         if output.finish_reason is not None:
-            self._forget(request, output.finish_reason)
+            self._forget(request)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         self.outbox.append((request, request.end(reason, self._clock(), error)))
-        self._forget(request, reason)
+        self._forget(request)
 
-    def _forget(self, request: Request, reason: FinishReason) -> None:
-        self._finished[reason] += 1
+    def _forget(self, request: Request) -> None:
         del self.requests[request.id]
         self.scheduler.remove(request.sequence)
 

@@ -207,6 +207,11 @@ class Engine:
                 self._core.settle(batch, results)
                 return outputs + self._deliver()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a thread that computes."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         """Run in a thread of its own until `stop`.
 
@@ -215,10 +220,10 @@ class Engine:
         """
         if self._thread is not None:
             raise InputError("was started before", where="engine")
-        self._thread = threading.Thread(target=self.run_forever, name="telechat-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="telechat-engine", daemon=True)
         self._thread.start()
 
-    def run_forever(self) -> None:
+    def _run(self) -> None:
         """Step while there is work, wait while there is none; return after `stop`, when no request is left."""
         try:
             while True:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.engine.engine import Engine
-from telechat_mindie.kv_budget import RESERVED_BLOCKS
+from telechat_mindie.kv_budget import RESERVED_BLOCKS, CacheShape
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
@@ -32,7 +32,8 @@ def open_local(model_path: Path) -> LocalEngine:
 
     directory = ModelDir.open(model_path)
     length, block_size = directory.serving.max_seq_len, directory.serving.block_size
-    runner = open_runner(model_path, -(-length // block_size) + RESERVED_BLOCKS, block_size)
+    shape = CacheShape(directory.config.kv_bytes_per_token(directory.serving.dtype, directory.tp), block_size)
+    runner = open_runner(model_path, shape.blocks_for(length) + RESERVED_BLOCKS, block_size)
     config = EngineConfig(
         max_seq_len=length,
         max_input_token_len=length,

@@ -78,29 +78,15 @@ class OutputStream:
         """Called by the engine."""
         self._outputs.put(output)
 
-    def get(self, timeout: float | None = None) -> Output:
-        """The next output.
-
-        Args:
-            timeout: seconds to wait; None for as long as it takes.
-
-        Raises:
-            TimeoutError: none came in time.
-        """
-        try:
-            output = self._outputs.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError(f"no output of request {self.request_id} within {timeout} s") from None
-        self._is_over = output.finish_reason is not None
-        return output
-
     def __iter__(self) -> OutputStream:
         return self
 
     def __next__(self) -> Output:
         if self._is_over:
             raise StopIteration
-        return self.get()
+        output = self._outputs.get()
+        self._is_over = output.finish_reason is not None
+        return output
 
 
 class AsyncOutputStream:
@@ -146,8 +132,6 @@ class EngineStats:
     prompt_tokens: int  # of admitted requests, in total; a preempted request's answer is prompt on its return
     cached_tokens: int  # of these, taken from the prefix cache
     generated_tokens: int  # in total
-    received: int  # requests that were accepted, in total
-    finished: dict[FinishReason, int]  # of these, how many ended for which reason
 
     @property
     def block_use(self) -> float:

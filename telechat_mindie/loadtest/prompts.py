@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -13,6 +14,7 @@ from typing import Any
 from telechat_mindie.client.dialects import Prompt
 from telechat_mindie.client.errors import ServiceError
 from telechat_mindie.errors import InputError
+from telechat_mindie.reading import BYTE_ORDER_MARK, read_text
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -93,14 +95,11 @@ def read_items(file: Path, answers: Range, source: random.Random) -> Iterator[It
     An object has `prompt` (a text) or `messages` (a conversation), and may have `max_tokens`.
 
     Raises:
-        InputError: the file cannot be read, or holds something else or nothing.
+        ConfigError: the file cannot be read.
+        InputError: it holds something else or nothing.
     """
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise InputError("is too large", where=file, expected=f"at most {MAX_FILE_BYTES >> 20} MiB")
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}", where=file) from None
+    # newline=None: the line ends of all systems
+    lines = io.StringIO(read_text(file, MAX_FILE_BYTES).removeprefix(BYTE_ORDER_MARK), newline=None)
     as_json = file.suffix == ".jsonl"
     requests = [
         _parse(line, f"{file}, line {number}") if as_json else (line.strip(), None)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import enum
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,8 +19,6 @@ from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.errors import InputError, TelechatMindieError
 from telechat_mindie.server.answers import Answer, Renderer
 from telechat_mindie.server.http.errors import STOPPED, ApiError
-
-PromptIds = Sequence[int] | NDArray[np.int64]
 
 
 class Ended(enum.Enum):
@@ -58,7 +56,7 @@ class Job:
         name: the client's own id of the request, by which another request can stop it.
     """
 
-    prompt_ids: PromptIds
+    prompt_ids: NDArray[np.int64]
     params: GenerationParams
     renderer: Renderer
     stream: bool

@@ -1,10 +1,9 @@
-"""A model directory opened for a server: the engine, and the one thread that computes."""
+"""A model directory opened for a server."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_mindie.engine.engine import Engine
@@ -18,12 +17,11 @@ from telechat_mindie.units import GB
 
 @dataclass
 class EngineHost:
-    """The engine and its thread."""
+    """The engine, and what it was made of."""
 
     directory: ModelDir
     tokenizer: TelechatTokenizer
     engine: Engine
-    _thread: threading.Thread | None = field(default=None, init=False)
 
     @classmethod
     def open(cls, model_path: Path, settings: ServerSettings) -> EngineHost:
@@ -36,35 +34,28 @@ class EngineHost:
         from telechat_mindie.backend.multi_rank import open_runner
 
         directory = ModelDir.open(model_path)
-        config = settings.engine
-        longest = min(config.max_seq_len, directory.serving.max_seq_len)
-        # Prompts are refused by what the directory can hold, not by what the settings hope for.
         config = dataclasses.replace(
-            config,
-            max_seq_len=longest,
-            max_prefill_batch_size=min(config.max_prefill_batch_size, config.max_batch_size),
+            settings.engine,
+            max_seq_len=longest_sequence(directory, settings),
+            max_prefill_batch_size=min(settings.engine.max_prefill_batch_size, settings.engine.max_batch_size),
         )
-        blocks = num_blocks(directory, settings)
-        runner = open_runner(model_path, blocks, config.block_size, settings.host_cache_gb)
+        runner = open_runner(model_path, num_blocks(directory, settings), config.block_size, settings.host_cache_gb)
         return cls(directory, runner.tokenizer, Engine(runner, runner.tokenizer, config))
 
     def start(self) -> None:
-        """Start the thread, and compute one token, so that no client waits for what is made on first use."""
-        self._thread = threading.Thread(target=self.engine.run_forever, name="telechat-engine", daemon=True)
-        self._thread.start()
+        """Start the engine's thread, and compute one token, so that no client waits for what is made on first use."""
+        self.engine.start()
         for _ in self.engine.add([self.tokenizer.bos_token_id], GenerationParams(max_new_tokens=2, ignore_eos=True)):
             pass
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the engine can answer."""
-        return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
         """End what is unfinished, and the thread."""
         self.engine.stop(drain=False)
-        if self._thread is not None:
-            self._thread.join()
+
+
+def longest_sequence(directory: ModelDir, settings: ServerSettings) -> int:
+    """Tokens. Prompts are refused by what the directory can hold, not by what the settings hope for."""
+    return min(settings.engine.max_seq_len, directory.serving.max_seq_len)
 
 
 def num_blocks(directory: ModelDir, settings: ServerSettings) -> int:
@@ -72,6 +63,6 @@ def num_blocks(directory: ModelDir, settings: ServerSettings) -> int:
     config = settings.engine
     token_bytes = directory.config.kv_bytes_per_token(directory.serving.dtype, directory.tp)
     shape = CacheShape(token_bytes, config.block_size)
-    longest = shape.blocks_for(min(config.max_seq_len, directory.serving.max_seq_len))
+    longest = shape.blocks_for(longest_sequence(directory, settings))
     held = shape.blocks_in(int(settings.cache_gb * GB))
     return max(1 + RESERVED_BLOCKS, min(held, longest * config.max_batch_size + RESERVED_BLOCKS))

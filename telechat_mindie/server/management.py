@@ -24,7 +24,7 @@ def management_routes(service: Service) -> APIRouter:
 
     async def check_alive() -> None:
         service.refuse_if_stopping()
-        if not service.host.is_alive:
+        if not service.engine.is_running:
             raise ApiError(500, "Service is abnormal: the engine ended.")
 
     alive = [Depends(check_alive)]
@@ -130,7 +130,7 @@ def management_routes(service: Service) -> APIRouter:
     @router.get("/v1/engine-server/running-status")
     async def running_status() -> dict[str, Any]:
         # health_checker/health_checker.h: 1 is normal, 2 abnormal, 5 busy.
-        return {"status": 2 if not service.host.is_alive else 5 if _is_busy(service) else 1, "errors": []}
+        return {"status": 2 if not service.engine.is_running else 5 if _is_busy(service) else 1, "errors": []}
 
     @router.get("/stopService")
     async def stop_service(request: Request) -> Response:

@@ -29,13 +29,12 @@ WINDOW_SECONDS = 10.0
 RECENT = 1000
 """Requests over which /metrics-json averages (DYNAMIC_AVERAGE_WINDOW_SIZE)."""
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # MindIE has no series of when a histogram was made
-
 
 class Metrics:
     """Counts requests; asks the engine for the rest when it is asked itself. Belongs to the event loop."""
 
     def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # MindIE has no series of a histogram's beginning
         self._labels = (model_name,)
         self._stats = stats
         self._samples: deque[tuple[float, int, int]] = deque()  # (time, prompt tokens, generated tokens)

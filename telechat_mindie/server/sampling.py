@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.model_dir.layout import ServingConfig
@@ -38,14 +38,12 @@ def generation_params(
     """
     given = {field.name: getattr(body, field.name, None) for field in fields(GenerationParams)}
     stop, stop_ids = given["stop"], given["stop_token_ids"]
-    penalty = defaults.repetition_penalty if given["repetition_penalty"] is None else given["repetition_penalty"]
-    return GenerationParams.with_defaults(
+    params = GenerationParams.with_defaults(
         defaults,
         **given
         | {
             "max_new_tokens": max_new_tokens,
             "do_sample": True if count > 1 else given["do_sample"],
-            "repetition_penalty": min(max(penalty, _LEAST_PENALTY), _MOST_PENALTY),
             "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "stop_token_ids": tuple(stop_ids or ()),
             # MindIE reads it only beside something to stop at (utils/infer_param.cpp, AssignIncludeStopStrInOutput).
@@ -57,3 +55,4 @@ def generation_params(
             "timeout": timeout,
         },
     )
+    return replace(params, repetition_penalty=min(max(params.repetition_penalty, _LEAST_PENALTY), _MOST_PENALTY))

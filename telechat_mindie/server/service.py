@@ -10,28 +10,24 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.server.answers import Renderer
 from telechat_mindie.server.fields import RequestBody, utf16_length
-from telechat_mindie.server.generation import Ended, Generation, Job, PromptIds, from_engine
+from telechat_mindie.server.generation import Ended, Generation, Job, from_engine
 from telechat_mindie.server.host import EngineHost
 from telechat_mindie.server.http.body import BodyReader, parse
 from telechat_mindie.server.http.errors import STOPPED, ApiError, invalid
 from telechat_mindie.server.metrics import Metrics
 from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.settings import ServerSettings
+from telechat_mindie.text.detokenizer import CONTEXT
 from telechat_mindie.text.input_builder import InputBuilder
-
-CONTEXT = 3
-"""Tokens that a token's text depends on: a character has at most four bytes, and each may be a token."""
 
 Result = TypeVar("Result")
 TokenText = Callable[[int, Sequence[int], int], str]
 """`Service.token_text`"""
-
-_Ids = TypeVar("_Ids", list[int], NDArray[np.int64])
 
 
 class Service:
@@ -120,15 +116,16 @@ class Service:
         ids: NDArray[np.int64] = self.tokenizer([text], return_tensors="np")["input_ids"][0]
         return self.cut(ids if keep is None else ids[-keep:])
 
-    def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any], length: int) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], options: dict[str, Any], length: int) -> NDArray[np.int64]:
         """The tokens of a conversation, through the chat template; `length` is that of all its texts."""
         if not self.settings.truncation:
             self._check_length(length)
         return self.cut(InputBuilder(self.tokenizer).make_context(0, messages, **options))
 
-    def cut(self, ids: _Ids) -> _Ids:
-        """With `truncation` the beginning of a prompt that is too long (llm_manager_impl.cpp:1526)."""
-        return ids[: self.engine.config.longest_prompt] if self.settings.truncation else ids
+    def cut(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """The prompt; with `truncation` the beginning of one that is too long (llm_manager_impl.cpp:1526)."""
+        prompt = np.asarray(ids, np.int64)
+        return prompt[: self.engine.config.longest_prompt] if self.settings.truncation else prompt
 
     def token_text(self, token: int, ids: Sequence[int], place: int) -> str:
         """What `token` adds to the text of `ids[:place]`, so that the texts of all tokens are that of the answer.
@@ -141,7 +138,7 @@ class Service:
 
     def job(
         self,
-        prompt_ids: PromptIds,
+        prompt_ids: NDArray[np.int64],
         fields: RequestBody,
         max_new_tokens: int | None,
         renderer: Renderer,

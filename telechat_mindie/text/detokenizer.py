@@ -17,7 +17,8 @@ from telechat_mindie.text.vocabulary import Vocabulary
 BOT_ID = CONTROL_IDS["<_bot>"]
 CLOSING_IDS = frozenset({CONTROL_IDS["<_end>"], CONTROL_IDS["<_pad>"]})
 
-_MAX_CONTEXT = 3  # tokens: a UTF-8 character has at most four bytes, and each may be a token
+CONTEXT = 3
+"""Tokens that a token's text depends on: a character has at most four bytes, and each may be a token."""
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -88,8 +89,8 @@ class Detokenizer:
             if last:
                 decoder.begin_text()
             return head + decoder.put(ids[last:]) + decoder.flush()
-        context = before[-_MAX_CONTEXT:].tolist()
-        if any(index not in self.special_ids for index in before[:-_MAX_CONTEXT]):
+        context = before[-CONTEXT:].tolist()
+        if any(index not in self.special_ids for index in before[:-CONTEXT]):
             decoder.continue_text()
         # Nothing else that is cut off on the left of the context can matter: UTF-8 shows where a character begins, and
         # three tokens reach back to the first byte of any that ends in the slice.

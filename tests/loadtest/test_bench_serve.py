@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from helpers.fake_mindie import FakeMindie
 from helpers.server import shared_server
 
-from telechat_mindie.errors import InputError
+from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.loadtest.driver import Load, drive
 from telechat_mindie.loadtest.prompts import Item, Range, random_items, read_items
 from telechat_mindie.loadtest.record import Record
@@ -154,7 +155,7 @@ def test_refusals(arguments, message):
     ("arguments", "message"),
     [
         (("--prompts", "{file}"), "is no request"),
-        (("--prompts", "{missing}"), "cannot be read"),
+        (("--prompts", "{missing}"), "file is missing"),
         (("--api", "tgi", "--fixed-output"), "cannot go on after the end"),
         (("--requests", 1, "--rate", 0.001, "--duration", 0.1), "ended before a request was sent"),
     ],
@@ -262,7 +263,21 @@ def test_a_text_file_of_prompts_goes_round(tmp_path):
     (tmp_path / "p.txt").write_text(" one \n\n{not json\n", encoding="utf-8")
     items = read_items(tmp_path / "p.txt", Range(4, 4), random.Random(0))
     assert list(itertools.islice(items, 3)) == [Item("one", 4), Item("{not json", 4), Item("one", 4)]
-    for content in (b"", b"\n \n", b"\xff\xfe"):
+    for content, error, message in (
+        (b"", InputError, "holds no prompt"),
+        (b"\n \n", InputError, "holds no prompt"),
+        (b"\xff\xfe", ConfigError, "not UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ConfigError, "Git LFS pointer"),
+    ):
         (tmp_path / "p.txt").write_bytes(content)
-        with pytest.raises(InputError, match=r"holds no prompt|not UTF-8"):
+        with pytest.raises(error, match=message):
             read_items(tmp_path / "p.txt", Range(4, 4), random.Random(0))
+
+
+def test_prompts_come_from_files_of_any_editor_and_not_from_pipes(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "one"}\r\n{"prompt": "二"}\r'.encode())
+    items = read_items(tmp_path / "p.jsonl", Range(4, 4), random.Random(0))
+    assert list(itertools.islice(items, 3)) == [Item("one", 4), Item("二", 4), Item("one", 4)]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_items(tmp_path / "pipe", Range(4, 4), random.Random(0))

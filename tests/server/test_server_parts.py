@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections import Counter
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from helpers.scripted import Scripted
 from helpers.server import nano_directory
@@ -124,6 +127,11 @@ class TestSampling:
         several = self.params(directory, count=2, temperature=1.0)
         assert several.do_sample and several.logprobs == 0 and self.params(directory).logprobs is None
 
+    def test_a_penalty_keeps_logits_finite(self, directory):
+        found = [self.params(directory, repetition_penalty=given).repetition_penalty for given in (3e38, 1e-38, 1.5)]
+        assert found == [1e30, 1e-30, 1.5]
+        assert self.params(directory).repetition_penalty == directory.serving.repetition_penalty
+
     def test_a_stop_string_is_included_only_where_there_is_one(self, directory):
         assert not self.params(directory, include_stop_str_in_output=True).include_stop_str_in_output
         assert self.params(directory, include_stop_str_in_output=True, stop="x").include_stop_str_in_output
@@ -179,8 +187,6 @@ def test_metrics_on_the_wire():
         prompt_tokens=100,
         cached_tokens=25,
         generated_tokens=50,
-        received=9,
-        finished={},
     )
     metrics = Metrics("m", lambda: stats)
     metrics.received, metrics.failed = 4, 1
@@ -220,6 +226,18 @@ def test_metrics_on_the_wire():
         "request_prompt_tokens": 16,
         "request_generation_tokens": 16,
     }
+
+
+def test_an_import_does_not_change_what_others_measure():
+    code = (
+        "import telechat_mindie.server.metrics\n"
+        "from prometheus_client import CollectorRegistry, Histogram, generate_latest\n"
+        "registry = CollectorRegistry()\n"
+        "Histogram('seconds', 'Of others.', registry=registry)\n"
+        "assert b'seconds_created' in generate_latest(registry)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 class TestBrokenEngine:
@@ -283,7 +301,7 @@ class TestWaiting:
                 pass
 
         loop = asyncio.get_running_loop()
-        job = Job([1], GenerationParams(), renderer=None, stream=True)
+        job = Job(np.array([1]), GenerationParams(), renderer=None, stream=True)
         generation = Generation(ManualEngine(), job, 0.2, loop)
         generation.submit()
         delivered[0](self.output(None))
