@@ -16,12 +16,13 @@ class KVCache(nn.Cell):
 
     Args:
         width: kv heads of this rank * head_dim.
-        dtype: numpy's, of the elements; see the kernels' `cache_dtype`.
+        dtype: numpy's, of the elements; see the kernels' `cache_dtype`. With MindSpore's operators that is int16 where
+            the runner says bfloat16: what `kvcache` gives then is the bits. MindIE asks for it on an NPU only, to put
+            memory of its own in the parameters' place (generator_ms.py), so it gets these and no view of them.
     """
 
     def __init__(self, num_layers: int, num_blocks: int, block_size: int, width: int, dtype: np.dtype) -> None:
         super().__init__(auto_prefix=False)
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.scratch_row = num_blocks * block_size
@@ -46,20 +47,32 @@ class KVCache(nn.Cell):
 
 
 def rows_of(tensor: Tensor, width: int, dtype: np.dtype) -> np.ndarray:
-    """The memory of a tensor on the CPU as a matrix [slots, width] of `dtype`, whatever its own shape and dtype.
+    """The memory of a tensor on the CPU as a matrix [slots, width] of `dtype`, whatever its own shape and dtype."""
+    return np.frombuffer((ctypes.c_char * tensor.nbytes).from_address(address_of(tensor)), dtype).reshape(-1, width)
 
-    MindSpore 2.7 has no data_ptr of what no operator has used yet; asnumpy then gives the memory that operators will
-    use. Of what operators have made, its asnumpy gives a copy.
+
+def address_of(array: Tensor | np.ndarray) -> int:
+    """Where the memory that operators use begins, of an array or of a tensor on the CPU.
+
+    MindSpore 2.10 gives it by data_ptr and asnumpy alike. In 2.7 data_ptr is null until an operator has used the
+    tensor, and asnumpy then gives the memory that operators will use; of what operators have made it gives a copy.
     """
-    address = int(tensor.data_ptr()) or tensor.asnumpy().ctypes.data
-    return np.frombuffer((ctypes.c_char * tensor.nbytes).from_address(address), dtype).reshape(-1, width)
+    if not isinstance(array, np.ndarray):
+        address = int(array.data_ptr())
+        if address:
+            return address
+        array = array.asnumpy()
+    return array.ctypes.data
 
 
 def _parameters(name: str, count: int, shape: tuple[int, int], dtype: np.dtype) -> ParameterTuple:
-    # from_numpy shares numpy's zero pages: memory that no token has used is not touched.
-    return ParameterTuple(
-        [
-            Parameter(Tensor.from_numpy(np.zeros(shape, dtype)), name=f"{name}.{layer}", requires_grad=False)
-            for layer in range(count)
-        ]
-    )
+    parameters = []
+    for layer in range(count):
+        # Parameter copies its tensor; what it is assigned from numpy it shares. numpy's zeros are pages that nothing
+        # has touched, so that memory which no token has used is not resident (MindSpore 2.7 and 2.10).
+        parameter = Parameter(
+            Tensor.from_numpy(np.zeros((1, shape[1]), dtype)), name=f"{name}.{layer}", requires_grad=False
+        )
+        parameter.assign_value(Tensor.from_numpy(np.zeros(shape, dtype)))
+        parameters.append(parameter)
+    return ParameterTuple(parameters)

@@ -12,6 +12,7 @@ from mindspore import Tensor
 
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.model.batch import RaggedBatch
+from telechat_mindie.model.kv_cache import address_of
 
 if TYPE_CHECKING:
     from telechat_mindie.model.decoder import Layer, TelechatForCausalLM
@@ -65,9 +66,8 @@ class NativeDecoder:
         """
         caches = self._own if caches is None else caches
         if caches is not self._used:
-            address = _own_address if caches is self._own else _device_address
             for place, *layer in zip(self._cache_places, *caches, strict=True):
-                self._arguments.set(place, layer, address, self._cache_width)
+                self._arguments.set(place, layer, self._cache_width)
             self._used = caches
         out = np.empty((len(batch.logits_rows), self._vocab_size), np.float32)
         for inputs, wanted in self._runs(batch):
@@ -90,20 +90,6 @@ def _weights(layer: Layer) -> list[Tensor]:
     return [*common, layer.ffn_norm.weight, feed.w_gate_hidden.weight, feed.w2.weight, feed.w2.bias]
 
 
-def _own_address(array: Tensor | np.ndarray) -> int:
-    """Of what was made from a numpy array: asnumpy gives its memory, which stays MindSpore's when operators use it.
-
-    Before they do, MindSpore 2.7 has no data_ptr of it.
-    """
-    host: np.ndarray = array if isinstance(array, np.ndarray) else array.asnumpy()
-    return host.ctypes.data
-
-
-def _device_address(tensor: Tensor) -> int:
-    """Of what operators have made. MindSpore 2.7's asnumpy copies it."""
-    return int(tensor.data_ptr()) or _own_address(tensor)
-
-
 @lru_cache(maxsize=64)
 def _dtype_name(dtype: object) -> bytes:
     return str(dtype).lower().encode()
@@ -124,18 +110,12 @@ class _Arguments:
         self._keep: list[object] = [None] * size  # the shapes' memory
         self.set(0, arrays)
 
-    def set(
-        self,
-        place: int,
-        arrays: Iterable[Tensor | np.ndarray],
-        address: Callable[[Tensor | np.ndarray], int] = _own_address,
-        width: int = 0,
-    ) -> None:
+    def set(self, place: int, arrays: Iterable[Tensor | np.ndarray], width: int = 0) -> None:
         """Describe arrays as the arguments from `place` on, as matrices of `width` columns unless that is 0."""
         for index, array in enumerate(arrays, place):
             shape = (array.size // width, width) if width else array.shape
             dimensions = (ctypes.c_int64 * len(shape))(*shape)
-            self._addresses[index] = address(array)
+            self._addresses[index] = address_of(array)
             self._ranks[index] = len(shape)
             self._shapes[index] = ctypes.addressof(dimensions)
             self._dtypes[index] = _dtype_name(array.dtype)
