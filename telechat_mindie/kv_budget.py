@@ -83,6 +83,7 @@ class CardBudget:
         reserve: kept free for activations, communication buffers and the system.
         weights: of one rank.
         logits: of a full batch.
+        reserve_is_share: another card keeps another `reserve` free, RESERVE_SHARE of it.
 
     Raises:
         InputError: a card without memory, or all of it kept free.
@@ -92,12 +93,14 @@ class CardBudget:
     reserve: float
     weights: float
     logits: float
+    reserve_is_share: bool = False
 
     @classmethod
     def of(cls, card: float, weight_bytes: int, vocab_size: int, reserve: float | None = None) -> CardBudget:
         """The budget of a card of `card` GB; without a `reserve` in GB, RESERVE_SHARE of it is kept free."""
         logits = FULL_BATCH * vocab_size * LOGIT_BYTES
-        return cls(card, card * RESERVE_SHARE if reserve is None else reserve, weight_bytes / GB, logits / GB)
+        kept = card * RESERVE_SHARE if reserve is None else reserve
+        return cls(card, kept, weight_bytes / GB, logits / GB, reserve is None)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.card) and 0 <= self.reserve < self.card):
@@ -122,34 +125,55 @@ class CardBudget:
             f"{self.card:g} GB card - {self.reserve:g} reserve - {self.weights:.1f} weights - {self.logits:.1f} logits"
         )
 
-    def room(self, shape: CacheShape, longest: int, cache: float | None = None) -> Room:
-        """What a KV cache of `cache` GB holds; by default the one that the budget leaves.
+    def cache_for(self, npu_mem_size: float) -> float:
+        """GB of KV cache that an npuMemSize stands for: with -1 the worker takes what is left."""
+        return max(0.0, self.left if npu_mem_size == -1 else npu_mem_size)
+
+    def holds(self, cache: float) -> bool:
+        """Whether weights and so many GB of KV cache fit the card; that no reserve is left is the user's own choice."""
+        return self.weights + cache <= self.card
+
+    def room(self, shape: CacheShape, longest: int, npu_mem_size: float | None = None) -> Room:
+        """What the KV cache holds.
 
         Args:
             longest: tokens of the longest sequence.
+            npu_mem_size: as the config has it; None for the one that follows from the budget.
 
         Raises:
             InputError: not one longest sequence, or more than the card has beside the weights; with the numbers.
         """
-        given = max(0.0, self.cache if cache is None else cache)
-        blocks, needed = shape.usable_blocks_in(given * GB), shape.blocks_for(longest)
-        if blocks < needed or self.weights + given > self.card:
+        chosen = npu_mem_size not in (None, -1, self.cache)  # by the user, whatever the card
+        cache = self.cache if npu_mem_size is None else self.cache_for(npu_mem_size)
+        if chosen and not self.holds(cache):
+            raise InputError(
+                "is more than a card has beside the weights",
+                where=f"npuMemSize {cache:g}",
+                expected=f"at most {self.card - self.weights:.1f} GB",
+                found=str(self),
+                advice="Lower it, or leave it to be computed.",
+            )
+        blocks, needed = shape.usable_blocks_in(cache * GB), shape.blocks_for(longest)
+        if blocks < needed:
+            size = (needed + RESERVED_BLOCKS) * shape.block_bytes / GB
+            whole = math.ceil(size)
+            card = self._least_card(size if npu_mem_size == -1 else whole)
+            least = f"an npuMemSize of at least {whole}" if chosen else f"a card of at least {card:.1f} GB"
             raise InputError(
                 "the memory of a card does not hold the weights and the KV cache of one request",
                 where=f"{longest} tokens on a card of {self.card:g} GB",
-                expected=f"{needed} KV blocks of {shape.block_size} tokens ({needed * shape.block_bytes / GB:.1f} GB), "
-                f"hence a card of at least {self._least_card(shape, needed):.1f} GB",
-                found=f"{blocks} in {given:.1f} GB: {self}",
+                expected=f"{needed} KV blocks of {shape.block_size} tokens ({size:.1f} GB), hence {least}",
+                found=f"{blocks} in {cache:.1f} GB: {self}",
                 advice="Choose a larger --tp when building, a smaller --max-seq-len or a 16-bit dtype, or correct "
                 "--device-mem and the reserve.",
             )
         return Room(blocks, blocks * shape.block_size, shape.sequences(blocks, longest))
 
-    def _least_card(self, shape: CacheShape, blocks: int) -> float:
-        """The smallest card, in tenths of a GB, with the same share kept free that holds so many usable blocks."""
-        cache = math.ceil((blocks + RESERVED_BLOCKS) * shape.block_bytes / GB)
-        kept_share = self.reserve / self.card
-        return math.ceil((cache + self.weights + self.logits) / (1 - kept_share) * 10) / 10
+    def _least_card(self, cache: float) -> float:
+        """The smallest card, in tenths of a GB, that leaves so many GB for the KV cache."""
+        least = cache + self.weights + self.logits
+        least = least / (1 - RESERVE_SHARE) if self.reserve_is_share else least + self.reserve
+        return math.ceil(least * 10 + 1e-6) / 10  # rounding may not take the last byte
 
 
 def block_count(gigabytes: int, token_bytes: int, block_size: int, name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.server.host import num_blocks
 from telechat_mindie.server.settings import plain_settings
+from telechat_mindie.service.check import CheckOptions, check_config
 from telechat_mindie.service.facts import model_facts
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.render import render_service_config
@@ -108,27 +110,84 @@ def test_plan_info_service_config_server_and_runner_agree_on_a_real_directory(tm
     assert block_count(size, shape.token_bytes, shape.block_size, "npu_mem_size") == tokens // 128 + RESERVED_BLOCKS
 
 
-shapes = st.builds(CacheShape, st.integers(64, 1 << 20), st.sampled_from([1, 16, 128, 200]))
-
-
-@given(shapes, st.integers(1, 1 << 15), st.floats(8, 128), st.integers(0, 90 * GB), st.none() | st.floats(0, 7))
-def test_what_fits_fits_and_no_more_does(shape, longest, card, weight_bytes, reserve):
-    budget = CardBudget.of(card, weight_bytes, 131_072, reserve)
+@pytest.mark.parametrize("size", [None, -1, 1, 20, 45, 60])
+@pytest.mark.parametrize("card", [16, 20, 32, 64])
+@pytest.mark.parametrize(("variant", "tp"), [("7b", 1), ("35b", 1), ("115b", 8)])
+def test_check_refuses_what_service_config_refuses(variant, tp, card, size):
+    """Size None: the one that `service-config` computes."""
+    facts = facts_of(variant, tp)
+    large = ServiceOptions(device_mem_gb=1000, insecure_http=True)
+    config = render_service_config(facts, large, lambda _: True).config  # where none fits, that of another card
+    if size is not None:
+        config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] = size
+    chosen = () if size is None else (f"npuMemSize={size}",)
     try:
-        room = budget.room(shape, longest)
+        options = replace(large, device_mem_gb=card, overrides=chosen)
+        config = render_service_config(facts, options, lambda _: True).config
+        refused = False
+    except InputError:
+        refused = True
+    checked = CheckOptions(device_mem_gb=card, environment={"PATH": ""})
+    found = {finding.id for finding in check_config(config, Path("conf.json"), facts, checked)}
+    assert bool(found & {"memory", "kv-blocks"}) == refused
+
+
+@pytest.mark.parametrize("card", [24, 32, 64])
+def test_the_block_size_that_is_set_is_the_one_that_is_counted_with(card):
+    facts = facts_of("7b", 1)
+    options = ServiceOptions(device_mem_gb=card, overrides=("cacheBlockSize=16",), request_tokens=LENGTH)
+    decided = {entry.location[-1]: entry for entry in render_service_config(facts, options, lambda _: True).derived}
+    shape = CacheShape(facts.kv_bytes_per_token_per_rank, 16)
+    blocks = shape.usable_blocks_in(decided["npuMemSize"].value * GB)
+    assert decided["maxBatchSize"].reason.startswith(f"{blocks} KV blocks / {LENGTH // 16} for")
+
+
+shapes = st.builds(CacheShape, st.integers(64, 1 << 20), st.sampled_from([1, 16, 128, 200]))
+sizes = st.none() | st.just(-1) | st.integers(1, 150)
+
+
+@given(shapes, st.integers(1, 1 << 15), st.floats(8, 128), st.integers(0, 90 * GB), st.none() | st.floats(0, 7), sizes)
+def test_what_fits_fits_and_no_more_does(shape, longest, card, weight_bytes, reserve, size):
+    budget = CardBudget.of(card, weight_bytes, 131_072, reserve)
+    chosen = size not in (None, -1, budget.cache)
+    try:
+        room = budget.room(shape, longest, size)
     except InputError as refusal:
-        least = re.search(r"at least ([\d.]+) GB", str(refusal))
-        assert least is not None and float(least[1]) >= card
-        # With the card that the message asks for, and the same share of it kept free, one sequence fits.
-        larger = float(least[1])
-        again = CardBudget.of(larger, weight_bytes, 131_072, budget.reserve / card * larger + 1e-9)
-        assert again.room(shape, longest).sequences >= 1
+        if chosen and budget.weights + size > card:
+            assert "beside the weights" in str(refusal) and "card of at least" not in str(refusal)
+        elif chosen:
+            # The size that the message asks for holds one sequence on a card that is large enough, and none less does.
+            least = re.search(r"npuMemSize of at least (\d+)", str(refusal))
+            assert least is not None and size < int(least[1])
+            large = CardBudget.of(1e6, weight_bytes, 131_072, reserve)
+            assert large.room(shape, longest, int(least[1])).sequences >= 1
+            with pytest.raises(InputError):
+                large.room(shape, longest, int(least[1]) - 1)
+        else:
+            # So does the card that it asks for, and none that is more than the rounding smaller.
+            least = re.search(r"card of at least ([\d.]+) GB", str(refusal))
+            assert least is not None and float(least[1]) >= card
+            enough = CardBudget.of(float(least[1]), weight_bytes, 131_072, reserve)
+            assert enough.room(shape, longest, size).sequences >= 1
+            smaller = float(least[1]) - 0.11
+            if smaller > (reserve or 0):
+                with pytest.raises(InputError):
+                    CardBudget.of(smaller, weight_bytes, 131_072, reserve).room(shape, longest, size)
         return
-    cache = budget.cache * GB
+    cache = (budget.cache if size is None else budget.left if size == -1 else size) * GB
     assert (room.blocks + RESERVED_BLOCKS) * shape.block_bytes <= cache
     assert (room.blocks + RESERVED_BLOCKS + 1) * shape.block_bytes > cache
     assert room.sequences * shape.blocks_for(longest) <= room.blocks < (room.sequences + 1) * shape.blocks_for(longest)
-    assert budget.reserve + budget.weights + budget.logits + budget.cache <= card
+    if chosen:
+        assert budget.weights + size <= card  # the reserve is the user's to spend
+    else:
+        assert budget.reserve + budget.weights + budget.logits + cache / GB <= card + 1e-9
+
+
+def test_a_reserve_in_gb_stays_what_it_is_on_a_larger_card():
+    budget = CardBudget.of(64, 5 << 20, 2400, 63.5)
+    with pytest.raises(InputError, match=r"card of at least 64\.6 GB"):
+        budget.room(CacheShape(1024, 128), 1024)
 
 
 @pytest.mark.parametrize(("card", "reserve"), [(0, None), (-1, None), (float("nan"), None), (32, 32), (32, -1)])

@@ -75,8 +75,8 @@ def derive(
     _server(ledger, options, base, is_free)
     _devices(ledger, facts, options)
     max_seq_len = _lengths(ledger, facts, options)
-    _model(ledger, facts)
-    _memory(ledger, facts, options, max_seq_len)
+    block_size = _model(ledger, facts)
+    _memory(ledger, facts, options, max_seq_len, block_size)
     return ledger.close()
 
 
@@ -155,14 +155,16 @@ def _lengths(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> int
     return max_seq_len
 
 
-def _model(ledger: _Ledger, facts: ModelFacts) -> None:
+def _model(ledger: _Ledger, facts: ModelFacts) -> int:
+    """Settle what names the model and return cacheBlockSize."""
     ledger.settle((*MODEL_ENTRY, "modelName"), facts.model_name, "checkpoint", "the model directory's name")
     ledger.settle((*MODEL_ENTRY, "modelWeightPath"), facts.model_path, "flag", "MODEL_PATH")
     ledger.settle((*MODEL_ENTRY, "backendType"), "ms", "checkpoint", "a directory for MindSpore")
-    ledger.settle((*SCHEDULE, "cacheBlockSize"), facts.block_size, "checkpoint", "block_size of the directory's yaml")
+    reason = "block_size of the directory's yaml"
+    return int(ledger.settle((*SCHEDULE, "cacheBlockSize"), facts.block_size, "checkpoint", reason))
 
 
-def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq_len: int) -> None:
+def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq_len: int, block_size: int) -> None:
     """Settle npuMemSize and the batches from what a card has left (`kv_budget`).
 
     maxBatchSize = KV blocks / blocks of a typical request (MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/user_manual/
@@ -173,11 +175,11 @@ def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq
     budget = CardBudget.of(options.device_mem_gb, facts.weight_bytes_per_rank, facts.vocab_size, options.reserve_gb)
     location = (*MODEL_ENTRY, "npuMemSize")
     if options.dynamic_kv:
-        cache = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
+        size = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
     else:
-        cache = ledger.settle(location, budget.cache, "computed", str(budget))
-    shape = CacheShape(facts.kv_bytes_per_token_per_rank, facts.block_size)
-    blocks = budget.room(shape, max_seq_len, budget.left if cache == -1 else cache).blocks
+        size = ledger.settle(location, budget.cache, "computed", str(budget))
+    shape = CacheShape(facts.kv_bytes_per_token_per_rank, block_size)
+    blocks = budget.room(shape, max_seq_len, size).blocks
     typical = shape.blocks_for(min(options.request_tokens, max_seq_len))
     batch = ledger.settle(
         (*SCHEDULE, "maxBatchSize"),

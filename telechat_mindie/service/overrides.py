@@ -9,7 +9,9 @@ from typing import Any, Literal, get_origin
 from pydantic.fields import FieldInfo
 
 from telechat_mindie.errors import InputError
+from telechat_mindie.reading import text_depth
 from telechat_mindie.service import schema
+from telechat_mindie.service.schema.files import MAX_DEPTH
 from telechat_mindie.service.schema.service import model_of
 from telechat_mindie.service.schema.settings import model_location
 from telechat_mindie.service.schema.structure import check_structure, walk_fields
@@ -78,6 +80,8 @@ def _find(steps: tuple[str, ...], generation: str, text: str) -> tuple[Location,
 def _value(text: str, field: FieldInfo | None) -> Any:
     if field is not None and _is_text(field):
         return text
+    if (depth := text_depth(text, MAX_DEPTH)) > MAX_DEPTH:
+        raise InputError("is nested too deeply", where="--set", expected=f"at most {MAX_DEPTH} levels", found=depth)
     try:
         return json.loads(text)
     except ValueError:

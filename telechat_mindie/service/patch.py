@@ -43,13 +43,14 @@ def patch(text: str, values: Mapping[Location, Any], where: object) -> str:
     for location, value in values.items():
         parent = root
         for depth, step in enumerate(location[:-1]):
-            if step not in parent.children:
+            child = parent.children.get(step)
+            if child is None or text[child.begin] != ("{" if isinstance(location[depth + 1], str) else "["):
                 raise ConfigError(
                     "lacks an object that must be filled in",
                     where=f"{where}: {json_path(location[: depth + 1])}",
                     advice="Start from the conf/config.json that MindIE ships.",
                 )
-            parent = parent.children[step]
+            parent = child
         node = parent.children.get(location[-1])
         if node is not None:
             if _dump(json.loads(text[node.begin : node.end])) != _dump(value):  # 0 is not false

@@ -487,8 +487,9 @@ class TestServiceConfig:
         assert not [
             finding for finding in check_config(rendered, config, FACTS_7B, options) if finding.severity != "ok"
         ]
-        small = replace(options, device_mem_gb=16)
-        assert [finding.id for finding in check_config(rendered, config, FACTS_7B, small)] == ["kv-blocks"]
+        for card, id in ((16, "memory"), (20, "kv-blocks")):  # a fifth of it is kept free
+            small = replace(options, device_mem_gb=card)
+            assert [finding.id for finding in check_config(rendered, config, FACTS_7B, small)] == [id]
 
     def test_answers_cut_at_512_tokens(self, model, config, options):
         """Pitfall 11; the directory's 512 tokens leave 128 for an answer."""

@@ -245,8 +245,14 @@ class TestMemory:
             render(device_mem_gb=16)
 
     def test_a_cache_beyond_the_card_is_refused(self) -> None:
-        with pytest.raises(InputError, match="memory of a card"):
+        with pytest.raises(
+            InputError, match=r"npuMemSize 51: is more than .* beside the weights .expected at most 49\.8 GB"
+        ):
             render(overrides=("npuMemSize=51",))
+
+    def test_a_cache_that_is_set_too_small_asks_for_no_larger_card(self) -> None:
+        with pytest.raises(InputError, match=r"hence an npuMemSize of at least \d+,"):
+            render(overrides=("npuMemSize=1",))
 
     @pytest.mark.parametrize(
         "options",
@@ -356,6 +362,8 @@ class TestOverrides:
             ("maxBatchSize=many", 'expected an integer, found "many"'),
             ("maxBatchSize=0", "expected 1 to 5000, found 0"),
             ("LoraModules.path=/a", "is no field"),
+            ("maxBatchSize=" + "[" * 50_000, "nested too deeply"),
+            ("ModelConfig.note=" + "[" * 960 + "]" * 960, "nested too deeply"),
             ("tlsPkPwd=x", r"no field of MindIE 3\.0\.0\.beta"),
         ],
     )
@@ -471,11 +479,17 @@ class TestTemplate:
             render(template=template)
 
     @pytest.mark.parametrize(
-        "content", ["{}", '{"ServerConfig": [], "BackendConfig": 3}', '{"ServerConfig": {"port": []}}']
+        ("content", "lacking"),
+        [
+            ("{}", "ServerConfig"),
+            ('{"ServerConfig": [], "BackendConfig": 3}', "ServerConfig"),
+            ('{"ServerConfig": 3}', "ServerConfig"),
+            ('{"ServerConfig": {"port": []}}', "BackendConfig"),
+        ],
     )
-    def test_a_hollow_template_gives_a_sentence(self, template: Path, content: str) -> None:
+    def test_a_hollow_template_gives_a_sentence(self, template: Path, content: str, lacking: str) -> None:
         template.write_text(content)
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=rf"\$\.{lacking}: lacks an object"):
             render(template=template, port_base=2000)
 
     def test_the_shipped_file_as_template_gives_the_rendered_values(self, tmp_path: Path) -> None:

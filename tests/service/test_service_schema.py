@@ -191,6 +191,10 @@ REFUSED: list[tuple[str, Any, str] | tuple[str, Any, str, str]] = [
     ("M.trustRemoteCode", "false", "type"),
     ("M.dp", 0, "parallel-size"),
     ("M.sp", "two", "parallel-size"),
+    ("M.cp", "1" * 5000, "parallel-size"),  # std::stoi throws
+    ("M.dp", "2147483648", "parallel-size"),
+    ("M.dp", "-1x", "parallel-size"),
+    ("M.dp", "000000000000002", "ms-parallel"),
     ("M.cp", 2, "ms-parallel"),
     ("M.plugin_params", "{", "plugin-params"),
     ("M.plugin_params", "[]", "plugin-params"),

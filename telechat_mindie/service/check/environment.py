@@ -16,9 +16,10 @@ from telechat_mindie.mindie import RANK_PORTS, SERVER_PORTS
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE
 from telechat_mindie.service import ports
 from telechat_mindie.service.check.options import CheckOptions
-from telechat_mindie.service.check.service_file import device_rows, is_local, value_at
+from telechat_mindie.service.check.service_file import device_rows, is_local
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.settings import SERVER
+from telechat_mindie.service.schema.violations import typed_at
 
 BACKEND_VARIABLE = "MINDIE_LLM_FRAMEWORK_BACKEND"
 
@@ -86,7 +87,7 @@ def _numbers(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def _rank_ports(config: Mapping[str, Any] | None, tp: int | None, environment: Mapping[str, str]) -> Iterator[Finding]:
     """Several ranks need a port each for their scheduler and their exchange; two daemons may not share them."""
-    used = {name: value_at(config or {}, (*SERVER, name)) for name in SERVER_PORTS}
+    used = {name: typed_at(config or {}, (*SERVER, name)) for name in SERVER_PORTS}
     taken = {port: name for name, port in used.items() if port is not None}
     for name, default in RANK_PORTS.items():
         text = environment.get(name)

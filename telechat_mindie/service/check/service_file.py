@@ -12,7 +12,7 @@ from typing import Any
 
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, Severity, error, ok, warning
-from telechat_mindie.kv_budget import CacheShape
+from telechat_mindie.kv_budget import CacheShape, CardBudget
 from telechat_mindie.mindie import SERVER_PORTS
 from telechat_mindie.model_dir.modes import findings as file_findings
 from telechat_mindie.service import ports, schema
@@ -21,7 +21,7 @@ from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.options import ModelFacts
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER, model_location
-from telechat_mindie.service.schema.violations import Location, json_path
+from telechat_mindie.service.schema.violations import Location, json_path, typed_at
 from telechat_mindie.units import GB, INT32_MAX
 
 
@@ -72,31 +72,20 @@ def check_config(
     yield from _addresses(config, where, options)
 
 
-def value_at(config: Mapping[str, Any], location: Location, kind: type = int) -> Any:
-    """The value at a location if it is exactly of `kind`, else None: then the schema has told it."""
-    value: Any = config
-    for step in location:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value if type(value) is kind else None
-
-
 def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterator[Finding]:
     def differs(location: Location, id: str, message: str, advice: str, severity: Severity = "error") -> Finding:
         return Finding(id, severity, f"{where}: {json_path(location)}", message, advice)
 
     here = model_location(0, "modelWeightPath")
-    path = value_at(config, here, str)
+    path = typed_at(config, here, str)
     if path is not None and not _same(path, facts.model_path):
         yield differs(here, "model-path", f"is {path}, not the directory checked", f"Set it to {facts.model_path}.")
     here = model_location(0, "backendType")
-    backend = value_at(config, here, str)
+    backend = typed_at(config, here, str)
     if backend is not None and backend != "ms":
         yield differs(here, "backend-type", f"is {backend}: it cannot load this directory", 'Set it to "ms".')
     here = model_location(0, "worldSize")
-    world_size = value_at(config, here)
+    world_size = typed_at(config, here)
     if world_size is not None and world_size != facts.tp:
         yield differs(
             here,
@@ -105,7 +94,7 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
             f"Set it to {facts.tp} with as many npuDeviceIds, or build the directory with --tp {world_size}.",
         )
     here = (*DEPLOY, "maxSeqLen")
-    length = value_at(config, here)
+    length = typed_at(config, here)
     if length is not None and length > facts.max_seq_len:
         yield differs(
             here,
@@ -114,7 +103,7 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
             f"Set it to {facts.max_seq_len} at most, or build the directory with a greater --max-seq-len.",
         )
     here = (*SCHEDULE, "cacheBlockSize")
-    block_size = value_at(config, here)
+    block_size = typed_at(config, here)
     if block_size is not None and block_size != facts.block_size:
         yield differs(
             here,
@@ -128,22 +117,21 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
 def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_mem_gb: float) -> Iterator[Finding]:
     """Weights and KV cache of a card, and whether the cache holds one request of maxSeqLen."""
     here = model_location(0, "npuMemSize")
-    cache = value_at(config, here)
-    length = value_at(config, (*DEPLOY, "maxSeqLen"))
-    block_size = value_at(config, (*SCHEDULE, "cacheBlockSize"))
-    if cache is None or length is None or not block_size or block_size < 0:
+    size = typed_at(config, here)
+    length = typed_at(config, (*DEPLOY, "maxSeqLen"))
+    block_size = typed_at(config, (*SCHEDULE, "cacheBlockSize"))
+    if size is None or length is None or not block_size or block_size < 0:
         return
-    if cache == 0 or not -1 <= cache <= INT32_MAX:
+    if size == 0 or not -1 <= size <= INT32_MAX:
         return  # the schema tells it
-    weights = facts.weight_bytes_per_rank / GB
-    if cache < 0:
-        cache = device_mem_gb - weights
-    account = f"{weights:.1f} GB of weights and {cache:.1f} GB of KV cache"
-    if weights + cache > device_mem_gb or cache <= 0:
+    budget = CardBudget.of(device_mem_gb, facts.weight_bytes_per_rank, facts.vocab_size)
+    cache = budget.cache_for(size)
+    if not cache or not budget.holds(cache):
+        parts = f"{budget.weights:.1f} GB of weights and {cache:.1f} GB of KV cache"
         yield error(
             "memory",
             f"{where}: {json_path(here)}",
-            f"{account} do not fit a card of {device_mem_gb:g} GB",
+            f"{parts} do not fit a card of {budget.card:g} GB" if cache else f"-1 leaves no KV cache: {budget}",
             "Lower npuMemSize, or build the directory for a greater tp; --device-mem names another card.",
         )
         return
@@ -162,7 +150,7 @@ def _addresses(config: Mapping[str, Any], where: Path, options: CheckOptions) ->
     """Addresses of this machine, and ports that are free now."""
     taken: Severity = "warning"  # the service that is checked may be the one that runs
     for name in SERVER_PORTS:
-        port = value_at(config, (*SERVER, name))
+        port = typed_at(config, (*SERVER, name))
         if port is not None and ports.LOWEST <= port <= ports.HIGHEST and not ports.is_free(port):
             yield Finding(
                 "port",
@@ -173,7 +161,7 @@ def _addresses(config: Mapping[str, Any], where: Path, options: CheckOptions) ->
             )
     for name, variable in (("ipAddress", "MIES_CONTAINER_IP"), ("managementIpAddress", "MIES_CONTAINER_MANAGEMENT_IP")):
         given = options.environment.get(variable)
-        address = given or value_at(config, (*SERVER, name), str)
+        address = given or typed_at(config, (*SERVER, name), str)
         if address and not is_local(address):
             source = variable if given else f"{where}: {json_path((*SERVER, name))}"
             yield warning(
@@ -207,6 +195,6 @@ def _same(first: str, second: str) -> bool:
 
 def device_rows(config: Mapping[str, Any]) -> list[list[int]]:
     """npuDeviceIds, empty unless they are lists of integers."""
-    rows = value_at(config, (*BACKEND, "npuDeviceIds"), list) or []
+    rows = typed_at(config, (*BACKEND, "npuDeviceIds"), list) or []
     sound = all(isinstance(row, list) and all(type(device) is int for device in row) for row in rows)
     return rows if sound else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.render import RenderedConfig, render_service_config
+from telechat_mindie.service.schema.settings import SERVER
+from telechat_mindie.service.schema.violations import typed_at
 
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where a daemon that listens everywhere is reached from its own host."""
@@ -145,8 +147,8 @@ def _with_free_ports(options: ServiceOptions, is_free: ports.IsFree) -> ServiceO
     """A template's ports are kept while they are free; else the next free ones from there on are taken."""
     if options.template is None or options.port_base is not None:
         return options
-    server = schema.load(options.template).get("ServerConfig", {})
-    named: Collection[Any] = [server[name] for name in SERVER_PORTS if type(server.get(name)) is int]
+    config = schema.load(options.template)
+    named = [port for name in SERVER_PORTS if (port := typed_at(config, (*SERVER, name))) is not None]
     if all(map(is_free, named)):
         return options
     return replace(options, port_base=min(named))

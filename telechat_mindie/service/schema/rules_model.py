@@ -104,10 +104,11 @@ def model_path(settings: Settings) -> Iterator[Violation]:
 
 
 def _integer_prefix(value: Any) -> int | None:
-    """What C++ std::stoi makes of the text that MindIE hands on."""
+    """What C++ std::stoi makes of the text that MindIE hands on; None where it throws."""
     if isinstance(value, str):
-        match = re.match(r"\s*[+-]?\d+", value)
-        return int(match[0]) if match else None
+        match = re.match(r"\s*([+-]?)0*([0-9]{1,10})(?![0-9])", value)
+        number = int(match[1] + match[2]) if match else INT32_MAX + 1
+        return number if -INT32_MAX - 1 <= number <= INT32_MAX else None
     if isinstance(value, float):
         return int(value) if math.isfinite(value) else None
     return value if isinstance(value, int) else None

@@ -103,6 +103,12 @@ def value_at(data: Any, location: Location, default: Any = None) -> Any:
     return data
 
 
+def typed_at(data: Any, location: Location, kind: type = int) -> Any:
+    """The value at a location if it is exactly of `kind`, else None: of another one the schema tells."""
+    value = value_at(data, location)
+    return value if type(value) is kind else None
+
+
 def show(value: Any) -> str:
     """A value as it would stand in the file, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
