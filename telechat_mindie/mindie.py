@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,12 +23,18 @@ DEFAULT_HOME = "/usr/local/Ascend/mindie/latest/mindie-service"
 DAEMON, SERVER = "mindieservice_daemon", "mindie_llm_server"
 """The daemon itself, and the console script of the mindie_llm wheel that sets its paths and becomes it."""
 
+HOME_FOLDERS = ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm")
+"""Where the home is, from a folder that somebody names: there, or below."""
+
 MS_WRAPPER = "modeling/model_wrapper/ms"
 """The folder of the package mindie_llm that knows backendType ms. A MindIE without it passes backendType ms in its C++
 checks and then falls back to another backend without a word."""
 
 SERVER_PORTS = {"port": 1025, "managementPort": 1026, "metricsPort": 1027}
 """Business, management and metrics port: MindIE-LLM v3.0.0.beta.2 src/server/conf/config.json."""
+
+BACKEND_VARIABLE = "MINDIE_LLM_FRAMEWORK_BACKEND"
+"""Tensor backend and plugin manager follow it, samplers and wrappers backendType: the two must agree."""
 
 SCHEDULER_HOST = "127.0.0.1"
 
@@ -36,9 +44,48 @@ user_manual/offline_inference.md:292-295, mindspore docs r2.6.0 usage/mindie_dep
 default; that of mindformers r1.5.0 scripts/run_mindie.sh, 8119, holds for whoever starts MindIE by that script."""
 
 
-def exported_home(environment: Mapping[str, str]) -> Path | None:
-    """MindIE's home as its set_env.sh exports it; None in a shell without it."""
-    return next((Path(environment[name]) for name in HOME_VARIABLES if environment.get(name)), None)
+def exported_homes(environment: Mapping[str, str]) -> list[Path]:
+    """MindIE's home as its set_env.sh exports it, the likeliest first; none in a shell without it."""
+    return [Path(environment[name]) for name in HOME_VARIABLES if environment.get(name)]
+
+
+def find_home(environment: Mapping[str, str], named: Path | None = None, root: Path = Path("/")) -> Path | None:
+    """MindIE's home: the first folder with the daemon in its bin/.
+
+    Args:
+        environment: of whoever starts MindIE. Where it exports no home with a daemon, the usual place is looked at.
+        named: the only folder to look at: the home, or one above.
+        root: stands for `/`.
+    """
+    for start in [named] if named else [*exported_homes(environment), Path(DEFAULT_HOME).parent]:
+        for below in HOME_FOLDERS:
+            home = Path(root, str(start.absolute()).lstrip("/"), below)
+            if shutil.which(str(home / "bin" / DAEMON)):
+                return home
+    return None
+
+
+def certificate_home(environment: Mapping[str, str], named: Path | None) -> Path | None:
+    """The folder that the TLS files of a config are relative to: MindIE's home, else what is named or exported."""
+    return find_home(environment, named) or named or next(iter(exported_homes(environment)), None)
+
+
+def rank_environment(ports: Mapping[str, int] = RANK_PORTS) -> dict[str, str]:
+    """What the workers of a daemon with backendType ms must find in their environment."""
+    return {
+        BACKEND_VARIABLE: "MS",
+        "MS_SCHED_HOST": SCHEDULER_HOST,
+        **{name: str(ports[name]) for name in RANK_PORTS},
+    }
+
+
+def recorded_version(home: Path) -> str | None:
+    """The version that MindIE's installer wrote into its home, or beside it."""
+    for folder in (home, home.parent):
+        with contextlib.suppress(OSError):
+            if version := version_in((folder / "version.info").read_text(encoding="utf-8", errors="replace")):
+                return version
+    return None
 
 
 def version_in(text: str) -> str | None:

@@ -68,7 +68,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "metrics_port": 80005, "management_port": 80006, "host_port_step": 10, "startup_failures": 80007,
         "environment": {"E1": "E2"},
     },
-    "start.sh.j2": {"mindie_home": "M1"},
+    "start.sh.j2": {"mindie_home": "M1", "home_variables": ["V1", "V2"]},
     "Dockerfile.j2": {"image": "I1", "version": "V1"},
     "telechat.py.j2": {}, "telechat_config.py.j2": {}, "telechat_tokenizer.py.j2": {},
 }  # fmt: skip
@@ -125,9 +125,9 @@ def parsed(template: str, values: dict[str, Any]) -> Any:
         assert [line.partition(" ")[0] for line in lines] == ["ARG", "FROM", "RUN"]
         return json.loads(lines[-1].removeprefix("RUN "))
     if template == "start.sh.j2":
-        head, _, _ = text.partition("\nhome=${")
-        done = subprocess.run(["bash", "-c", f'{head}\nprintf %s "$home"'], capture_output=True, check=True)
-        return done.stdout.decode()
+        head, _, _ = text.partition("; do home=")
+        show = """; do printf '%s\\0' "$name"; done; printf %s "$home\""""
+        return subprocess.run(["bash", "-c", head + show], capture_output=True, check=True).stdout.decode().split("\0")
     return [ast.dump(node) for node in ast.parse(text).body]
 
 

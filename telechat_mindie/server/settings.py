@@ -11,7 +11,7 @@ from typing import Any
 from telechat_mindie.backend.plugins import parse_plugin_params, plugin_names
 from telechat_mindie.engine.config import EngineConfig
 from telechat_mindie.errors import ConfigError, InputError
-from telechat_mindie.mindie import SERVER_PORTS, exported_home
+from telechat_mindie.mindie import SERVER_PORTS, certificate_home
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.http.limits import Limits
 from telechat_mindie.server.http.tls import TlsFiles
@@ -107,8 +107,8 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
     Args:
         path: the file.
         generation: of MindIE, a key of `schema.GENERATIONS`.
-        home: MindIE's home, to which TLS files are relative; None takes it from the environment, else the folder above
-            conf/.
+        home: MindIE's home, to which TLS files are relative; None looks for MindIE as `launch` does, else takes the
+            folder above conf/.
         environment: as MindIE would have it; MIES_CONTAINER_IP and MIES_CONTAINER_MANAGEMENT_IP win over the file.
 
     Raises:
@@ -126,7 +126,7 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
             found=found.server["inferMode"],
             advice="The embedded server runs both in one process.",
         )
-    home = home or exported_home(environment) or path.resolve().parent.parent
+    home = certificate_home(environment, home) or path.resolve().parent.parent
     model = found.models[0]
     business, management, metrics = _addresses(found.server, generation, home, environment)
     limits = Limits(

@@ -13,7 +13,7 @@ import yaml
 
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
-from telechat_mindie.mindie import DEFAULT_HOME, RANK_PORTS, SCHEDULER_HOST
+from telechat_mindie.mindie import DEFAULT_HOME, HOME_VARIABLES, rank_environment
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.staging import StagedDirectory, write_file
@@ -29,11 +29,9 @@ HOST_PORT_STEP = 10  # between the published ports of two containers of one mach
 # MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/user_manual/environment_variable.md. Each container has a network of its
 # own, so the default ports of the ranks cannot clash.
 ENVIRONMENT = {
-    "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
+    **rank_environment(),
     "MINDIE_LOG_TO_STDOUT": "1",
     "MIES_SERVICE_MONITOR_MODE": "1",
-    "MS_SCHED_HOST": SCHEDULER_HOST,
-    **{name: str(port) for name, port in RANK_PORTS.items()},
 }
 
 _DOCKER_FILES = {"compose.yaml": "compose.yaml.j2"}
@@ -121,6 +119,7 @@ def render_manifests(facts: ModelFacts, options: ManifestOptions) -> dict[str, s
         "management_port": server["managementPort"],
         "metrics_port": server["metricsPort"],
         "host_port_step": HOST_PORT_STEP,
+        "home_variables": HOME_VARIABLES,
         "environment": ENVIRONMENT,
         "tls_files": {secret_key(item.file): item.file for item in config.certificates},
         "config": config.text,

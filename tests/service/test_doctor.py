@@ -125,14 +125,18 @@ class TestMindie:
     def test_the_daemon_in_its_home(self, stage):
         stage.package("mindie_llm", "2.0.RC1", "modeling/model_wrapper/ms")
         stage.environment["MIES_INSTALL_PATH"] = "/opt/mindie"
-        assert software.find_daemon(stage.machine()) is None
         stage.file("opt/mindie/bin/mindieservice_daemon")
+        assert software.find_daemon(stage.machine()) is None  # launch could not execute it
+        (stage.root / "opt/mindie/bin/mindieservice_daemon").chmod(0o755)
         assert severities(software.check_mindie(stage.machine()))["daemon"] == "ok"
         assert software.find_daemon(stage.machine()) == str(stage.root / "opt/mindie/bin/mindieservice_daemon")
 
     def test_the_version_of_a_home_without_the_package(self, stage):
         stage.file("usr/local/Ascend/mindie/latest/mindie-service/version.info", "Version=2.1.RC1\n")
         assert software.mindie_version(stage.machine()) == "2.1.RC1"
+        stage.environment["MINDIE_LLM_HOME_PATH"] = "/opt/mindie-llm"
+        stage.file("opt/mindie-llm/version.info", "MindIE-LLM Version : 2.0.RC1\n")
+        assert software.mindie_version(stage.machine()) == "2.0.RC1"
 
     def test_none(self, stage):
         assert severities(software.check_mindie(stage.machine())) == {"mindie": "warning"}

@@ -20,7 +20,7 @@ from telechat_mindie.server.settings import read_settings
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.doctor.machine import Machine
-from telechat_mindie.service.doctor.software import mindie_homes
+from telechat_mindie.service.doctor.software import find_daemon, mindie_version
 from telechat_mindie.service.launch import client, log_advice, shared_memory
 from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
 from telechat_mindie.service.launch.errors import LaunchError
@@ -66,19 +66,38 @@ def test_the_named_home_wins_over_variables_and_these_over_path(mindie, tmp_path
     assert find_installation(None, {"MINDIE_LLM_HOME_PATH": str(other), "PATH": ""}).home == other
 
 
-def test_everybody_takes_the_same_variable_for_mindies_home(mindie, tmp_path, monkeypatch):
-    # As with both set_env.sh of 2.x sourced: mindie-llm lies beside mindie-service and has no daemon.
-    llm = mindie.parent / "mindie-llm"
-    llm.mkdir()
-    environment = {"MINDIE_LLM_HOME_PATH": str(llm), "MIES_INSTALL_PATH": str(mindie), "PATH": ""}
-    assert find_installation(None, environment).home == mindie
-    assert CheckOptions(environment=environment).home == mindie
-    assert mindie_homes(Machine(environment=environment))[0] == str(mindie)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        # With both set_env.sh of 2.x sourced: mindie-llm lies beside mindie-service and has no daemon.
+        {"MINDIE_LLM_HOME_PATH": "{above}/mindie-llm", "MIES_INSTALL_PATH": "{above}/mindie-service"},
+        {"MINDIE_LLM_HOME_PATH": "{above}/mindie-llm"},  # none of the exported ones: the usual place
+        {"MIES_INSTALL_PATH": "{above}/.."},  # a folder above
+        {},
+    ],
+)
+def test_everybody_finds_the_same_home(mindie, tmp_path, monkeypatch, variables):
+    monkeypatch.setattr("telechat_mindie.mindie.DEFAULT_HOME", str(mindie))
+    (mindie.parent / "mindie-llm").mkdir()
+    (mindie / "version.info").write_text("Version=2.0.RC1\n")
+    environment = {"PATH": "", **{name: value.format(above=mindie.parent) for name, value in variables.items()}}
+    home = find_installation(None, environment).home
+    assert home.samefile(mindie)
+    assert CheckOptions(environment=environment).home == home
+    machine = Machine(environment=environment, search_path=())
+    assert find_daemon(machine) == f"{home}/bin/mindieservice_daemon"
+    assert mindie_version(machine) == "2.0.RC1"
     config = schema.default_config("2.0")
     config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0] |= {"backendType": "ms", "npuMemSize": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = read_settings(tmp_path / "config.json", "2.0", None, environment)
-    assert settings.business.tls.certificate.is_relative_to(mindie)
+    assert settings.business.tls.certificate.is_relative_to(home)
+
+
+def test_a_folder_above_may_be_named_to_check_as_well(mindie):
+    assert CheckOptions(environment={}, mindie_home=mindie.parent.parent).home == mindie
+    assert CheckOptions(environment={}, mindie_home=Path("/nowhere")).home == Path("/nowhere")
+    assert CheckOptions(environment={"MINDIE_LLM_HOME_PATH": "/wheel"}).home == Path("/wheel")
 
 
 def test_the_wheels_own_server_is_started_where_it_is_installed(mindie, tmp_path):
@@ -222,6 +241,13 @@ def test_ports_of_the_ranks_follow_the_environment_and_never_meet(model, tmp_pat
     plan = prepared(model, tmp_path, {"MS_SCHED_PORT": "2500", "LCAL_IF_PORT": "2500"}, port_base=2500).plan
     assert len(set(plan.ports.values())) == 5 and all(2500 <= port < 2600 for port in plan.ports.values())
     assert prepared(model, tmp_path, {"MS_SCHED_PORT": "a lot"}).plan.ports["MS_SCHED_PORT"] >= 8090
+
+
+@pytest.mark.parametrize("server", ["3", "[]", "null", '{"port": "1025"}'])
+def test_a_hollow_template_gives_a_sentence(model, tmp_path, server):
+    (tmp_path / "config.json").write_text(f'{{"ServerConfig": {server}}}')
+    with pytest.raises(ConfigError, match="lacks an object"):
+        prepared(model, tmp_path, template=tmp_path / "config.json")
 
 
 def test_a_template_keeps_its_ports_while_they_are_free(model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -484,6 +485,23 @@ class TestStartScript:
         assert lines[:2] == [str(run.home), "640 regular file"]
         assert {"MIES_CONTAINER_IP=10.0.0.7", "MIES_CONTAINER_MANAGEMENT_IP=10.0.0.7", "FROM_SET_ENV=yes"} <= set(lines)
         assert json.loads((run.root / "run/mindie/config.json").read_text())["Version"] == "1.0.0"
+
+    def test_of_two_exported_folders_the_services_is_the_home(self, run):
+        """As with both set_env.sh of 2.x sourced; launch and doctor choose alike (`mindie.HOME_VARIABLES`)."""
+        self.daemon(run)
+        llm, service = run.root / "mindie-llm", run.root / "mindie-service"
+        for folder in (llm, service):
+            folder.mkdir()
+        shutil.copytree(run.home / "bin", service / "bin")
+        both = {"MINDIE_LLM_HOME_PATH": str(llm), "MIES_INSTALL_PATH": str(service)}
+        for environment, home in (
+            (both, service),
+            ({"MINDIE_LLM_HOME_PATH": str(service)}, service),
+            ({"MIES_INSTALL_PATH": str(service), "MINDIE_LLM_HOME_PATH": ""}, service),
+            ({"MIES_INSTALL_PATH": "", "MINDIE_LLM_HOME_PATH": ""}, run.home),
+        ):
+            done = run(**environment)
+            assert done.stdout.splitlines()[:1] == [str(home)], done.stderr
 
     def test_mindformers_is_shadowed_only_where_it_is_missing(self, run):
         self.daemon(run)

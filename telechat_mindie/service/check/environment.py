@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.mindie import RANK_PORTS, SERVER_PORTS
+from telechat_mindie.mindie import BACKEND_VARIABLE, RANK_PORTS, SCHEDULER_HOST, SERVER_PORTS, exported_homes
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE
 from telechat_mindie.service import ports
 from telechat_mindie.service.check.options import CheckOptions
@@ -20,8 +20,6 @@ from telechat_mindie.service.check.service_file import device_rows, is_local
 from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.service.schema.settings import SERVER
 from telechat_mindie.service.schema.violations import typed_at
-
-BACKEND_VARIABLE = "MINDIE_LLM_FRAMEWORK_BACKEND"
 
 NUMBERS: dict[str, tuple[float, float]] = {
     "NPU_MEMORY_FRACTION": (0.0, 1.0),  # mindie_llm/utils/env.py:117
@@ -62,7 +60,7 @@ def _backend(config: Mapping[str, Any] | None, options: CheckOptions) -> Iterato
     advice = f"export {BACKEND_VARIABLE}=MS; `telechat-mindie launch` sets it."
     if value is not None and value.lower() != "ms":
         yield error("framework-backend", BACKEND_VARIABLE, f"is {value}, beside backendType ms", advice)
-    elif value is None and config is not None and options.exported_home is not None:
+    elif value is None and config is not None and exported_homes(options.environment):
         yield warning("framework-backend", BACKEND_VARIABLE, "is not set to MS, as backendType ms needs it", advice)
     if options.environment.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         name = "MINDIE_ASYNC_SCHEDULING_ENABLE"
@@ -107,7 +105,10 @@ def _rank_ports(config: Mapping[str, Any] | None, tp: int | None, environment: M
     host = environment.get("MS_SCHED_HOST")
     if host and not is_local(host):
         yield error(
-            "rank-port", "MS_SCHED_HOST", f"{host} is no address of this machine", "export MS_SCHED_HOST=127.0.0.1"
+            "rank-port",
+            "MS_SCHED_HOST",
+            f"{host} is no address of this machine",
+            f"export MS_SCHED_HOST={SCHEDULER_HOST}",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from telechat_mindie.mindie import exported_home
+from telechat_mindie.mindie import certificate_home
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE, User
 from telechat_mindie.service import DEFAULT_GENERATION
 
@@ -24,7 +24,7 @@ class CheckOptions:
         fix: repair modes before looking.
         uid: the user that MindIE will run as; MindIE's file rules depend on it.
         environment: the environment that MindIE will run in.
-        mindie_home: where the certificates are looked up; None takes it from the environment.
+        mindie_home: where the certificates are looked up; None looks for MindIE as `launch` does.
         timeout: seconds that the clean subprocess may take.
     """
 
@@ -44,11 +44,6 @@ class CheckOptions:
         return User(self.uid, exempt=self.environment.get(SKIP_VARIABLE) == "0")
 
     @property
-    def exported_home(self) -> Path | None:
-        """MindIE's home as its set_env.sh exports it."""
-        return exported_home(self.environment)
-
-    @property
     def home(self) -> Path | None:
-        """MindIE's home: given, or exported."""
-        return self.mindie_home or self.exported_home
+        """MindIE's home; None where there is none."""
+        return certificate_home(self.environment, self.mindie_home)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
+from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, MS_WRAPPER, SERVER, exported_homes, find_home, recorded_version
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import release_of, same_version, stack_with, stacks, working_releases
 
@@ -89,26 +88,16 @@ def mindie_version(machine: Machine) -> str | None:
     found = machine.package("mindie_llm")
     if found is not None and found.version:
         return found.version
-    for home in mindie_homes(machine):
-        text = machine.read(f"{home}/version.info") or machine.read(f"{Path(home).parent}/version.info") or ""
-        if version := version_in(text):
-            return version
-    return None
-
-
-def mindie_homes(machine: Machine) -> list[str]:
-    """Folders of MindIE's service: as its set_env.sh exports them, else where its installer puts them."""
-    named = [home for name in HOME_VARIABLES if (home := machine.environment.get(name))]
-    if not named and machine.path(DEFAULT_HOME).is_dir():
-        named.append(DEFAULT_HOME)
-    return list(dict.fromkeys(named))
+    home = find_home(machine.environment, root=machine.root)
+    without_daemon = (machine.path(str(folder)) for folder in (*exported_homes(machine.environment), DEFAULT_HOME))
+    return next(filter(None, map(recorded_version, [home] if home else without_daemon)), None)
 
 
 def find_daemon(machine: Machine) -> str | None:
-    """The path of MindIE's daemon: on PATH, or in the bin folder of its home."""
-    in_homes = (machine.path(f"{home}/bin/{name}") for home in mindie_homes(machine) for name in DAEMONS)
-    found = (*map(machine.which, DAEMONS), *(str(path) for path in in_homes if path.is_file()))
-    return next(filter(None, found), None)
+    """The path of MindIE's daemon, as `launch` finds it: in the bin folder of its home, or on PATH."""
+    if home := find_home(machine.environment, root=machine.root):
+        return str(home / "bin" / DAEMON)
+    return machine.which(SERVER) or machine.which(DAEMON)
 
 
 def check_mindie(machine: Machine) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import telechat_mindie.backend
-from telechat_mindie.mindie import HOME_VARIABLES, RANK_PORTS, SCHEDULER_HOST
+from telechat_mindie.mindie import HOME_VARIABLES, rank_environment
 from telechat_mindie.service.launch.processes import MARKER
 from telechat_mindie.service.launch.rundir import RunDirectory
 
@@ -40,13 +40,7 @@ def daemon_environment(
     variables: dict[str, str] = {}
     if home is not None:
         variables |= _home_variables(base, generation, home)
-    variables |= {
-        "MIES_CONFIG_JSON_PATH": str(run.config),
-        # Tensor backend and plugin manager follow the variable, samplers and wrappers backendType: the two must agree.
-        "MINDIE_LLM_FRAMEWORK_BACKEND": "MS",
-        "MS_SCHED_HOST": SCHEDULER_HOST,
-        **{name: str(ports[name]) for name in RANK_PORTS},
-    }
+    variables |= {"MIES_CONFIG_JSON_PATH": str(run.config), **rank_environment(ports)}
     if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] = "0"  # MindSpore workers raise on it
     if shadow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, HOME_VARIABLES, MS_WRAPPER, SERVER, version_in
+from telechat_mindie.mindie import DAEMON, MS_WRAPPER, SERVER, find_home, recorded_version
 from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.doctor.support import release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
@@ -84,7 +83,7 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
             advice="Source MindIE's set_env.sh, or put the Python it is installed in first on PATH.",
         )
     found = daemon_home or Path(folders["mindie_llm"])  # the wheel is its own home
-    version = answer["version"] or _recorded_version(found)
+    version = answer["version"] or recorded_version(found)
     release = release_of(version)
     if not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
         raise LaunchError(
@@ -108,12 +107,8 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
 
 def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Path | None, tuple[str, ...]]:
     """Its home and command line; no home for the wheel's console script, which lies beside Python."""
-    named = [Path(environment[name]) for name in HOME_VARIABLES if environment.get(name)]
-    for root in [home] if home else [*named, Path(DEFAULT_HOME).parent]:
-        for below in ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm"):
-            folder = Path(root, below).absolute()
-            if _is_executable(folder / "bin" / DAEMON):
-                return folder, (f"{folder}/bin/{DAEMON}",)
+    if found := find_home(environment, home):
+        return found, (f"{found}/bin/{DAEMON}",)
     if home is not None:
         raise LaunchError(
             f"holds no bin/{DAEMON}", where=home, advice="Name MindIE's folder: the one with bin/ and conf/ in it."
@@ -168,11 +163,3 @@ def _ask(python: Path, home: Path | None, environment: Mapping[str, str]) -> dic
             f"cannot tell what MindIE's workers would import: {failure}", where=python, advice="Repair that Python."
         ) from None
     return dict(answer)
-
-
-def _recorded_version(home: Path) -> str | None:
-    for folder in (home, home.parent):
-        with contextlib.suppress(OSError):
-            if version := version_in((folder / "version.info").read_text(encoding="utf-8", errors="replace")):
-                return version
-    return None
