@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from telechat_mindie.errors import InputError
 from telechat_mindie.units import GB
 
+DEFAULT_CARD_GB = 64
+"""Memory of a card where nobody says."""
+
 RESERVE_SHARE = 0.2
 """Of a card, kept free: what MindIE leaves with NPU_MEMORY_FRACTION 0.8, the default (MindIE-LLM v3.0.0.beta.2
 mindie_llm/model_wrapper/utils/env.py:88)."""

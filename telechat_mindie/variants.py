@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.errors import InputError
 
 VARIANTS: dict[str, TelechatConfig] = {
     "3b": TelechatConfig(131072, 3072, 24, 24, 6144, seq_length=32768),
@@ -12,6 +13,13 @@ VARIANTS: dict[str, TelechatConfig] = {
     "39b-a12b": TelechatConfig(131072, 4096, 30, 32, 6144, num_experts=16, experts_per_token=4),
 }
 """By label. 3B, 7B and 115B as in their published config.json, the others from the READMEs and mindformers' yamls."""
+
+
+def named(label: str) -> TelechatConfig:
+    """The size of a label; InputError where there is none."""
+    if label not in VARIANTS:
+        raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=label)
+    return VARIANTS[label]
 
 
 def label_for(config: TelechatConfig) -> str:

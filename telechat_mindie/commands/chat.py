@@ -38,7 +38,8 @@ def chat(
 ) -> None:
     """Chat in the terminal, with a directory on the CPU or with a running service.
 
-    What is not set is as the directory's yaml or the service has it. In a pipe, each line is a question.
+    What is not set is as the directory's yaml or the service has it; --model and certificates are for a service.
+    In a pipe, each line is a question.
     """
     from telechat_mindie.client.answers import Answers, LocalAnswers, RemoteAnswers
     from telechat_mindie.client.chat_loop import ChatLoop
@@ -59,5 +60,10 @@ def chat(
         tls = client_tls(ca_cert, cert, key)
         answers = RemoteAnswers(target, sampling, model=model, tls=tls, timeout=timeout)
     else:
+        from telechat_mindie.errors import InputError
+
+        given = {"--model": model, "--ca-cert": ca_cert, "--cert": cert, "--key": key}
+        if names := ", ".join(name for name, value in given.items() if value is not None):
+            raise InputError("is for a service", where=names, advice="Leave it out, or name a URL: http://HOST:PORT.")
         answers = LocalAnswers(Path(target), sampling)
     ChatLoop(answers, system).run()

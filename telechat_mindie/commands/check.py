@@ -6,7 +6,9 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import DEFAULT_GENERATION, AsJson, DeviceMem, Generation, MindieHome, ModelPath
+from telechat_mindie.commands.options import AsJson, DeviceMem, Generation, MindieHome, ModelPath
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+from telechat_mindie.service import DEFAULT_GENERATION
 
 
 def check(
@@ -14,7 +16,7 @@ def check(
     service_config: Path = typer.Option(None, "--service-config", help="The conf/config.json that will serve it."),
     mindie: Generation = DEFAULT_GENERATION,
     mindie_home: MindieHome = None,
-    device_mem: DeviceMem = 64,
+    device_mem: DeviceMem = DEFAULT_CARD_GB,
     full: bool = typer.Option(False, "--full", help="Hash every file and compare with the manifest."),
     fix: bool = typer.Option(False, "--fix", help="Repair modes first; nothing else is changed."),
     timeout: float = typer.Option(300, "--timeout", min=1, help="Seconds for importing the modules."),

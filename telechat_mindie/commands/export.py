@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, BlockSize, Force, Variant
+from telechat_mindie.commands.options import AsJson, BlockSize, Overwrite, Variant
 
 
 def export(
@@ -18,22 +18,20 @@ def export(
     output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
     block_size: BlockSize = 128,
     external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
-    force: Force = False,
+    force: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
+    from telechat_mindie import variants
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.model_dir.layout import ModelDir
-    from telechat_mindie.variants import VARIANTS, label_for
 
     if (model_path is None) == (variant is None):
         raise InputError("name one of the two", where="MODEL_PATH, --variant")
     if variant is not None:
-        if variant not in VARIANTS:
-            raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
-        config = VARIANTS[variant]
+        config = variants.named(variant)
         tp = tp or 1
         dtype = choose_dtype(dtype or "auto", "float32", config)
     else:
@@ -49,7 +47,7 @@ def export(
         tp,
         output,
         dtype,
-        f"telechat2_{variant or label_for(config)}",
+        f"telechat2_{variant or variants.label_for(config)}",
         block_size=block_size,
         external_cache=external_cache,
         force=force,

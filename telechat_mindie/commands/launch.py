@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from telechat_mindie.commands.options import (
+    GENERATION_NAMES,
     AsJson,
     DeviceMem,
     Devices,
@@ -24,6 +25,7 @@ from telechat_mindie.commands.options import (
     PortBase,
     Set,
 )
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 
 if TYPE_CHECKING:
     from telechat_mindie.findings import Finding
@@ -37,7 +39,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "noise": "dim", "text": ""}
 def launch(
     model_path: ModelPath,
     devices: Devices = None,
-    device_mem: DeviceMem = 64,
+    device_mem: DeviceMem = DEFAULT_CARD_GB,
     max_seq_len: MaxSeqLen = None,
     port_base: PortBase = None,
     insecure_http: InsecureHttp = False,
@@ -47,7 +49,7 @@ def launch(
     ),
     mindie_home: MindieHome = None,
     mindie: str = typer.Option(
-        None, "--mindie", help="Generation: 1.0, 2.0 or 3.0.0.beta; default: the installed one's."
+        None, "--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}; default: the installed one's."
     ),
     timeout: float = typer.Option(1800, "--timeout", min=1, help="Seconds for the model to load."),
     prompt: str = typer.Option("你好", "--prompt", help="The first request."),

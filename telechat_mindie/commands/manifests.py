@@ -7,10 +7,8 @@ from pathlib import Path
 import typer
 
 from telechat_mindie.commands.options import (
-    DEFAULT_GENERATION,
     AsJson,
     DeviceMem,
-    Devices,
     Force,
     Generation,
     InsecureHttp,
@@ -19,6 +17,9 @@ from telechat_mindie.commands.options import (
     ModelPath,
     Set,
 )
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+from telechat_mindie.mindie import DEFAULT_HOME
+from telechat_mindie.service import DEFAULT_GENERATION
 
 
 def manifests(
@@ -29,17 +30,15 @@ def manifests(
     replicas: int = typer.Option(
         1, "--replicas", help="Containers, each with as many cards as the model was built for."
     ),
-    devices: Devices = None,
+    devices: str = typer.Option(None, "--devices", help="docker: cards, as 0-7 or 0,2,4-5; default: the first ones."),
     namespace: str = typer.Option("mindie", "--namespace", help="k8s: namespace."),
     claim: str = typer.Option(None, "--claim", help="k8s: PersistentVolumeClaim with the model; default: hostPath."),
     tls_secret: str = typer.Option(None, "--tls-secret", help="k8s: Secret with the certificates."),
     resource: str = typer.Option("huawei.com/Ascend910", "--resource", help="k8s: the cards' resource name."),
-    mindie_home: str = typer.Option(
-        "/usr/local/Ascend/mindie/latest/mindie-service", "--mindie-home", help="MindIE's home in the image."
-    ),
+    mindie_home: str = typer.Option(DEFAULT_HOME, "--mindie-home", help="MindIE's home in the image."),
     shm_gb: int = typer.Option(16, "--shm-gb", help="/dev/shm of a container, in GB."),
     startup_minutes: int = typer.Option(30, "--startup-minutes", help="How long loading may take."),
-    device_mem: DeviceMem = 64,
+    device_mem: DeviceMem = DEFAULT_CARD_GB,
     max_seq_len: MaxSeqLen = None,
     max_input_len: MaxInputLen = None,
     insecure_http: InsecureHttp = False,

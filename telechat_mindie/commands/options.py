@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from telechat_mindie import service
-
 VARIANT_NAMES = "3b, 7b, 35b, 115b or 39b-a12b"
 GENERATION_NAMES = "1.0, 2.0 or 3.0.0.beta"
-DEFAULT_GENERATION = service.DEFAULT_GENERATION
 
 ModelPath = Annotated[Path, typer.Argument(help="A model directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that this program made.")]
+Overwrite = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 
 # Conversions
 Adapter = Annotated[
@@ -52,7 +50,7 @@ Set = Annotated[
 Generation = Annotated[str, typer.Option("--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}.")]
 MindieHome = Annotated[
     Path | None,
-    typer.Option("--mindie-home", help="MindIE's folder, with its certificates; default: the shell's."),
+    typer.Option("--mindie-home", help="MindIE's folder; default: as its set_env.sh exports it, or the usual place."),
 ]
 
 # Sampling
@@ -72,8 +70,8 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling."
 
 # Clients of a service
 ServedModel = Annotated[
-    str | None, typer.Option("--model", help="The model's name; default: the first that the service names.")
+    str | None, typer.Option("--model", help="The model's name at a service; default: the first that it names.")
 ]
-CaCert = Annotated[Path | None, typer.Option("--ca-cert", help="Authority of the service's certificate (PEM).")]
-Cert = Annotated[Path | None, typer.Option("--cert", help="Our own certificate (PEM), which MindIE asks for.")]
+CaCert = Annotated[Path | None, typer.Option("--ca-cert", help="Authority of a service's certificate (PEM).")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="Our own certificate (PEM); MindIE asks for one.")]
 Key = Annotated[Path | None, typer.Option("--key", help="Its private key (PEM).")]

@@ -27,6 +27,7 @@ def plan(
     """Say what a build would write, need and leave room for, without building."""
     import shutil
 
+    from telechat_mindie import variants
     from telechat_mindie.checkpoint.estimate import from_config, peak_memory, probe_disk, source_facts
     from telechat_mindie.checkpoint.mapping import mindformers_targets
     from telechat_mindie.checkpoint.plan import make_plan
@@ -38,13 +39,10 @@ def plan(
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
     from telechat_mindie.model_dir.generation import read_generation
     from telechat_mindie.units import GB, format_bytes
-    from telechat_mindie.variants import VARIANTS
 
     if (checkpoint is None) == (variant is None):
         raise InputError("name one of the two", where="--checkpoint, --variant")
-    if variant is not None and variant not in VARIANTS:
-        raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=variant)
-    source = source_facts(checkpoint) if variant is None else from_config(VARIANTS[variant])
+    source = source_facts(checkpoint) if variant is None else from_config(variants.named(variant))
     config = source.config
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)

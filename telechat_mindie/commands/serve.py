@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import DEFAULT_GENERATION, Generation, MindieHome, ModelPath
+from telechat_mindie.commands.options import Generation, ModelPath
+from telechat_mindie.service import DEFAULT_GENERATION
 
 
 def serve(
@@ -18,7 +19,11 @@ def serve(
         None, "--service-config", help="MindIE's conf/config.json: names, ports, TLS and limits are as it says."
     ),
     mindie: Generation = DEFAULT_GENERATION,
-    mindie_home: MindieHome = None,
+    mindie_home: Path = typer.Option(
+        None,
+        "--mindie-home",
+        help="MindIE's folder; default: the one that launch would take, or the one above conf/.",
+    ),
     kv_gb: float = typer.Option(None, "--kv-gb", help="GB of memory for the KV cache; default: npuMemSize, else 2."),
     model_name: str = typer.Option(None, "--model-name", help="Name that requests use; default: the directory's."),
     prefix_cache: bool = typer.Option(False, "--prefix-cache", help="Share equal beginnings of prompts."),

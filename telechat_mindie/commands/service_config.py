@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 import typer
 
 from telechat_mindie.commands.options import (
-    DEFAULT_GENERATION,
     AsJson,
     DeviceMem,
     Devices,
-    Force,
     Generation,
     InsecureHttp,
     MaxInputLen,
     MaxSeqLen,
-    MindieHome,
     ModelPath,
+    Overwrite,
     PortBase,
     Set,
 )
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+from telechat_mindie.service import DEFAULT_GENERATION
 
 if TYPE_CHECKING:
     from telechat_mindie.service.render import RenderedConfig
@@ -38,7 +38,7 @@ def service_config(
     instances: int = typer.Option(
         1, "--instances", help="Copies of the model, each on as many cards as it was built for."
     ),
-    device_mem: DeviceMem = 64,
+    device_mem: DeviceMem = DEFAULT_CARD_GB,
     reserve: float = typer.Option(None, "--reserve", help="GB of a card kept free; default: a fifth of it."),
     dynamic_kv: bool = typer.Option(False, "--dynamic-kv", help="npuMemSize -1: the KV cache takes what is left."),
     max_seq_len: MaxSeqLen = None,
@@ -49,8 +49,10 @@ def service_config(
     set_: Set = None,
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
     mindie: Generation = DEFAULT_GENERATION,
-    mindie_home: MindieHome = None,
-    force: Force = False,
+    mindie_home: Path = typer.Option(
+        None, "--mindie-home", help="MindIE's folder: say which certificates are missing there."
+    ),
+    force: Overwrite = False,
     explain: bool = typer.Option(False, "--explain", help="Print every value with where it comes from."),
     as_json: AsJson = False,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from telechat_mindie.config import MAX_RANKS
 from telechat_mindie.errors import InputError
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.service import DEFAULT_GENERATION
 
 
@@ -49,7 +50,7 @@ class ServiceOptions:
 
     devices: str | None = None
     instances: int = 1
-    device_mem_gb: float = 64
+    device_mem_gb: float = DEFAULT_CARD_GB
     reserve_gb: float | None = None
     dynamic_kv: bool = False
     max_seq_len: int | None = None

@@ -89,6 +89,9 @@ def test_generate_options(nano):
         (("generate", "{nano}", "hi", "--raw", "--system", "x"), "--system"),
         (("nano", "{nano}"), "exists and is not empty"),
         (("build", "x", "--checkpoint", "nowhere"), "nowhere"),
+        (("plan", "--variant", "8b"), "--variant: unknown size (expected 3b or 7b"),
+        (("export", "--variant", "8b"), "--variant: unknown size (expected 3b or 7b"),
+        (("chat", "{nano}", "--cert", "own.pem", "--model", "m"), "--model, --cert: is for a service"),
     ],
 )
 def test_refusals(nano, tmp_path, arguments, message):

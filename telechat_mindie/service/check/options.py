@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.mindie import certificate_home
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE, User
 from telechat_mindie.service import DEFAULT_GENERATION
@@ -30,7 +31,7 @@ class CheckOptions:
 
     service_config: Path | None = None
     generation: str = DEFAULT_GENERATION
-    device_mem_gb: float = 64
+    device_mem_gb: float = DEFAULT_CARD_GB
     full: bool = False
     fix: bool = False
     uid: int = field(default_factory=os.geteuid)
