@@ -47,7 +47,7 @@ def inspect(
     user = user or User(os.geteuid())
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
         unreadable = error("unreadable", path, "cannot be read by this user", "Run the check as its owner.")
-        return Inspection(Parts(path), [*check_tree(path, user), unreadable])
+        return Inspection(Parts(path, problems=[unreadable]), [*check_tree(path, user), unreadable])
     parts = Parts.read(path)
     if not path.is_dir():
         return Inspection(parts, parts.problems)

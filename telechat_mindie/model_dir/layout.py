@@ -57,13 +57,17 @@ class ModelDir:
             ModelDirError: the directory is absent or incomplete, holds no or several yamls, or they disagree.
             ConfigError: a file is malformed.
         """
-        parts = Parts.read(path)
+        return cls.of(Parts.read(path))
+
+    @classmethod
+    def of(cls, parts: Parts) -> ModelDir:
+        """What was read already. Raises as `open`: the first of its problems."""
         if parts.problems:
             problem = parts.problems[0]
             kind = ConfigError if problem.id in _MALFORMED else ModelDirError
             raise kind(problem.message, where=problem.where, advice=problem.advice)
         return cls(
-            path,
+            parts.path,
             cast(Path, parts.yaml_path),
             cast(TelechatConfig, parts.config),
             cast(ServingConfig, parts.serving),

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from telechat_mindie.findings import Report
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.check import CheckOptions, check, isolated
@@ -551,6 +552,19 @@ class TestServiceConfig:
         write_config(model, config, generation=generation)
         report = check(model, replace(options, service_config=config, generation=generation))
         assert report.exit_code == 0, report
+
+    def test_everything_is_read_once(self, model, config, options, monkeypatch):
+        read: list[Path] = []
+        for owner, name in ((Parts, "read"), (schema, "load")):
+            real = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda path, real=real: read.append(path) or real(path))
+        assert check(model, replace(options, service_config=config)).exit_code == 0
+        assert read == [model, config]
+
+    def test_a_directory_that_cannot_be_read(self, model, config, options, monkeypatch):
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode, **rest: path != model and access(path, mode, **rest))
+        assert ids(check(model, replace(options, service_config=config))) == {"unreadable"}
 
 
 class TestEnvironment:

@@ -11,7 +11,7 @@ from telechat_mindie.findings import Report
 from telechat_mindie.model_dir.inspect import inspect
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.modes import fix_modes
-from telechat_mindie.service import schema
+from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.service.check.environment import check_environment
 from telechat_mindie.service.check.isolated import check_by_running
 from telechat_mindie.service.check.options import CheckOptions
@@ -52,17 +52,14 @@ def check(
         findings += check_by_running(seen.parts, seen.importable, options)
     config = None
     if options.service_config is not None:
-        findings += check_service_file(options.service_config, _facts(path), options)
-        try:
-            config = schema.load(options.service_config)
-        except ConfigError:
-            config = None  # told above
+        of_config, config = check_service_file(options.service_config, _facts(seen.parts), options)
+        findings += of_config
     findings += check_environment(config, seen.parts.tp, options)
     return Report.of(findings, repairs)
 
 
-def _facts(path: Path) -> ModelFacts | None:
+def _facts(parts: Parts) -> ModelFacts | None:
     try:
-        return model_facts(ModelDir.open(path))
+        return model_facts(ModelDir.of(parts))
     except (ConfigError, ModelDirError):
         return None  # the inspection tells why

@@ -25,8 +25,10 @@ from telechat_mindie.service.schema.violations import Location, json_path, typed
 from telechat_mindie.units import GB, INT32_MAX
 
 
-def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptions) -> Iterator[Finding]:
-    """The file rules, the schema, the model and the host.
+def check_service_file(
+    path: Path, facts: ModelFacts | None, options: CheckOptions
+) -> tuple[list[Finding], dict[str, Any] | None]:
+    """The file rules, the schema, the model and the host; and the content, None where it is not to be read.
 
     Args:
         path: the conf/config.json.
@@ -34,18 +36,16 @@ def check_service_file(path: Path, facts: ModelFacts | None, options: CheckOptio
         options: of the check.
     """
     files = list(file_findings([path], options.user))
-    yield from files
     if any(finding.id in ("link", "special-file") for finding in files):
-        return
+        return files, None
     try:
         config = schema.load(path)
     except ConfigError as failure:
-        yield error("service-config", path, str(failure), "Render it again: telechat-mindie service-config MODEL_PATH")
-        return
-    found = list(check_config(config, path, facts, options))
-    yield from found
-    if not files and not found:
-        yield ok("service-config", path, f"fits MindIE {options.generation}, the model directory and this host")
+        advice = "Render it again: telechat-mindie service-config MODEL_PATH"
+        return [*files, error("service-config", path, str(failure), advice)], None
+    found = [*files, *check_config(config, path, facts, options)]
+    fits = f"fits MindIE {options.generation}, the model directory and this host"
+    return found or [ok("service-config", path, fits)], config
 
 
 def check_config(
