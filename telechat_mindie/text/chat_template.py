@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telechat_mindie.errors import InputError, TelechatMindieError, TokenizerError
 from telechat_mindie.text.control_tokens import CONTROL_IDS
 from telechat_mindie.text.conversation import check_text, read_conversation, read_tools
 from telechat_mindie.text.masking import Mask, unmask
+from telechat_mindie.text.time_limit import run_within
+
+if TYPE_CHECKING:
+    from telechat_mindie.text.template_environment import ChatEnvironment
 
 TURN_MASK = Mask(frozenset().union(*CONTROL_IDS))
 """Where no other tokens are known."""
 
 MAX_OUTPUT = 64 << 20
-"""Characters of a prompt; a server bounds a request far below that."""
+"""Characters of a prompt, and of what one operation of a template makes; a server bounds a request far below that."""
 MAX_SECONDS = 20.0
 """Processor time for one prompt; a conversation of a megabyte takes a fraction of a second."""
 _MAX_DEPTH = 64  # of JSON in tools and arguments; MindIE's own parser stops earlier
@@ -72,35 +74,19 @@ def render(
         message["role"] = unmask(message["role"])  # one of a few words, from which templates may make tokens
     context["tools"] = _masked(read_tools(offered if tools is None else tools), "tools", mask)
     context["add_generation_prompt"] = add_generation_prompt
+
+    def make() -> str:
+        compiled = _compiled(template, mask)
+        return str(compiled.environment.concat(compiled.generate(context)))
+
     try:
-        return _bounded(_compiled(template, mask), context)
+        return run_within(MAX_SECONDS, make)
     except TelechatMindieError:
         raise
+    except TimeoutError:
+        raise InputError(f"takes more than {MAX_SECONDS:g} seconds", where="chat template") from None
     except Exception as error:  # a template can fail in any way that an expression can
         raise InputError(f"cannot be rendered: {unmask(str(error))}", where="chat template") from None
-
-
-def _bounded(template: Any, context: dict[str, Any]) -> str:
-    end = time.thread_time() + MAX_SECONDS
-
-    def check_time() -> None:
-        if time.thread_time() > end:
-            raise InputError(f"takes more than {MAX_SECONDS:g} seconds", where="chat template")
-
-    def bounded_range(*arguments: int) -> Any:
-        check_time()
-        return plain_range(*arguments)
-
-    plain_range = template.globals["range"]  # the sandbox's, of at most 100,000 numbers
-    context["range"] = bounded_range
-    pieces, length = [], 0
-    for piece in template.generate(context):
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_OUTPUT:
-            raise InputError("makes too long a prompt", where="chat template", expected=f"{MAX_OUTPUT} characters")
-        check_time()
-    return "".join(pieces)
 
 
 @lru_cache(maxsize=8)
@@ -110,7 +96,7 @@ def _compiled(source: str, mask: Mask) -> Any:
     from telechat_mindie.text.template_environment import ChatEnvironment
 
     environment = ChatEnvironment(MAX_OUTPUT)
-    environment.filters["tojson"] = _json_filter(mask)
+    environment.filters["tojson"] = _json_filter(environment, mask)
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)
@@ -126,7 +112,7 @@ def _raise_exception(message: object) -> None:
     raise RejectedError(f"rejects the conversation: {unmask(str(message))}", where="chat template")
 
 
-def _json_filter(mask: Mask) -> Callable[..., str]:
+def _json_filter(environment: ChatEnvironment, mask: Mask) -> Callable[..., str]:
     def to_json(
         value: Any,
         ensure_ascii: bool = False,
@@ -135,10 +121,9 @@ def _json_filter(mask: Mask) -> Callable[..., str]:
         sort_keys: bool = False,
     ) -> str:
         # Unmasked first: the order of sorted keys and \u escapes must be those of the real strings.
-        plain = _map_strings(value, unmask, "tojson")
-        return mask(
-            json.dumps(plain, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        )
+        plain = _map_strings(environment.checked(value), unmask, "tojson")
+        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return mask(environment.json(plain, ensure_ascii=ensure_ascii, **options))
 
     return to_json
 

@@ -328,27 +328,11 @@ class TestTransformersEnvironment:
     def test_as_there(self, template: str, text: str) -> None:
         assert render(HELLO, template=template) == text
 
-    @pytest.mark.parametrize(
-        "template",
-        [
-            "{{ 'a' * 10 ** 9 }}",
-            "{{ 2 ** 9999999999 }}",
-            "{% for x in range(99999) %}{{ 'abcdefghij' * 999 }}{% endfor %}",
-            "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
-        ],
-    )
-    def test_time_and_output_are_bounded(self, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(chat, "MAX_SECONDS", 0.5)
-        began = time.thread_time()
-        with pytest.raises(InputError, match=r"chat template: (makes too long|takes more)"):
-            render(HELLO, template=template)
-        assert time.thread_time() - began < 5
-
     def test_a_megabyte_is_nothing(self) -> None:
-        began = time.thread_time()
+        began = time.process_time()
         text = "<_user>老抽 the" * 100_000
         assert render([{"role": "user", "content": text}]).endswith(text)
-        assert time.thread_time() - began < 5
+        assert time.process_time() - began < 5
 
     def test_named_templates(self, tmp_path: Path) -> None:
         named = [{"name": name, "template": name} for name in ("default", "tool_use", "rag")]

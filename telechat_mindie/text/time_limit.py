@@ -1,0 +1,60 @@
+"""A function under a limit of processor time, whatever Python it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class _Stop(BaseException):
+    """No Exception, so that nothing on the way takes it for an error of its own."""
+
+
+def run_within(seconds: float, function: Callable[[], T]) -> T:
+    """What a function gives or raises, run in a thread of its own, where what stops it can hit nothing else.
+
+    The thread's processor time counts, so that a busy machine refuses nothing. One long call of C is not interrupted.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    made: list[T] = []
+    failed: list[BaseException] = []
+    is_running = False
+    end = threading.Lock()  # who holds it keeps the thread from ending, and its clock and its name from being another's
+
+    def work() -> None:
+        nonlocal is_running
+        with suppress(_Stop):  # one that comes when the function is over
+            is_running = True
+            try:
+                made.append(function())
+            except BaseException as error:  # for the caller
+                failed.append(error)
+            with end:
+                is_running = False
+
+    thread = threading.Thread(target=work, name="time limit", daemon=True)
+    with end:
+        thread.start()
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
+    thread.join(seconds)
+    while thread.is_alive():
+        with end:
+            left = seconds - time.clock_gettime(clock) if is_running else 0.01
+            if left <= 0:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop))
+        # Stopped again after a second: Python drops what is raised while it finalizes an object.
+        thread.join(max(left, 0.01) if left > 0 else 1)
+    if made:
+        return made[0]
+    if failed and not isinstance(failed[0], _Stop):
+        raise failed[0]
+    raise TimeoutError
