@@ -156,26 +156,41 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
     """A UTF-8 file's text, line ends and byte order mark as they are.
 
     Raises:
-        ConfigError: absent, no regular file, over `limit` bytes, a Git LFS pointer, or not UTF-8.
+        ConfigError: as `read_bytes`, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8: {error.reason} at byte {error.start}", where=path) from None
+
+
+def read_bytes(
+    path: str | os.PathLike[str], limit: int, kind: type[TelechatMindieError] = ConfigError, advice: str | None = None
+) -> bytes:
+    """A file's bytes.
+
+    Args:
+        kind: the error that is raised.
+        advice: what to do about a file that is not there or is none.
+
+    Raises:
+        TelechatMindieError: absent, no regular file, over `limit` bytes, or a Git LFS pointer.
     """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError("is not a regular file", where=path)
+                raise kind("is not a regular file", where=path, advice=advice)
             raw = file.read(limit + 1)
     except FileNotFoundError:
-        raise ConfigError("file is missing", where=path) from None
+        raise kind("file is missing", where=path, advice=advice) from None
     except IsADirectoryError:
-        raise ConfigError("is not a regular file", where=path, found="a directory") from None
+        raise kind("is not a regular file", where=path, found="a directory", advice=advice) from None
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
+        raise kind(f"cannot be read: {error.strerror}", where=path) from None
     if len(raw) > limit:
-        raise ConfigError("is too large", where=path, expected=f"at most {limit} bytes")
-    refuse_lfs_pointer(raw, path, ConfigError)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8: {error.reason} at byte {error.start}", where=path) from None
+        raise kind("is too large", where=path, expected=f"at most {limit} bytes")
+    refuse_lfs_pointer(raw, path, kind)
+    return raw
 
 
 def refuse_lfs_pointer(start: bytes, path: object, error: type[TelechatMindieError]) -> None:

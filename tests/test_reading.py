@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telechat_mindie.errors import ConfigError
-from telechat_mindie.reading import depth, parse_json, read_json, read_text, read_yaml, text_depth
+from telechat_mindie.errors import ConfigError, TokenizerError
+from telechat_mindie.reading import depth, parse_json, read_bytes, read_json, read_text, read_yaml, text_depth
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,11 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "long").write_text("12345")
     with pytest.raises(ConfigError, match=r"too large.*at most 4 bytes"):
         read_text(tmp_path / "long", limit=4)
+    (tmp_path / "pointer").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(TokenizerError, match="is a Git LFS pointer, not the file itself"):
+        read_bytes(tmp_path / "pointer", 99, TokenizerError)
+    with pytest.raises(TokenizerError, match=r"file is missing\. Copy it\."):
+        read_bytes(tmp_path / "none", 99, TokenizerError, "Copy it.")
     (tmp_path / "latin").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"not UTF-8.*byte 0"):
         read_text(tmp_path / "latin")

@@ -18,19 +18,17 @@ from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dt
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import InputError, TokenizerError
+from telechat_mindie.errors import InputError
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
 from telechat_mindie.model_dir.generation import Generation, read_generation
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
-from telechat_mindie.reading import read_json, read_text, refuse_lfs_pointer
+from telechat_mindie.reading import read_json, read_text, unique_keys
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
 from telechat_mindie.text.settings import BARE_PROMPT_MODES, TEMPLATE_BYTES, TEMPLATE_FILES
 from telechat_mindie.variants import label_for
-
-_TOKENIZER_BYTES = 64 << 20
 
 _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_name_or_path")
 
@@ -65,8 +63,6 @@ def build(
         OutputError: the target exists, cannot be written, or the disk is too small.
         InputError: an option is out of range.
     """
-    from telechat_mindie.text.tokenizer import TelechatTokenizer
-
     options = options or BuildOptions()
     source = open_checkpoint(checkpoint, adapters=options.adapters)
     check_computation(source.config, checkpoint / "config.json")
@@ -88,9 +84,7 @@ def build(
             write_file(staged.path / name, data)
             records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
         write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, written)))
-        # What the runner and MindIE would refuse must not appear under its name.
-        ModelDir.open(staged.path)
-        TelechatTokenizer.from_pretrained(staged.path)
+        ModelDir.open(staged.path)  # what the runner would refuse must not appear under its name
         staged.commit()
     return plan
 
@@ -121,17 +115,11 @@ def read_tokenizer(
     from telechat_mindie.text.trial import try_tokenizer
 
     path, config_path = checkpoint / "tokenizer.model", checkpoint / "tokenizer_config.json"
-    if not path.is_file():
-        raise TokenizerError("file is missing", where=path, advice="Copy it from the published checkpoint.")
-    if path.stat().st_size > _TOKENIZER_BYTES:
-        raise TokenizerError("is too large", where=path, expected=f"at most {_TOKENIZER_BYTES} bytes")
-    model = path.read_bytes()
-    refuse_lfs_pointer(model, path, TokenizerError)
     given = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
     given = {key: value for key, value in given.items() if value is not None and key != "auto_map"}
     settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}
     try_tokenizer(checkpoint, config.vocab_size, settings)
-    files = {"tokenizer.model": model, "tokenizer_config.json": dump_json(settings)}
+    files = {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": dump_json(settings)}
     for name in TEMPLATE_FILES:
         if (checkpoint / name).exists():
             files[name] = read_text(checkpoint / name, TEMPLATE_BYTES).encode()
@@ -171,7 +159,7 @@ def _render(
     }
     texts = {name: render(template, **shared) for name, template in outputs.items()}
     for name in ("config.json", "generation_config.json"):
-        texts[name] = dump_json(json.loads(texts[name])).decode()
+        texts[name] = dump_json(json.loads(texts[name], object_pairs_hook=unique_keys)).decode()
     return {name: text.encode() for name, text in texts.items()}
 
 

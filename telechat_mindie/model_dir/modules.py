@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from telechat_mindie import __version__
-from telechat_mindie.errors import name_some
+from telechat_mindie.errors import ConfigError, name_some
 from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.model_dir.manifest import REBUILD, section
 from telechat_mindie.model_dir.modes import file_status
 from telechat_mindie.model_dir.parts import Parts
+from telechat_mindie.reading import read_text
 from telechat_mindie.templates import render
 
 OWN_MODULES = ("telechat", "telechat_config", "telechat_tokenizer")
@@ -156,9 +157,9 @@ def _installed(name: str, directory: Path) -> bool:
 
 def _read(path: Path) -> str | None:
     status = file_status(path)
-    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+    if status is None or not stat.S_ISREG(status.st_mode):
         return None
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_text(path, MAX_BYTES)
+    except ConfigError:
         return None

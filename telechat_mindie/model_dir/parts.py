@@ -12,7 +12,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, check_manifest, section, sound_entries
-from telechat_mindie.model_dir.serving import ServingConfig, contradictions, read_serving, yaml_files
+from telechat_mindie.model_dir.serving import ONE_YAML, ServingConfig, contradictions, read_serving, yaml_files
 from telechat_mindie.reading import read_json, read_yaml
 
 READ_FAILURES = (TelechatMindieError, OSError, TypeError, ValueError, OverflowError)
@@ -113,11 +113,7 @@ class Parts:
             if len(names) - len(others) == 1:
                 built = next(name for name in names if name in self.files)
                 advice = f"Move {' and '.join(others)} out of the directory; build wrote {built}."
-            message = (
-                "must hold exactly one yaml, since MindIE takes the first that the file system lists "
-                f"(found {', '.join(names) or 'none'})"
-            )
-            self._problem("yaml-count", self.path, message, advice)
+            self._problem("yaml-count", self.path, f"{ONE_YAML} (found {', '.join(names) or 'none'})", advice)
             return
         where = self.yaml_path = yamls[0]
         described = attempt(self.problems, "yaml", where, lambda: read_yaml(where))

@@ -15,6 +15,7 @@ from telechat_mindie.model_dir.manifest import REBUILD, section
 from telechat_mindie.reading import read_yaml
 
 BEYOND_PLAIN = "is beyond max_position_embeddings, where the model's rope_type dynamic, not implemented, begins"
+ONE_YAML = "must hold exactly one yaml, since MindIE takes the first that the file system lists"
 EXTEND_METHODS = ("None", "PI", "NTK", "DYNAMIC_NTK")
 MAX_SEQ_LEN = 1 << 20
 MAX_BLOCK_SIZE = 1024
@@ -81,7 +82,7 @@ def find_yaml(path: Path) -> Path:
     found = yaml_files(path)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ModelDirError("must hold exactly one yaml", where=path, found=names, advice=REBUILD)
+        raise ModelDirError(ONE_YAML, where=path, found=names, advice=REBUILD)
     return found[0]
 
 

@@ -25,6 +25,8 @@ class AddedToken(NamedTuple):
 
 TURN_TOKENS = tuple(AddedToken(name, index) for name, index in CONTROL_IDS.items())
 
+_ID_DIGITS = 20  # of any id; Python itself takes 4300 for an int
+
 PUBLISHED_TOKENS = (
     AddedToken("<_start>", 1),
     AddedToken("<_end>", 2, single_word=True),
@@ -46,8 +48,9 @@ def read_added_tokens(decoder: object, size: int) -> list[AddedToken]:
     for key, given in decoder.items():
         fields = given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
         content, index = fields.get("content"), str(key)
-        if not (index.isascii() and index.isdigit() and isinstance(content, str) and content):
-            raise TokenizerError("is not an id with a token", where=f"{where}: {key}", found=repr(given))
+        is_id = index.isascii() and index.isdigit() and len(index) <= _ID_DIGITS
+        if not (is_id and isinstance(content, str) and content):
+            raise TokenizerError("is not an id with a token", where=f"{where}: {index[:40]}", found=repr(given))
         # transformers' own defaults (4.46, tokenization_utils_base.py, AddedToken)
         names = ("special", "single_word", "lstrip", "rstrip")
         flags = {name: fields.get(name, False) for name in names}

@@ -75,14 +75,15 @@ def constructor_arguments(written: Mapping[str, Any], directory: Path) -> dict[s
 
     Raises:
         ConfigError: a template file that cannot be read.
-        TokenizerError: a chat template that is neither Jinja source nor named ones with a default.
+        TokenizerError: a chat template that is neither Jinja source nor named ones with a default, or a file of one
+            that holds none.
     """
     settings = {key: written[key] for key in SETTINGS if written.get(key) is not None}
     source, file = settings.pop("chat_template", None), template_file(directory)
     if file is not None:
         is_json = file.suffix == ".json"
         source = read_json(file, TEMPLATE_BYTES).get("chat_template") if is_json else read_text(file, TEMPLATE_BYTES)
-    if source is not None:
+    if source is not None or file is not None:
         settings["chat_template"] = named_templates(source, file or directory / "tokenizer_config.json")
     return settings
 

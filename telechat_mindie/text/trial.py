@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import InputError, TelechatMindieError, TokenizerError
-from telechat_mindie.reading import read_json
 from telechat_mindie.text.chat_template import RejectedError
 from telechat_mindie.text.settings import constructor_arguments, template_file
 from telechat_mindie.text.tokenizer import TelechatTokenizer
@@ -26,26 +25,22 @@ TOOLS = [
 ]
 
 
-def try_tokenizer(
-    directory: Path, vocab_size: int | None = None, written: Mapping[str, Any] | None = None
-) -> TelechatTokenizer:
+def try_tokenizer(directory: Path, vocab_size: int, written: Mapping[str, Any]) -> TelechatTokenizer:
     """The tokenizer of a directory, with which a question was asked, once without and once with a tool.
 
     Args:
-        directory: with a tokenizer.model; its tokenizer_config.json and template files count where they are there.
+        directory: with a tokenizer.model; its template files count where they are there.
         vocab_size: rows of the embedding.
-        written: the content of a tokenizer_config.json in place of the directory's.
+        written: the content of a tokenizer_config.json, in place of the directory's.
 
     Raises:
         ConfigError: a file that cannot be read.
         TokenizerError: no tokenizer comes of the files, or no prompt of the question.
     """
     model, config = directory / "tokenizer.model", directory / "tokenizer_config.json"
-    if written is None:
-        written = read_json(config) if config.exists() else {}
+    arguments = constructor_arguments(written, directory)
     where = config
     try:
-        arguments = constructor_arguments(written, directory)
         tokenizer = TelechatTokenizer(model, vocab_size=vocab_size, **arguments)
         where = template_file(directory) or config
         for tools in (None, TOOLS):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from telechat_mindie.errors import InputError, TokenizerError
+from telechat_mindie.reading import read_bytes
 from telechat_mindie.text.control_tokens import CONTROL_IDS, AddedToken, read_added_tokens
 
 UNKNOWN_ID = 0
 
-_MAX_BYTES = 256 << 20  # the published file has 2.2 MB
+_MAX_BYTES = 64 << 20  # the published file has 2.2 MB
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _PROBE = "  a   b "
 
@@ -144,18 +144,7 @@ def _load(file: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     advice = "Copy tokenizer.model from the checkpoint, or download it again."
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise TokenizerError("is not a regular file", where=file, advice=advice)
-        if status.st_size > _MAX_BYTES:
-            limit = f"at most {_MAX_BYTES} bytes"
-            raise TokenizerError("is too large for a tokenizer", where=file, expected=limit, found=status.st_size)
-        data = file.read_bytes()
-    except FileNotFoundError:
-        raise TokenizerError("file is missing", where=file, advice=advice) from None
-    except OSError as error:
-        raise TokenizerError(f"cannot be read: {error.strerror}", where=file) from None
+    data = read_bytes(file, _MAX_BYTES, TokenizerError, advice)
     processor = SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(data)

@@ -23,7 +23,9 @@ from telechat_mindie.errors import ModelDirError, OutputError
 from telechat_mindie.model_dir import build as build_module
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.reading import LFS_POINTER
 from telechat_mindie.staging import StagedDirectory
+from telechat_mindie.text.settings import read_settings
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 LAST_SHARD = "model-00002-of-00002.safetensors"
@@ -231,6 +233,7 @@ def larger_tokenizer(checkpoint):
         (link_outside, "symbolic link"),
         (make_fifo, "not a regular file"),
         (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model: file is missing"),
+        (lambda path: (path / "tokenizer.model").write_bytes(LFS_POINTER), "tokenizer.model: is a Git LFS pointer"),
         (larger_tokenizer, "vocab"),
         (lambda path: [file.unlink() for file in path.glob("model*")], "holds no weights"),
         (lambda path: (path / "generation_config.json").write_text('{"top_k": "5"}'), "top_k: has the wrong type"),
@@ -317,6 +320,27 @@ def test_the_directory_renders_what_the_checkpoint_renders(checkpoint, tmp_path)
     for directory in (target, checkpoint):
         tokenizer = TelechatTokenizer.from_pretrained(directory)
         assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "jinja 1"
+
+
+def test_the_tokenizer_that_was_tried_is_the_one_that_is_built(checkpoint, tmp_path, monkeypatch):
+    tried = []
+
+    def try_it(file, **arguments):
+        tried.append((file.read_bytes(), arguments))
+        return TelechatTokenizer(file, **arguments)
+
+    monkeypatch.setattr("telechat_mindie.text.trial.TelechatTokenizer", try_it)
+    write("tokenizer_config.json", chat_template="config", model_max_length=9, auto_map={"a": "b"})(checkpoint)
+    (checkpoint / "chat_template.json").write_text('{"chat_template": "{{ messages | length }}"}')
+    target = tmp_path / "model"
+    build(target, checkpoint)
+    assert tried == [((target / "tokenizer.model").read_bytes(), read_settings(target))]
+
+
+def test_a_key_of_config_json_stands_once(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "_kept", lambda config: config.raw)
+    with pytest.raises(ValueError, match="stands twice"):
+        build(tmp_path / "model", checkpoint)
 
 
 def test_numbers_that_yaml_would_take_for_texts(checkpoint, tmp_path):

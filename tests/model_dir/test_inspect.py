@@ -49,6 +49,12 @@ def problems(path: Path) -> list[str]:
     return [finding.message for finding in inspect(path, User(0)).findings if finding.severity == "error"]
 
 
+def test_other_line_ends_are_another_module(model):
+    module = model / "telechat.py"
+    module.write_bytes(module.read_bytes().replace(b"\n", b"\r\n"))
+    assert "module-changed" in [finding.id for finding in inspect(model, User(0)).findings]
+
+
 def test_a_built_directory_has_no_problems(model):
     assert problems(model) == []
     directory = ModelDir.open(model)

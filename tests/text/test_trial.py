@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_tokenizer import VOCAB_SIZE, write_tiny_checkpoint
 
 from telechat_mindie.errors import TokenizerError
+from telechat_mindie.reading import read_json
 from telechat_mindie.text.trial import try_tokenizer
 
 
@@ -35,7 +36,7 @@ def test_a_template_that_fails(tiny: Path, template: object, fault: str) -> None
 
 def test_the_file_is_named(tiny: Path) -> None:
     with pytest.raises(TokenizerError, match=r"^\S*tokenizer\.model: has more pieces"):
-        try_tokenizer(tiny, VOCAB_SIZE - 1)
+        try_tokenizer(tiny, VOCAB_SIZE - 1, {})
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: added_tokens_decoder: is not an object"):
         try_tokenizer(tiny, VOCAB_SIZE, {"added_tokens_decoder": []})
 
@@ -47,4 +48,19 @@ def test_a_template_may_choose_its_conversations(tiny: Path) -> None:
 
 
 def test_as_the_directory_has_it(tiny: Path) -> None:
-    assert try_tokenizer(tiny).encode("<_user>") == [4]
+    written = read_json(tiny / "tokenizer_config.json")
+    assert try_tokenizer(tiny, VOCAB_SIZE, written).encode("<_user>") == [4]
+
+
+def test_the_file_of_a_template_is_named_once(tiny: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"^\S*/tokenizer_config\.json: has a chat_template that is no text"):
+        try_tokenizer(tiny, VOCAB_SIZE, {"chat_template": 7})
+
+
+@pytest.mark.parametrize("content", ["{}", '{"chat_template": null}'])
+def test_a_file_of_a_template_without_one(tmp_path: Path, content: str) -> None:
+    """It would hide tokenizer_config.json's own."""
+    write_tiny_checkpoint(tmp_path)
+    (tmp_path / "chat_template.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"^\S*/chat_template\.json: has a chat_template that is no text"):
+        try_tokenizer(tmp_path, VOCAB_SIZE, {"chat_template": "a"})
