@@ -102,10 +102,10 @@ def external_caches(
                 expected=layers,
                 found=None if caches is None else len(caches),
             )
-    blocks = key_cache[0].shape[0]
+    blocks = next(iter(key_cache[0].shape), 0)
     for name, caches in (("key_cache", key_cache), ("value_cache", value_cache)):
         for layer, cache in enumerate(caches):
-            shape = (cache.shape[0], cache.shape[1], int(np.prod(cache.shape[2:])))
+            shape = (*cache.shape[:2], int(np.prod(cache.shape[2:])))
             if shape != (blocks, block_size, width) or cache.dtype != getattr(ms, dtype):
                 raise InputError(
                     "has the wrong shape or dtype",

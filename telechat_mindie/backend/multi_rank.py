@@ -20,6 +20,7 @@ from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.ranks import die_with_parent
 from telechat_mindie.backend.wire import receive, send
 from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.mindie import SCHEDULER_HOST
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
@@ -79,7 +80,8 @@ class MultiRankRunner:
         """`ModelRunner.forward` on every rank; rank 0's logits, float32 [rows, vocabulary].
 
         A prefill's mask stays here: it says what causality says, `ragged_batch` leaves it unread, and its floats,
-        new tokens x context, can be gigabytes.
+        new tokens x context, can be gigabytes. This package's engine makes none, and MindIE a process and a ModelRunner
+        a rank; it comes from callers that repeat MindIE's calls as they are.
         """
         if arguments.get("prefill", True):
             arguments["spec_mask"] = None
@@ -111,7 +113,7 @@ class MultiRankRunner:
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    env=environment | {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)},
+                    env=environment | {"MS_SCHED_HOST": SCHEDULER_HOST, "MS_SCHED_PORT": str(port)},
                     preexec_fn=die_with_parent,
                     start_new_session=True,  # Ctrl-C is for the program, which ends its ranks itself
                 )
@@ -186,6 +188,6 @@ def _as_error(answer: dict[str, Any]) -> TelechatMindieError:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((SCHEDULER_HOST, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -23,7 +23,8 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
     """Send a flat dictionary of JSON values and arrays.
 
     Raises:
-        InputError: an array is larger than `receive` takes, or of a dtype that it does not know. Nothing was sent.
+        InputError: an array, or all else together, is larger than `receive` takes, or an array of a dtype that it does
+            not know. Nothing was sent.
         OSError: the other side has gone.
     """
     arrays = {key: value for key, value in message.items() if isinstance(value, np.ndarray)}
@@ -42,6 +43,13 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
         "arrays": [[key, array.dtype.name, list(array.shape)] for key, array in arrays.items()],
     }
     text = json.dumps(head).encode()
+    if len(text) > MAX_HEAD_BYTES:
+        raise InputError(
+            "are too large for the ranks' socket",
+            where="arguments that are no arrays",
+            expected=f"at most {format_bytes(MAX_HEAD_BYTES)}",
+            found=format_bytes(len(text)),
+        )
     connection.sendall(_LENGTH.pack(len(text)) + text)
     for array in arrays.values():
         connection.sendall(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import mindspore as ms
 import numpy as np
@@ -40,15 +41,20 @@ def kernels(request):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def models(kernels, tmp_path_factory):
+    """Name -> the model on these kernels, with a cache of its own."""
+    return functools.cache(lambda name: Model(tmp_path_factory.mktemp(name), MODELS[name]))
+
+
 @pytest.fixture(scope="module", params=MODELS)
-def any_model(request, kernels, tmp_path_factory):
-    return Model(tmp_path_factory.mktemp(request.param), MODELS[request.param])
+def any_model(request, models):
+    return models(request.param)
 
 
 @pytest.fixture(scope="module")
-def own(kernels, tmp_path_factory):
-    """With a cache of its own."""
-    return Model(tmp_path_factory.mktemp("own"), {})
+def own(models):
+    return models("gqa")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +113,18 @@ def test_rows_are_the_memory_of_mindies_caches(dtype, held):
     ctypes.memset(value_rows.data_ptr(), 0xFF, value_rows.nbytes // 12)  # a row
     found = values.asnumpy().astype(np.float32).reshape(12, 16)
     assert np.isnan(found[0]).all() and not found[1:].any() and not keys.asnumpy().astype(np.float32).any()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, BLOCK), (5, BLOCK, 32, 1, 1)])
+def test_caches_of_another_rank(shape):
+    from telechat_mindie.backend.caches import external_caches
+
+    caches = [ms.ops.zeros(shape, ms.float32)]
+    if len(shape) == 5:
+        assert external_caches(caches, caches, (1, BLOCK, 32), "float32")[2] == 5
+    else:
+        with pytest.raises(InputError, match=r"key_cache\[0\]: has the wrong shape"):
+            external_caches(caches, caches, (1, BLOCK, 32), "float32")
 
 
 def forward(model, **changes):

@@ -89,7 +89,7 @@ def test_what_is_refused_leaves_the_ranks_in_step(two_ranks):
 
 
 def test_a_prefills_mask_does_not_travel(two_ranks):
-    """A prefix hit as MindIE and the engine make it; its mask says no more than causality, in terabytes here."""
+    """A prefix hit as MindIE makes it; its mask says no more than causality, in terabytes here."""
     driver = Driver(two_ranks, BLOCK, NUM_BLOCKS)
     table = driver.table(24)
     ids = np.arange(4, 28)
@@ -114,6 +114,8 @@ def test_what_is_too_large_for_the_ranks_is_refused_before_it_is_sent(two_ranks)
         driver.decode([5], [8], [table], spec_mask=np.broadcast_to(0.0, (1, 1 << 31)), q_seq_lens=[1])
     with pytest.raises(InputError, match="spec_mask: cannot go to the ranks"):
         driver.decode([5], [8], [table], spec_mask=np.zeros((1, 16), complex), q_seq_lens=[1])
+    with pytest.raises(InputError, match=r"no arrays: are too large .*expected at most 1.0 MiB, found 1.1 MiB"):
+        driver.decode([5], [8], [table], adapter_ids=[None] * 200_000)
     np.testing.assert_array_equal(driver.prefill([np.arange(4, 12)], [table]), before)
 
 
