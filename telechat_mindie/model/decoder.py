@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.model.kernels.interface import Kernels
+from telechat_mindie.model.kernels.interface import KernelSet
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.layers import Embedding, Parts, RowLinear, Take, Weight
 from telechat_mindie.model.moe import MoE
@@ -95,7 +95,7 @@ class TelechatForCausalLM(nn.Cell):
     """
 
     def __init__(
-        self, config: TelechatConfig, take: Take, kernels: Kernels, parallel: TensorParallel, cache: KVCache
+        self, config: TelechatConfig, take: Take, kernels: KernelSet, parallel: TensorParallel, cache: KVCache
     ) -> None:
         super().__init__()
         self.config = config

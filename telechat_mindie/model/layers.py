@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from telechat_mindie.checkpoint.sharding import Role, rank_shape
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.model.kernels.interface import Kernels
+from telechat_mindie.model.kernels.interface import KernelSet
 from telechat_mindie.model.parallel import TensorParallel
 
 Take = Callable[[str, tuple[int, ...]], Parameter]
@@ -22,7 +22,7 @@ class Parts:
 
     config: TelechatConfig
     take: Take
-    kernels: Kernels
+    kernels: KernelSet
     parallel: TensorParallel
 
 

@@ -38,7 +38,7 @@ INDICES = ("int32",)
 
 
 class AscendKernels(nn.Cell):
-    """See `interface.Kernels`.
+    """See `interface.AscendKernelSet`.
 
     A call is one run: a batch without history goes through FlashAttentionScore, any other through PagedAttention.
     Everything that depends on the batch is made on the host in `calls`; nothing in the graph waits for the device.

@@ -36,7 +36,6 @@ class AscendCache(nn.Cell):
         on_device: bool = True,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         shape = (num_blocks, block_size, kv_heads, head_dim)

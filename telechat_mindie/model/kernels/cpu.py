@@ -28,7 +28,7 @@ _BRAIN_INFINITY = 0x7F80
 
 
 class CpuKernels(nn.Cell):
-    """See `interface.Kernels`.
+    """See `interface.CpuKernelSet`.
 
     A graph is compiled for each shape, so shapes come in buckets: B sequences and Q new tokens each, both padded to a
     power of two, over a context padded to L. Sequences with one new token (decode) run together, any other alone.

@@ -1,13 +1,14 @@
 """What a decoder layer computes with: one small interface, an implementation for each device.
 
-T is the tokens of a call; weights are [out, in], those of experts [experts, in, out].
+T is the tokens of a call; weights are [out, in], those of experts [experts, in, out]. To mypy a Cell is Any and fits
+every protocol: that the classes have these names and arguments is a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -33,10 +34,7 @@ class SingleRankDecoder(Protocol):
 
 
 class Kernels(Protocol):
-    """A Cell with these methods: up to `routed_experts` parts of a graph, after it plain Python."""
-
-    routes_experts: bool
-    """Whether a mixture of experts calls `routed_experts`, or finds the gates itself and calls `experts`."""
+    """What every device's have, in a Cell: up to `attention` parts of a graph, after it plain Python."""
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Ids [T] and rows [V, h]: [T, h]."""
@@ -62,12 +60,6 @@ class Kernels(Protocol):
         [T, (heads + 2 kv heads) * head_dim] gives [T, heads * head_dim]; `inputs` are those of a Call.
         """
 
-    def experts(self, x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """The experts' sum weighted by `gates` [T, E], without down's bias: [T, h]."""
-
-    def routed_experts(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-        """The same with the routing by `router` [E, h], and this rank's share of down's bias."""
-
     def calls(self, batch: RaggedBatch) -> list[Call]:
         """A batch as one or more runs of the decoder."""
 
@@ -75,10 +67,32 @@ class Kernels(Protocol):
     def weight_dtype(stored: str) -> str:
         """The dtype that weights are held in."""
 
+
+class CpuKernelSet(Kernels, Protocol):
+    """A CPU's: a mixture of experts finds the gates itself."""
+
+    routes_experts: Literal[False]
+
+    def experts(self, x: Tensor, gates: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """The experts' sum weighted by `gates` [T, E], without down's bias: [T, h]."""
+
     @staticmethod
     def cache_dtype(stored: str) -> np.dtype:
-        """On a CPU: numpy's dtype of a key/value cache for weights of dtype `stored`; the same, or integers of its bits
-        where the operators do not take it."""
+        """numpy's dtype of a key/value cache for weights of dtype `stored`; the same, or integers of its bits where the
+        operators do not take it."""
 
     def single_rank_decoder(self, decoder: nn.Cell) -> SingleRankDecoder | None:
-        """On a CPU: what computes a decoder over these kernels without a graph, or None."""
+        """What computes a decoder over these kernels without a graph, or None."""
+
+
+class AscendKernelSet(Kernels, Protocol):
+    """An NPU's: routing is part of the operators."""
+
+    routes_experts: Literal[True]
+
+    def routed_experts(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        """The experts' sum weighted as `router` [E, h] says, with this rank's share of down's bias: [T, h]."""
+
+
+KernelSet = CpuKernelSet | AscendKernelSet
+"""What a decoder is built over."""

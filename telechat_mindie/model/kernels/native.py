@@ -26,7 +26,7 @@ _LEAST_BLOCKS = 64
 
 
 class NativeKernels(nn.Cell):
-    """See `interface.Kernels`.
+    """See `interface.CpuKernelSet`.
 
     A graph is compiled for each shape, so its tokens come in buckets; a single rank needs none, see `native_decoder`.
     Which tokens belong to which sequence is data: prefill, decode, chunks, prefix hits and drafts run together. The
@@ -42,7 +42,6 @@ class NativeKernels(nn.Cell):
 
     def __init__(self, config: TelechatConfig, tp: int, cache: KVCache, rotary: RotaryTable) -> None:
         super().__init__(auto_prefix=False)
-        self.attended = config.hidden_size // tp
         self._head_dim = config.head_dim
         self._rotary = rotary
         self._block_size = cache.block_size
