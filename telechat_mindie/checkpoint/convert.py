@@ -25,21 +25,20 @@ from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
+from telechat_mindie.text.settings import template_names
 
 HUGGING_FACE_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own tools cut at
 UNLIMITED = 1 << 62
 
 SIDE_FILES = (
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
     "generation_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
     "tokenizer_config.json",
 )
 """What stands beside the weights in a published checkpoint, or where they are alone beside its config.json, but for
-the code, which the output has no use for."""
+chat templates, which are looked for, and the code, which the output has no use for."""
 
 CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
@@ -136,9 +135,11 @@ def to_hugging_face(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(staged.path / "model.safetensors.index.json", dump_json(index))
         write_file(staged.path / "config.json", dump_json(_config(source, plan.dtype)))
-        beside = source.path if source.path.is_dir() else source.path.parent
-        for name in SIDE_FILES:
-            if found := [file for folder in (beside, source.config_dir) if (file := folder / name).exists()]:
+        folders = (source.path if source.path.is_dir() else source.path.parent, source.config_dir)
+        templates = dict.fromkeys(name for folder in folders for name in template_names(folder))
+        for name in (*SIDE_FILES, *templates):
+            if found := [file for folder in folders if (file := folder / name).exists()]:
+                (staged.path / name).parent.mkdir(exist_ok=True)
                 write_file(staged.path / name, _side_file(found[0]))
         staged.commit()
     return plan

@@ -27,7 +27,7 @@ from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_
 from telechat_mindie.reading import read_json, read_text, unique_keys
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 from telechat_mindie.templates import render
-from telechat_mindie.text.settings import BARE_PROMPT_MODES, TEMPLATE_BYTES, TEMPLATE_FILES
+from telechat_mindie.text.settings import BARE_PROMPT_MODES, TEMPLATE_BYTES, template_names
 from telechat_mindie.variants import label_for
 
 _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_name_or_path")
@@ -81,6 +81,7 @@ def build(
         written = convert_staged(plan, source, staged, options, progress, options.qkv_concat)
         records = written.records
         for name, data in texts.items():
+            (staged.path / name).parent.mkdir(exist_ok=True)  # commit sets its mode
             write_file(staged.path / name, data)
             records.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
         write_file(staged.path / MANIFEST, dump_json(_manifest(plan, source, options, written)))
@@ -120,9 +121,8 @@ def read_tokenizer(
     settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}
     try_tokenizer(checkpoint, config.vocab_size, settings)
     files = {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": dump_json(settings)}
-    for name in TEMPLATE_FILES:
-        if (checkpoint / name).exists():
-            files[name] = read_text(checkpoint / name, TEMPLATE_BYTES).encode()
+    for name in template_names(checkpoint):
+        files[name] = read_text(checkpoint / name, TEMPLATE_BYTES).encode()
     return files, settings
 
 

@@ -13,7 +13,7 @@ from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, section
 from telechat_mindie.model_dir.modes import file_status
 from telechat_mindie.model_dir.parts import Parts
-from telechat_mindie.text.settings import TEMPLATE_FILES
+from telechat_mindie.text.settings import template_names
 
 REQUIRED = ("config.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -71,11 +71,8 @@ def check_files(parts: Parts) -> Iterator[Finding]:
             message = f"has {status.st_size} bytes, {entry.nbytes} when it was built"
             found.append(error("size", parts.path / name, message, REBUILD))
     # A second yaml has a rule of its own, and a model may be given its template later.
-    strange = {
-        name
-        for name in extra
-        if name not in listed and name not in TEMPLATE_FILES and not ("/" not in name and name.endswith(_YAMLS))
-    }
+    known = {*listed, *template_names(parts.path)}
+    strange = {name for name in extra if name not in known and not ("/" not in name and name.endswith(_YAMLS))}
     if weights := {name for name in strange if name.endswith(".safetensors")}:
         message = f"holds weights that build did not write: {name_some(weights)}"
         advice = "Move them away: every safetensors file of a rank's folder is loaded."

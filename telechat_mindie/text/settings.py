@@ -52,8 +52,11 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 """What transformers writes beside tokenizer_config.json; the first that is there wins, over that file too."""
 
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder of a NAME.jinja for each further template, beside chat_template.jinja (transformers 4.52 and later)."""
 
 TEMPLATE_BYTES = 1 << 20
+_MAX_NAMED = 32
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -85,7 +88,20 @@ def constructor_arguments(written: Mapping[str, Any], directory: Path) -> dict[s
         source = read_json(file, TEMPLATE_BYTES).get("chat_template") if is_json else read_text(file, TEMPLATE_BYTES)
     if source is not None or file is not None:
         settings["chat_template"] = named_templates(source, file or directory / "tokenizer_config.json")
+    if further := [directory / name for name in template_names(directory) if "/" in name]:
+        where = directory / NAMED_TEMPLATES
+        if len(further) > _MAX_NAMED:
+            raise TokenizerError("holds too many templates", where=where, expected=_MAX_NAMED, found=len(further))
+        named = {path.stem: read_text(path, TEMPLATE_BYTES) for path in further}
+        settings["chat_template"] = named_templates(settings.get("chat_template", {}) | named, where)
     return settings
+
+
+def template_names(directory: Path) -> list[str]:
+    """The files of a directory that hold chat templates, as paths in it."""
+    found = [directory / name for name in TEMPLATE_FILES if (directory / name).exists()]
+    found += sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
+    return [str(path.relative_to(directory)) for path in found]
 
 
 def template_file(directory: Path) -> Path | None:

@@ -19,10 +19,12 @@ from helpers.tiny_tokenizer import train_tiny_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from telechat_mindie.backend.model_config import ModelConfig
-from telechat_mindie.errors import ModelDirError, OutputError
+from telechat_mindie.errors import ModelDirError, OutputError, TokenizerError
 from telechat_mindie.model_dir import build as build_module
 from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.model_dir.inspect import inspect
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.model_dir.modes import User
 from telechat_mindie.reading import LFS_POINTER
 from telechat_mindie.staging import StagedDirectory
 from telechat_mindie.text.settings import read_settings
@@ -320,6 +322,37 @@ def test_the_directory_renders_what_the_checkpoint_renders(checkpoint, tmp_path)
     for directory in (target, checkpoint):
         tokenizer = TelechatTokenizer.from_pretrained(directory)
         assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "jinja 1"
+
+
+def test_templates_in_a_folder_of_their_own(checkpoint, tmp_path):
+    """As transformers 4.52 and later write named ones."""
+    template("plain")(checkpoint)
+    folder = checkpoint / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("with tools\n")
+    target, name = tmp_path / "model", "additional_chat_templates/tool_use.jinja"
+    build(target, checkpoint)
+    assert (target / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert stat.S_IMODE((target / name).stat().st_mode) == 0o640
+    assert stat.S_IMODE((target / name).parent.stat().st_mode) == 0o750
+    assert name in json.loads((target / MANIFEST).read_text())["files"]
+    assert run("verify", target).returncode == 0
+    done = run("convert", checkpoint, tmp_path / "again", "--to", "hf")
+    assert done.returncode == 0, done.stderr
+    for directory in (target, checkpoint, tmp_path / "again"):
+        tokenizer = TelechatTokenizer.from_pretrained(directory)
+        turns = [{"role": "user", "content": "a"}]
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == "plain"
+        assert tokenizer.apply_chat_template(turns, [{"name": "f"}], tokenize=False) == "with tools"
+    (target / "additional_chat_templates" / "later.jinja").write_text("later")
+    assert "extra-file" not in [finding.id for finding in inspect(target, User(0)).findings]
+    (checkpoint / "chat_template.jinja").unlink()
+    with pytest.raises(TokenizerError, match="additional_chat_templates: names no default chat_template"):
+        read_settings(checkpoint)
+    for number in range(32):
+        (folder / f"{number}.jinja").write_text("a")
+    with pytest.raises(TokenizerError, match=r"additional_chat_templates: holds too many templates .*found 33"):
+        read_settings(checkpoint)
 
 
 def test_the_tokenizer_that_was_tried_is_the_one_that_is_built(checkpoint, tmp_path, monkeypatch):
