@@ -11,6 +11,8 @@ from telechat_mindie.errors import InputError
 ROLES = ("system", "developer", "user", "assistant", "bot", "tool", "function", "observation")
 """Roles of a message. `bot` is the published files' name for `assistant`; the last two are older names of `tool`."""
 
+ANSWER_ROLES = ("assistant", "bot")
+
 _TOOLS_ROLE = "tools_call"  # MindIE appends {"role": "tools_call", "tools": [...], "content": ""} to the conversation
 
 
@@ -53,7 +55,7 @@ def _read_message(message: object, index: int) -> dict[str, Any]:
     if role not in ROLES:
         raise InputError("has an unknown role", where=where, expected=f"one of {', '.join(ROLES)}", found=repr(role))
     read = dict(message)
-    if role in ("assistant", "bot"):
+    if role in ANSWER_ROLES:
         if calls := message.get("tool_calls"):
             if not isinstance(calls, (list, tuple)):
                 raise InputError("is not a list", where=f"{where}.tool_calls", found=type(calls).__name__)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from telechat_mindie.text.conversation import read_conversation
+from telechat_mindie.text.thoughts import without_thoughts
+
 if TYPE_CHECKING:
     from telechat_mindie.text.tokenizer import TelechatTokenizer
 
@@ -22,7 +25,7 @@ class InputBuilder:
         adapt_to_max_length: bool = False,
         **options: Any,
     ) -> list[int]:
-        """The ids of a conversation, as one flat list.
+        """The ids of a conversation, as one flat list; without the thoughts of earlier answers where the model thinks.
 
         Args:
             rank: the caller's rank; every rank gets the same prompt.
@@ -34,7 +37,9 @@ class InputBuilder:
         Raises:
             InputError: a malformed conversation.
         """
-        prompt = self.tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, **{**options, "tokenize": True}
-        )
+        messages, offered = read_conversation(conversation)
+        tools = offered if options.get("tools") is None else options["tools"]
+        turns = without_thoughts(messages, self.tokenizer.template_for(tools))
+        options |= {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": True}
+        prompt = self.tokenizer.apply_chat_template(turns, **options)
         return list(prompt)

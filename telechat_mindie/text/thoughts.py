@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from telechat_mindie.text.conversation import ANSWER_ROLES
 from telechat_mindie.text.overlap import overlap
 
 if TYPE_CHECKING:
@@ -99,6 +100,6 @@ def without_thoughts(messages: list[dict[str, Any]], template: str) -> list[dict
     if BEGIN not in template or END in template:
         return messages
     return [
-        {**message, "content": without_thought(message["content"])} if message["role"] == "assistant" else message
+        {**message, "content": without_thought(message["content"])} if message["role"] in ANSWER_ROLES else message
         for message in messages
     ]

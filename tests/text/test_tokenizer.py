@@ -585,6 +585,28 @@ class TestGetModel:
         assert builder.make_context(0, appended) == builder.make_context(0, messages, tools=tools)
         assert builder.make_context(0, appended) != builder.make_context(0, messages)
 
+    def test_a_thinking_model_does_not_see_its_earlier_thoughts(self, tmp_path: Path) -> None:
+        """MindIE hands over the client's messages as they are, so that nobody else would drop them."""
+        shown = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+        named = [{"name": "default", "template": shown}, {"name": "tool_use", "template": shown + "<_bot><think>"}]
+        tokenizer = TelechatTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path, chat_template=named))
+        thought = "<think>\na\n</think>\n\nb"
+        call = {"name": "f", "arguments": {}}
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": thought}]},
+            {"role": "assistant", "content": [{"type": "text", "text": thought}]},
+            {"role": "bot", "content": thought},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        builder = InputBuilder(tokenizer)
+        kept = f"user:{thought};assistant:{thought};bot:{thought};assistant:;"
+        assert tokenizer.decode(builder.make_context(0, messages)) == kept
+        dropped = f"user:{thought};assistant:b;bot:b;assistant:;<_bot><think>"
+        tools = [{"name": "f"}]
+        assert tokenizer.decode(builder.make_context(0, messages, tools=tools)) == dropped
+        appended = [*messages, {"role": "tools_call", "tools": tools, "content": ""}]
+        assert tokenizer.decode(builder.make_context(0, appended)) == dropped
+
     def test_a_bad_directory_is_a_sentence(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.touch()

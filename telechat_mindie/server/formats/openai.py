@@ -26,7 +26,7 @@ from telechat_mindie.server.formats.vllm import count_sequences
 from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
 from telechat_mindie.server.service import Service
-from telechat_mindie.text.thoughts import thought_parser, without_thoughts
+from telechat_mindie.text.thoughts import thought_parser
 
 Fields = dict[str, Any]
 
@@ -186,7 +186,7 @@ def read_chat(service: Service, data: Fields) -> Job:
     _check(service, body)
     tools = offered_tools(body, data.get("tools") or [])
     template = service.tokenizer.template_for(tools)
-    turns = without_thoughts(conversation(body.messages), template)
+    turns = conversation(body.messages)
     count = count_sequences(body, equal_in_streams=True)
     top_logprobs = check_logprobs(body)
     options: Fields = {"chat_template_kwargs": body.chat_template_kwargs.model_dump(exclude_unset=True)}
