@@ -15,6 +15,7 @@ from telechat_mindie import ModelRunner
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES, HALF_DTYPES, WEIGHT_DTYPES
 from telechat_mindie.errors import InputError
+from telechat_mindie.model.kv_cache import rows_of
 from telechat_mindie.model_dir.build import BuildOptions, build
 
 BLOCK, NUM_BLOCKS = 16, 32
@@ -86,14 +87,39 @@ def conversation(runner, **caches):
     return sequences, np.stack(found)
 
 
+@pytest.fixture(scope="module")
+def own(directory):
+    """(kernels, dtype) -> (a runner with a cache of its own, the ids of its conversation, the logits)"""
+    made = {}
+
+    def get(*key):
+        if key not in made:
+            runner = runner_of(directory(key[1])[0], num_blocks=NUM_BLOCKS)
+            made[key] = runner, *conversation(runner)
+        return made[key]
+
+    return get
+
+
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_caches_in_the_runners_dtype_are_served(directory, dtype):
-    path, _ = directory(dtype)
-    _, own = conversation(runner_of(path, num_blocks=NUM_BLOCKS))
-    runner = runner_of(path, npu_mem_size=-1)
+def test_what_kvcache_gives_is_written_to(own, kernels, dtype):
+    """In the runner's dtype, but where MindSpore's operators do not take that."""
+    runner, _, _ = own(kernels, dtype)
+    held = {("mindspore", "bfloat16"): "int16"}.get((kernels, dtype), dtype)
+    for layer in range(runner.num_layers):
+        for side in runner.model.kvcache(layer):
+            assert side.dtype is getattr(ms, held)
+            written = rows_of(side, side.shape[1], DTYPES[dtype].numpy).astype(np.float32)
+            assert np.isfinite(written).all() and np.count_nonzero(written[:-1].any(axis=1)) == 72
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_caches_in_the_runners_dtype_are_served(directory, own, kernels, dtype):
+    _, _, wanted = own(kernels, dtype)
+    runner = runner_of(directory(dtype)[0], npu_mem_size=-1)
     assert runner.dtype is getattr(ms, dtype)
     caches = mindies_caches(runner)
-    np.testing.assert_array_equal(conversation(runner, **caches)[1], own)
+    np.testing.assert_array_equal(conversation(runner, **caches)[1], wanted)
     written = [cache.asnumpy().astype(np.float32) for side in caches.values() for cache in side]
     # Three sequences of 7, 21 and 44 tokens; with MindSpore's operators the last slot takes what is not kept.
     assert all(np.count_nonzero(cache.any(axis=(2, 3))[:-1]) == 72 for cache in written)
@@ -106,10 +132,10 @@ def test_caches_in_another_dtype_are_refused(directory):
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_keys_and_values_are_rounded_once_to_nearest(directory, dtype):
+def test_keys_and_values_are_rounded_once_to_nearest(directory, own, kernels, dtype):
     """Logits are numpy's over rounded keys and values, whatever of the context came in the same call."""
-    path, weights = directory(dtype)
-    sequences, found = conversation(runner_of(path, num_blocks=NUM_BLOCKS))
+    _, weights = directory(dtype)
+    _, sequences, found = own(kernels, dtype)
     config = TelechatConfig.from_dict(CONFIG)
 
     def store(x):
@@ -140,8 +166,8 @@ def test_what_16_bits_cost(directory, shared, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_swapped_blocks_come_back_bit_by_bit(directory, dtype):
-    runner = runner_of(directory(dtype)[0], num_blocks=NUM_BLOCKS)
+def test_swapped_blocks_come_back_bit_by_bit(own, kernels, dtype):
+    runner, _, _ = own(kernels, dtype)
     driver = Driver(runner, BLOCK, NUM_BLOCKS)
     table, other = driver.table(40), driver.table(40)
     driver.prefill([np.arange(4, 37)], [table])
