@@ -83,7 +83,7 @@ def check_tree(root: Path, user: User) -> Iterator[Finding]:
 
 
 def _followed(entry: Path) -> Path:
-    return entry.resolve() if entry.name in FOLLOWED and entry.exists() else entry
+    return entry.resolve() if entry.name in FOLLOWED and os.path.exists(entry) else entry  # noqa: PTH110
 
 
 def linked(root: Path) -> bool:

@@ -6,6 +6,7 @@ param_checker.cpp are beside it, file_utils.cpp is in src/utils/log.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """The fields for the TLS of one listener; an empty name is a field that it does not have."""
+    """The fields for the TLS of one listener."""
 
     section: Location
     certificate: str
@@ -127,8 +128,8 @@ def _of_plane(section: Mapping[str, Any], plane: Plane, home: Path | None) -> It
 def _certificate(
     location: Location, file: str, home: Path | None, *, is_revocation: bool = False, kind: Kind = "file"
 ) -> Certificate:
-    there = None if home is None else place(home, file)
-    present = None if there is None else there.is_file() if kind == "file" else there.is_dir()
+    is_there = os.path.isfile if kind == "file" else os.path.isdir  # pathlib's raise where this user may not look
+    present = None if home is None else is_there(place(home, file))
     return Certificate(json_path(location), file, present, is_revocation, kind)
 
 
@@ -148,16 +149,20 @@ def fault(certificate: Certificate, home: Path, uid: int) -> tuple[str, str] | N
         uid: of the user that MindIE runs as.
     """
     path = place(home, certificate.file)
-    if not certificate.present:
+    try:
+        status = path.lstat()
+    except PermissionError:
+        return "which this user may not look at", "Run the check as the user that runs MindIE."
+    except (OSError, ValueError):
+        status = None
+    if status is None or not certificate.present:
         if certificate.file.startswith("/"):
             return f"which is not in {home}: MindIE looks for {path}", f"Write the path relative to {home}."
         return f"which is not in {home}", "Put it there, or set httpsEnabled to false where the network is trusted."
-    bare = Path(str(path).rstrip("/"))  # a slash at the end would follow a link
-    status = bare.lstat()
     if stat.S_ISLNK(status.st_mode):
-        advice = f"Copy what it points to: cp -rL {bare} {bare}.copy && rm {bare} && mv {bare}.copy {bare}"
+        advice = f"Copy what it points to: cp -rL {path} {path}.copy && rm {path} && mv {path}.copy {path}"
         return "which is a symbolic link", advice
-    real = bare.resolve()
+    real = path.resolve()
     if not real.is_relative_to(home.resolve()) or real == home.resolve():
         return f"which is outside {home}", "Copy it there; MindIE takes no file from elsewhere."
     if certificate.kind == "folder":
@@ -165,9 +170,9 @@ def fault(certificate: Certificate, home: Path, uid: int) -> tuple[str, str] | N
     if certificate.kind == "file" and not 0 < status.st_size <= MAX_BYTES:
         return f"which has {status.st_size} bytes", f"Put a PEM file of at most {MAX_BYTES} bytes there."
     if status.st_uid != uid:
-        return f"which belongs to uid {status.st_uid}, and MindIE runs as {uid}", f"As root: chown {uid} {bare}"
+        return f"which belongs to uid {status.st_uid}, and MindIE runs as {uid}", f"As root: chown {uid} {path}"
     if (mode := stat.S_IMODE(status.st_mode)) & ~FILE_MODE & 0o777:
-        advice = f"chmod 640 {bare}"
+        advice = f"chmod 640 {path}"
         if certificate.kind == "locked folder":  # which only root could then enter
             advice = f'Set {certificate.path} to "": MindIE judges this folder as if it were a file.'
         return f"which has mode {mode:04o}, over {FILE_MODE:04o}; root is not exempt", advice

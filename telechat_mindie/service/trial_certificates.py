@@ -121,7 +121,7 @@ def _client_names() -> dict[str, str]:
 
 def _check_targets(home: Path, names: list[str], replace: bool) -> None:
     root = home.resolve()
-    if outside := [name for name in names if not place(root, name).resolve().is_relative_to(root)]:
+    if outside := [name for name in names if "\0" in name or not place(root, name).resolve().is_relative_to(root)]:
         raise InputError(f"would be outside {home}", where=name_some(outside), advice="MindIE refuses such files.")
     ours = _listed(home)
     there = [name for name in names if place(home, name).exists() or place(home, name).is_symlink()]

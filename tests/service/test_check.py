@@ -640,6 +640,20 @@ class TestServiceConfig:
         self.set(config, "BackendConfig.ModelDeployConfig.LoraModules", [])
         assert "lora-adapter" not in ids(check(model, replace(options, service_config=config)))
 
+    @pytest.mark.parametrize("odd", ["\0", "~nobody-of-that-name/x", "n" * 5000, "LOOP"])
+    def test_odd_paths_are_findings(self, model, config, options, tmp_path, odd):
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        odd = odd.replace("LOOP", str(tmp_path / "loop"))
+        (model / "lora_adapter.json").write_text(json.dumps({"a": odd}))
+        (model / "lora_adapter.json").chmod(0o640)
+        self.set(config, "ServerConfig.httpsEnabled", True)
+        self.set(config, "ServerConfig.tlsCert", odd)
+        self.set(config, "BackendConfig.multiNodesInferEnabled", True)
+        environment = {**options.environment, "RANK_TABLE_FILE": odd}
+        chosen = replace(options, service_config=config, mindie_home=tmp_path, environment=environment)
+        assert {"lora-adapter", "certificate", "rank-table"} <= ids(check(model, chosen))
+        assert check(tmp_path / "loop", replace(options, service_config=tmp_path / "loop", fix=True)).exit_code == 2
+
     def test_adapters_that_are_there_are_loaded_by_nobody(self, model, config, options, tmp_path):
         folder = tmp_path / "adapter"
         folder.mkdir(mode=0o750)

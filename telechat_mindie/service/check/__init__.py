@@ -44,7 +44,7 @@ def check(
     path = Path(os.path.abspath(model_path))  # noqa: PTH100 - resolve() would follow a link
     repairs: list[str] = []
     if options.fix:
-        repairs += fix_modes(path.resolve())
+        repairs += fix_modes(Path(os.path.realpath(path)))
         if options.service_config is not None:
             repairs += fix_modes(options.service_config)
     seen = inspect(path, options.user, full=options.full, on_hash=on_hash)

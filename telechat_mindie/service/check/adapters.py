@@ -6,6 +6,7 @@ No MindSpore worker loads one, but a fault in either keeps the service down (src
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -70,10 +71,10 @@ def _file(path: Path, options: CheckOptions) -> Iterator[Finding]:
 
 def _folder(text: str, where: str, options: CheckOptions) -> Iterator[Finding]:
     """SafePath for a folder that may be read, as for modelWeightPath: links are resolved first."""
-    path = Path(text).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.realpath(os.path.expanduser(text))) if text and "\0" not in text else None  # noqa: PTH111
+    if path is None or not os.path.isdir(path):  # noqa: PTH112  pathlib's raise on some of these texts
         yield error("lora-adapter", where, f"names {text}, which is no folder; MindIE does not start with it", MERGE)
-    elif rule := path_fault(str(path.resolve())):
+    elif rule := path_fault(str(path)):
         yield error("lora-adapter", where, f"names {text}; MindIE takes {rule}", MERGE)
     else:
-        yield from permission_findings([path.resolve()], options.user)
+        yield from permission_findings([path], options.user)

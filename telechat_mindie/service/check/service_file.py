@@ -61,7 +61,7 @@ def _file_rules(path: Path, options: CheckOptions) -> Iterator[Finding]:
             f"Name the real file, or start the daemon with --config-file {path}.",
         )
     user = replace(options.user, strict=GENERATIONS[options.generation].is_public)
-    yield from permission_findings([path.resolve()], user)
+    yield from permission_findings([Path(os.path.realpath(path))], user)
 
 
 def check_config(
