@@ -20,6 +20,7 @@ from telechat_mindie.commands.launch import launch
 from telechat_mindie.commands.manifests import manifests
 from telechat_mindie.commands.nano import nano
 from telechat_mindie.commands.plan import plan
+from telechat_mindie.commands.preprocess import preprocess
 from telechat_mindie.commands.serve import serve
 from telechat_mindie.commands.service_config import service_config
 from telechat_mindie.commands.status import status
@@ -47,6 +48,7 @@ COMMANDS = (
     manifests,
     nano,
     plan,
+    preprocess,
     serve,
     service_config,
     status,

@@ -20,7 +20,7 @@ FLOORS = (
     {"mindie", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign"},
     {"config"},
     {"computation", "variants", "kv_budget", "text"},
-    {"tokenizer", "checkpoint", "nano"},
+    {"tokenizer", "checkpoint", "data", "nano"},
     {"model_dir"},
     {"model"},
     {"backend"},

@@ -1,0 +1,1 @@
+"""Training data: conversations in JSON become rows of tokens in mindrecord files."""

@@ -1,0 +1,111 @@
+"""Records made into examples, by several processes where there are many, in the order of the files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from telechat_mindie.data.conversations import read_conversation
+from telechat_mindie.data.examples import Example, encode
+from telechat_mindie.data.records import Record
+from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.text.tokenizer import TelechatTokenizer
+
+MAX_WORKERS = 8
+_BATCH = 128  # records of a task
+_ALONE_BYTES = 2 << 20  # below it, starting processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How records become examples.
+
+    Args:
+        tokenizer: directory of tokenizer.model, with the chat template in the files beside it.
+        form: of `conversations.FORMS`, or None to see by the fields.
+        train_on: of `examples.TRAIN_ON`.
+    """
+
+    tokenizer: Path
+    form: str | None = None
+    train_on: str = "all"
+
+    def open(self) -> Encoder:
+        return Encoder(self)
+
+
+class Encoded(NamedTuple):
+    """A record's example, or the one sentence that says why there is none."""
+
+    where: str
+    example: Example | None
+    fault: str = ""
+
+
+class Encoder:
+    """One process's tokenizer at work."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._tokenizer = TelechatTokenizer.from_pretrained(encoding.tokenizer)
+
+    def __call__(self, record: Record) -> Encoded:
+        try:
+            conversation = read_conversation(record.parse(), self._encoding.form)
+            return Encoded(record.where, encode(self._tokenizer, conversation, self._encoding.train_on))
+        except TelechatMindieError as error:
+            fault = str(error)
+            return Encoded(record.where, None, fault if fault.startswith(record.where) else f"{record.where}: {fault}")
+
+
+def encode_records(encoding: Encoding, records: Iterable[Record], total_bytes: int) -> Iterator[Encoded]:
+    """Each record's example, in order.
+
+    Args:
+        total_bytes: of all records; few are done in this process.
+
+    Raises:
+        TokenizerError: no tokenizer comes of the directory.
+    """
+    encoder = encoding.open()  # here first, where a fault is the caller's own
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    if total_bytes < _ALONE_BYTES or workers == 1:
+        yield from map(encoder, records)
+        return
+    # Not forked: a copy of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    records = iter(records)
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoding,)) as pool:
+        waiting: deque[Future[list[Encoded]]] = deque()
+        try:
+            while True:
+                if batch := list(islice(records, _BATCH)):
+                    waiting.append(pool.submit(_encode_batch, batch))
+                if not waiting:
+                    return
+                if not batch or len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+        finally:
+            for task in waiting:
+                task.cancel()
+
+
+_encoder: Encoder
+
+
+def _start_worker(encoding: Encoding) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the caller ends the pool
+    _encoder = encoding.open()
+
+
+def _encode_batch(batch: list[Record]) -> list[Encoded]:
+    return list(map(_encoder, batch))
