@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from telechat_mindie import soc
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.kv_budget import DEFAULT_CARD_GB
-from telechat_mindie.service.cards import VISIBLE, Card, Cards
+from telechat_mindie.service.cards import VISIBLE, Card, Cards, device_files
+
+CANN_VARIABLE = "ASCEND_HOME_PATH"
+
+SOURCE_CANN = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 
 
 def check_card(card: Card) -> Iterator[Finding]:
@@ -71,6 +76,17 @@ def check_mask(cards: Cards) -> Iterator[Finding]:
             f"lists {', '.join(map(str, absent))}, and here are devices 0 to {len(cards.cards) - 1}",
             "CANN counts the cards that a machine or container sees, from 0: list those, or unset it.",
         )
+
+
+def check_toolkit(environment: Mapping[str, str], root: Path = Path("/")) -> Iterator[Finding]:
+    """CANN's ASCEND_HOME_PATH, where there are cards: MindSpore's library of Ascend kernels raises without it."""
+    if not device_files(root):
+        return
+    home = environment.get(CANN_VARIABLE, "")
+    if not home:
+        yield error("cann-home", CANN_VARIABLE, "is not set, without which MindSpore's kernels fail", SOURCE_CANN)
+    elif not (root / home.lstrip("/")).is_dir():
+        yield error("cann-home", CANN_VARIABLE, f"names {home}, which is not a folder", SOURCE_CANN)
 
 
 def card_memory(cards: Cards, devices: Sequence[int] | None = None) -> tuple[float, str | None]:

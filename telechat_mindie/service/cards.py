@@ -134,8 +134,9 @@ def read_cards(
     """
     environment = os.environ if environment is None else environment
     mask = visible_devices(environment)
-    folders = [str(root / folder.lstrip("/")) for folder in NPU_SMI_FOLDERS]
-    command = shutil.which("npu-smi", path=os.pathsep.join(filter(None, [environment.get("PATH", ""), *folders])))
+    search = [environment.get("PATH", ""), *(str(root / folder.lstrip("/")) for folder in NPU_SMI_FOLDERS)]
+    path = os.pathsep.join(filter(None, search))
+    command = shutil.which("npu-smi", path=path) or shutil.which("npu-smi", os.F_OK, path)  # the latter fails in words
     if command is None:
         return Cards(trouble=_MISSING, mask=mask)
     said = _run([command, "info"], environment, timeout)
@@ -149,6 +150,15 @@ def visible_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     """The devices in ASCEND_RT_VISIBLE_DEVICES; None where it is not set or not a list of numbers."""
     items = environment.get(VISIBLE, "").split(",")
     return tuple(map(int, items)) if all(re.fullmatch(r"\s*[0-9]{1,9}\s*", item) for item in items) else None
+
+
+def device_files(root: Path = Path("/")) -> list[int]:
+    """N of each /dev/davinciN: the cards that were given to this machine or container, npu-smi or not."""
+    try:
+        names = [entry.name for entry in (root / "dev").iterdir()]
+    except OSError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"davinci(\d+)", name)))
 
 
 # ---- the table ----
