@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import make_checkpoint
+from typer.testing import CliRunner
 
+from telechat_mindie.cli import app
+from telechat_mindie.findings import Report
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.service.card_rules import card_memory, check_card, check_devices, check_mask, check_toolkit
 from telechat_mindie.service.cards import Card, Cards, Process, device_files, parse_npu_smi, read_cards, trouble_in
@@ -323,15 +326,16 @@ def test_service_config_warns_of_the_cards_that_it_names(command):
     assert refused.returncode == 0 and "knows no bfloat16" in refused.stderr and "Atlas 800I A2" in refused.stderr
 
 
-def test_check_measures_by_the_cards_too(command, model, tmp_path):
-    done = command("service-config", table((0, 0, "", "910B3", 100, 65536)), *HTTP, "-o", str(tmp_path / "config.json"))
-    assert done.returncode == 0, done.stderr
-    small = table((0, 0, "", "910B4", 100, 32768))
-    options = ("--service-config", str(tmp_path / "config.json"), "--json")
-    findings = json.loads(command("check", small, *options).stdout)["findings"]
-    assert [finding for finding in findings if "npuMemSize" in finding["where"] + finding["message"]]
-    wide = json.loads(command("check", small, *options, "--device-mem", "64").stdout)["findings"]
-    assert not [finding for finding in wide if "npuMemSize" in finding["where"] + finding["message"]]
+def test_check_measures_by_the_cards_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "telechat_mindie.service.check.check", lambda path, options, start: asked.append(options) or Report(())
+    )
+    monkeypatch.setattr("telechat_mindie.service.cards.read_cards", lambda: cards_of(CONTAINER))
+    runner = CliRunner()
+    for options in ([], ["--device-mem", "16"]):
+        assert runner.invoke(app, ["check", "somewhere", *options]).exit_code == 0
+    assert [options.device_mem_gb for options in asked] == [32, 16]
 
 
 # ---- odd tables ----
