@@ -76,6 +76,11 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling."
 ServedModel = Annotated[
     str | None, typer.Option("--model", help="The model's name at a service; default: the first that it names.")
 ]
-CaCert = Annotated[Path | None, typer.Option("--ca-cert", help="Authority of a service's certificate (PEM).")]
-Cert = Annotated[Path | None, typer.Option("--cert", help="Our own certificate (PEM); MindIE asks for one.")]
-Key = Annotated[Path | None, typer.Option("--key", help="Its private key (PEM).")]
+CaCert = Annotated[
+    Path | None, typer.Option("--ca-cert", help="HTTPS: authority that signed the service's certificate (PEM).")
+]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option("--client-cert", "--cert", help="HTTPS: our own certificate (PEM), which MindIE asks for."),
+]
+ClientKey = Annotated[Path | None, typer.Option("--client-key", "--key", help="HTTPS: its private key (PEM).")]

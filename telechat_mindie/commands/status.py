@@ -54,10 +54,8 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
 
 def _state(run: RunDirectory) -> str:
     """In words: starting, ready, running, stopped, ended, not started, killed, left over."""
-    from pathlib import Path
-
-    from telechat_mindie.reading import read_json
-    from telechat_mindie.service.launch.client import NoClientCertificateError, is_healthy, tls_context
+    from telechat_mindie.service.launch.client import ClientRefusedError, is_healthy
+    from telechat_mindie.service.launch.client_tls import client_tls
 
     state = run.state()
     if state is None:
@@ -66,11 +64,8 @@ def _state(run: RunDirectory) -> str:
         if run.members():
             return "left over"  # its supervisor was killed; `stop` cleans up
         return state.reason or "killed"
-    plan = run.plan()
-    tls = None
-    if plan.urls["management"].startswith("https:"):
-        try:
-            tls = tls_context(read_json(run.config), Path(plan.tls_home or "/"))
-        except NoClientCertificateError:
-            return "running"  # its health cannot be asked for
-    return "ready" if is_healthy(plan.urls["management"], tls=tls) else "starting"
+    try:
+        healthy = is_healthy(run.plan().urls["management"], tls=client_tls(run, "management"))
+    except ClientRefusedError:
+        return "running"  # its health cannot be asked for
+    return "ready" if healthy else "starting"

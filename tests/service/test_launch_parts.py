@@ -322,6 +322,14 @@ def test_a_run_is_written_and_read_back(make_run):
     assert run.config.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_run_that_0_2_0_wrote_is_read(make_run):
+    run = make_run("m-2000")
+    plan = json.loads((run.path / "plan.json").read_text())
+    del plan["client"], plan["cards"]
+    (run.path / "plan.json").write_text(json.dumps(plan))
+    assert run.plan().client == client.OWN_FILES and run.plan().cards == ()
+
+
 def test_a_run_is_found_by_name_or_as_the_only_one(make_run, tmp_path):
     with pytest.raises(InputError, match="running: none"):
         find_run(tmp_path, None)
@@ -447,5 +455,7 @@ def test_nobody_there():
 
 
 def test_https_without_a_certificate_that_may_be_used(tmp_path):
-    with pytest.raises(client.NoClientCertificateError, match=r"server\.pem.*client certificate of yours"):
-        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path)
+    with pytest.raises(client.ClientRefusedError, match=r"security/ca/ca\.pem: cannot be used.*--ca-cert"):
+        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path, client.OWN_FILES)
+    with pytest.raises(client.ClientRefusedError, match=r"security/ca/management_ca\.pem"):
+        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path, client.OWN_FILES, "management")

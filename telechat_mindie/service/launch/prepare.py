@@ -14,6 +14,7 @@ from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
 from telechat_mindie.service.check import CheckOptions, check, check_config
 from telechat_mindie.service.facts import model_facts
+from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles
 from telechat_mindie.service.launch.environment import daemon_environment
 from telechat_mindie.service.launch.installation import (
     Installation,
@@ -62,6 +63,7 @@ def prepare(
     *,
     generation: str | None = None,
     need_mindie: bool = True,
+    client: ClientFiles = OWN_FILES,
 ) -> Prepared:
     """Find MindIE, choose ports that neither this host nor another launch uses, and render the config for them.
 
@@ -71,6 +73,7 @@ def prepare(
         home: the folder of all runs.
         environment: the caller's.
         generation: of MindIE's config; None takes that of the MindIE found.
+        client: the files of this host's own clients of HTTPS.
         need_mindie: refuse where there is no MindIE. Otherwise the command is what would be run if there were one.
 
     Raises:
@@ -121,6 +124,7 @@ def prepare(
         tls_home=str(mindie_home) if server["httpsEnabled"] and mindie_home else None,
         model_name=model_name,
         launcher=Identity.of(os.getpid()),
+        client=client,
     )
     return Prepared(run, plan, rendered, facts, installation, {**environment, **variables})
 
