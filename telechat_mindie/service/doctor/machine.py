@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from telechat_mindie.service.cards import NPU_SMI_SECONDS, Cards, read_cards
+from telechat_mindie.service.launch.rundir import all_runs, state_home
 
 
 class Package(NamedTuple):
@@ -68,6 +70,14 @@ class Machine:
     def cards(self) -> Cards:
         """What npu-smi says; asked once."""
         return read_cards(self.environment, root=self.root, timeout=self.timeout)
+
+    @cached_property
+    def held(self) -> Mapping[int, str]:
+        """Names of this user's active launches by the cards that they hold."""
+        with contextlib.suppress(OSError):
+            active = [run for run in all_runs(state_home(self.environment)) if run.is_active()]
+            return {card: run.name for run in active for card in run.plan().cards}
+        return {}
 
     def read(self, absolute: str, limit: int = 1 << 16) -> str | None:
         """The beginning of a text file, None if it cannot be read."""
