@@ -128,10 +128,14 @@ def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
 
 def _tell_cards(rendered: RenderedConfig, cards: Cards, dtype: str, assumed: str | None) -> None:
     """On stderr: what this machine's cards say against the config, which may yet be meant for another machine."""
-    from telechat_mindie.service.card_rules import check_devices
+    import os
 
+    from telechat_mindie.service.card_rules import check_devices
+    from telechat_mindie.service.launch.rundir import cards_held, state_home
+
+    held = cards_held(state_home(os.environ))
     rows: list[list[int]] = rendered.config["BackendConfig"]["npuDeviceIds"]
-    for finding in check_devices(cards, [device for row in rows for device in row], dtype):
+    for finding in check_devices(cards, [device for row in rows for device in row], dtype, held):
         print(f"warning: {finding.where}: {finding.message}. {finding.advice}", file=sys.stderr)
     if assumed is not None:
         print(f"note: {assumed}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.machinery
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from telechat_mindie.service.cards import NPU_SMI_SECONDS, Cards, read_cards
-from telechat_mindie.service.launch.rundir import all_runs, state_home
+from telechat_mindie.service.launch.rundir import cards_held, state_home
 
 
 class Package(NamedTuple):
@@ -74,10 +73,7 @@ class Machine:
     @cached_property
     def held(self) -> Mapping[int, str]:
         """Names of this user's active launches by the cards that they hold."""
-        with contextlib.suppress(OSError):
-            active = [run for run in all_runs(state_home(self.environment)) if run.is_active()]
-            return {card: run.name for run in active for card in run.plan().cards}
-        return {}
+        return cards_held(state_home(self.environment))
 
     def read(self, absolute: str, limit: int = 1 << 16) -> str | None:
         """The beginning of a text file, None if it cannot be read."""
