@@ -19,16 +19,17 @@ from telechat_mindie.commands.options import (
     CaCert,
     ClientCert,
     ClientKey,
-    DeviceMem,
     Devices,
     InsecureHttp,
+    Instances,
+    MaxInputLen,
     MaxSeqLen,
     MindieHome,
     ModelPath,
     PortBase,
+    Reserve,
     Set,
 )
-from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 
 if TYPE_CHECKING:
     from telechat_mindie.findings import Finding
@@ -42,14 +43,23 @@ STYLES = {"error": "bold red", "warning": "yellow", "noise": "dim", "text": ""}
 def launch(
     model_path: ModelPath,
     devices: Devices = None,
-    device_mem: DeviceMem = DEFAULT_CARD_GB,
+    instances: Instances = None,
+    device_mem: float = typer.Option(None, "--device-mem", help="Memory of a card, in GB; default: as npu-smi says."),
+    reserve: Reserve = None,
     max_seq_len: MaxSeqLen = None,
+    max_input_len: MaxInputLen = None,
+    host: str = typer.Option(None, "--host", help="Address to listen on; default: the config's, 127.0.0.1."),
     port_base: PortBase = None,
     insecure_http: InsecureHttp = False,
     set_: Set = None,
     template: Path = typer.Option(
-        None, "--service-config", help="A conf/config.json to start from; it is not changed."
+        None,
+        "--service-config",
+        help="A conf/config.json to start from, which is not changed; default: conf/config.json here or in MindIE's "
+        "home, where it was rendered for this directory.",
     ),
+    new_config: bool = typer.Option(False, "--new-config", help="Render a config, whatever lies there."),
+    name: str = typer.Option(None, "--name", help="What to call the run; default: the model's name and its port."),
     mindie_home: MindieHome = None,
     mindie: str = typer.Option(
         None, "--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}; default: the installed one's."
@@ -70,33 +80,51 @@ def launch(
 
     Exit codes: 1 where the daemon is up, but its first request failed; 2 where it did not start or has ended by itself.
     """
+    from telechat_mindie.errors import InputError
     from telechat_mindie.service.launch.client_tls import client_files
-    from telechat_mindie.service.launch.prepare import check_prepared, prepare
+    from telechat_mindie.service.launch.prepare import LaunchOptions, check_prepared, prepare
     from telechat_mindie.service.launch.rundir import locked, state_home
     from telechat_mindie.service.launch.running import Launch
     from telechat_mindie.service.options import ServiceOptions
 
+    if new_config and template is not None:
+        raise InputError("exclude each other", where="--new-config and --service-config")
+    wanted = {
+        "devices": devices,
+        "instances": instances,
+        "device_mem_gb": device_mem,
+        "reserve_gb": reserve,
+        "max_seq_len": max_seq_len,
+        "max_input_len": max_input_len,
+        "port_base": port_base,
+    }
+    named = {field: value for field, value in wanted.items() if value is not None}
     options = ServiceOptions(
-        devices=devices,
-        device_mem_gb=device_mem,
-        max_seq_len=max_seq_len,
-        port_base=port_base,
+        **named,  # type: ignore[arg-type]
         insecure_http=insecure_http,
         template=template,
         overrides=tuple(set_ or ()),
         mindie_home=mindie_home,
     )
-    client = client_files(ca_cert, client_cert, client_key)
+    how = LaunchOptions(
+        named=frozenset(named),
+        generation=mindie,
+        host=host,
+        name=name,
+        reuse=not new_config,
+        need_mindie=not dry_run,
+        client=client_files(ca_cert, client_cert, client_key),
+    )
     environment = dict(os.environ)
     home = state_home(environment)
     with contextlib.nullcontext() if dry_run else locked(home):
-        prepared = prepare(
-            model_path, options, home, environment, generation=mindie, need_mindie=not dry_run, client=client
-        )
+        prepared = prepare(model_path, options, home, environment, how)
         if not dry_run:
             prepared.run.create(prepared.plan, prepared.rendered.text)
     try:
-        _tell(check_prepared(prepared, device_mem), model_path)
+        for note in prepared.notes:
+            print(f"note: {note}", file=sys.stderr)
+        _tell(check_prepared(prepared), model_path)
     except BaseException:
         if not dry_run:
             prepared.run.remove()

@@ -35,6 +35,10 @@ AllowOverflow = Annotated[bool, typer.Option("--allow-overflow", help="Accept va
 Variant = Annotated[str | None, typer.Option("--variant", help=f"A released size instead: {VARIANT_NAMES}.")]
 
 # Service configs
+Instances = Annotated[
+    int | None, typer.Option("--instances", help="Copies of the model, each on as many cards as it was built for.")
+]
+Reserve = Annotated[float | None, typer.Option("--reserve", help="GB of a card kept free; default: a fifth of it.")]
 Devices = Annotated[str | None, typer.Option("--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones.")]
 DeviceMem = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
 CardMem = Annotated[

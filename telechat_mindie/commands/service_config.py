@@ -18,7 +18,6 @@ from telechat_mindie.commands.options import (
     MaxSeqLen,
     ModelPath,
     Overwrite,
-    PortBase,
     Set,
 )
 from telechat_mindie.service import DEFAULT_GENERATION
@@ -44,7 +43,7 @@ def service_config(
     max_seq_len: MaxSeqLen = None,
     max_input_len: MaxInputLen = None,
     request_tokens: int = typer.Option(1024, "--request-tokens", help="Tokens of a typical request, to size batches."),
-    port_base: PortBase = None,
+    port_base: int = typer.Option(None, "--port-base", help="First of three ports; default: MindIE's, 1025."),
     insecure_http: InsecureHttp = False,
     set_: Set = None,
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
@@ -58,6 +57,7 @@ def service_config(
 ) -> None:
     """Render MindIE's conf/config.json for a model directory."""
     from telechat_mindie.model_dir.layout import ModelDir
+    from telechat_mindie.service import ports
     from telechat_mindie.service.card_rules import card_memory
     from telechat_mindie.service.cards import read_cards
     from telechat_mindie.service.facts import model_facts
@@ -85,7 +85,8 @@ def service_config(
         mindie_home=mindie_home,
     )
     directory = ModelDir.open(model_path)
-    rendered = render_service_config(model_facts(directory), options)
+    # The file may be for another machine; `launch` goes round the ports that are taken on its own.
+    rendered = render_service_config(model_facts(directory), options, ports.assume_free)
     if output is not None:
         _write(output, rendered, replace=force or (template is not None and _same_file(output, template)))
     _tell(rendered, mindie_home)

@@ -32,8 +32,9 @@ def status(
     elif not rows:
         print("nothing was launched; `telechat-mindie launch MODEL_PATH` does")
     else:
-        header = ("run", "state", "address", "pid", "log")
-        print_table(str(home), [[str(row[column]) for column in header] for row in rows], header)
+        rows_of_text = [[row["run"], row["state"], _cards(row["cards"]), row["address"]] for row in rows]
+        print_table(str(home), rows_of_text, ("run", "state", "cards", "address"))
+        print("`telechat-mindie logs RUN` shows what it says")
     if any(row["state"] not in ("ready", "running", "stopped") for row in rows):
         raise typer.Exit(1)
 
@@ -44,12 +45,24 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         "run": run.name,
         "state": _state(run),
         "address": plan.urls["business"],
+        "cards": list(plan.cards),
         "pid": None if state is None else state.daemon.pid,
         "log": str(run.log),
         "model_path": plan.model_path,
         "ports": dict(plan.ports),
         **{name: getattr(state, name, None) for name in ("started", "ended", "returncode")},  # None before the start
     }
+
+
+def _cards(cards: list[int]) -> str:
+    """`0-3,6`."""
+    ranges: list[list[int]] = []
+    for card in sorted(cards):
+        if ranges and card == ranges[-1][-1] + 1:
+            ranges[-1].append(card)
+        else:
+            ranges.append([card])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges)
 
 
 def _state(run: RunDirectory) -> str:

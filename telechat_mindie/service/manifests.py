@@ -14,7 +14,7 @@ import yaml
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
 from telechat_mindie.mindie import DEFAULT_HOME, HOME_VARIABLES, rank_environment
-from telechat_mindie.service import own_wheel
+from telechat_mindie.service import own_wheel, ports
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.staging import StagedDirectory, write_file
@@ -169,7 +169,7 @@ def _service_config(facts: ModelFacts, options: ManifestOptions) -> RenderedConf
     """As one container sees it: its cards are numbered from 0, its ports are all free, the model is mounted."""
     service = replace(options.service, devices=None, instances=1, mindie_home=None)
     inside = replace(facts, model_path=f"{MODELS_FOLDER}/{facts.model_name}")
-    return render_service_config(inside, service, is_free=lambda port: True)
+    return render_service_config(inside, service, ports.assume_free)
 
 
 def _check(options: ManifestOptions) -> None:

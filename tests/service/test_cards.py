@@ -17,6 +17,8 @@ from telechat_mindie.findings import Report
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.service.card_rules import card_memory, check_card, check_devices, check_mask, check_toolkit
 from telechat_mindie.service.cards import Card, Cards, Process, device_files, parse_npu_smi, read_cards, trouble_in
+from telechat_mindie.service.launch.prepare import LaunchOptions, prepare
+from telechat_mindie.service.options import ServiceOptions
 
 HBM = """\
 | NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
@@ -336,6 +338,29 @@ def test_check_measures_by_the_cards_too(monkeypatch):
     for options in ([], ["--device-mem", "16"]):
         assert runner.invoke(app, ["check", "somewhere", *options]).exit_code == 0
     assert [options.device_mem_gb for options in asked] == [32, 16]
+
+
+# ---- launch ----
+
+
+def launched(model, tmp_path, **environment: str):
+    how = LaunchOptions(need_mindie=False, reuse=False)
+    return prepare(model, ServiceOptions(insecure_http=True), tmp_path / "runs", {"PATH": "", **environment}, how).cards
+
+
+def test_launch_demands_the_toolkit_where_there_are_cards(model, tmp_path, monkeypatch):
+    assert launched(model, tmp_path) == ()
+    monkeypatch.setattr("telechat_mindie.service.card_rules.device_files", lambda root: [0])
+    (found,) = launched(model, tmp_path)
+    assert (found.id, found.severity) == ("cann-home", "error") and "set_env.sh" in found.advice
+    assert ids(launched(model, tmp_path, ASCEND_HOME_PATH=str(tmp_path / "gone"))) == ["cann-home"]
+    assert launched(model, tmp_path, ASCEND_HOME_PATH=str(tmp_path)) == ()
+
+
+def test_launch_refuses_a_chip_and_a_dtype(model, tmp_path, monkeypatch):
+    seen = cards_of(table((0, 0, 0, "310P3", 100, 44280)))
+    monkeypatch.setattr("telechat_mindie.service.launch.prepare.read_cards", lambda _environment: seen)
+    assert ids(launched(model, tmp_path)) == ["npu-chip", "npu-dtype"]
 
 
 # ---- odd tables ----

@@ -26,9 +26,9 @@ from telechat_mindie.service.launch import client, processes, running, shared_me
 from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles, ClientRefusedError, UnansweredError
 from telechat_mindie.service.launch.client_tls import remembered_tls
 from telechat_mindie.service.launch.errors import LaunchError
-from telechat_mindie.service.launch.prepare import prepare
+from telechat_mindie.service.launch.prepare import LaunchOptions, prepare
 from telechat_mindie.service.launch.processes import Identity
-from telechat_mindie.service.launch.rundir import RunDirectory, all_runs
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
 from telechat_mindie.service.launch.running import Launch, stop_run
 from telechat_mindie.service.options import ServiceOptions
 from telechat_mindie.service.port_holder import port_holder
@@ -76,7 +76,7 @@ def begin(model, mindie, state, monkeypatch):
     def start(faults: str = "", *, detached: bool = False, model_path=model, client=OWN_FILES, **options):
         monkeypatch.setenv("STAND_IN", faults)
         options = ServiceOptions(**{"insecure_http": True, "mindie_home": mindie, **options})
-        prepared = prepare(model_path, options, state, os.environ, client=client)
+        prepared = prepare(model_path, options, state, os.environ, LaunchOptions(client=client))
         prepared.run.create(prepared.plan, prepared.rendered.text)
         lines: list[str] = []
         launches.append(Launch(prepared.run, detached=detached, on_line=lines.append))
@@ -515,7 +515,95 @@ def test_a_directory_that_check_refuses_is_not_launched(run_command, model, mind
 
 def test_missing_certificates_refuse_the_launch(run_command, model, mindie, state):
     done = run_command("launch", model, "--mindie-home", mindie)
-    assert done.returncode == 2 and "security/certs/server.pem" in done.stderr and "httpsEnabled" in done.stderr
+    assert done.returncode == 2 and "HTTPS: is on" in done.stderr and "security/certs/server.pem" in done.stderr
+    for flag in ("--insecure-http", "--make-test-certificates", f"--mindie-home {mindie}"):
+        assert flag in done.stderr
+    assert "httpsEnabled" not in done.stderr  # a key of a file that the tool wrote itself
+
+
+def test_a_card_is_not_taken_twice_in_silence(run_command, begin, model, mindie, state):
+    first, _ = begin(devices="3")
+    done = run_command("launch", model, "--mindie-home", mindie, "--insecure-http", "--devices", 3, "--dry-run")
+    assert done.returncode == 0 and f"warning: device 3: is held by the launch {first.run.name}" in done.stderr
+    done = run_command("launch", model, "--mindie-home", mindie, "--insecure-http", "--devices", 4, "--dry-run")
+    assert done.returncode == 0 and "is held" not in done.stderr
+    (row,) = json.loads(run_command("status", "--json").stdout)
+    assert row["cards"] == [3]
+
+
+def test_status_fits_a_terminal(run_command, make_named, state, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for number in range(3):
+        make_named(f"telechat2-115b-chat-{number}0{number}5", cards=(0, 1, 2, 3, 6), port=65000 + number)
+    shown = run_command("status").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "0-3,6" in shown and "telechat2-115b-chat-2025" in shown and "https://127.0.0.1:65002" in shown
+
+
+@pytest.fixture
+def make_named(state):
+    def make(name, cards, port):
+        plan = LaunchPlan(
+            name, "/m", "3.0.0.beta", ("d",), {}, {"port": port}, {"business": f"https://127.0.0.1:{port}"}, None, "m",
+            Identity(1, -1), cards=cards,
+        )  # fmt: skip
+        RunDirectory(state / name).create(plan, "{}")
+
+    return make
+
+
+def test_logs_of_a_run_while_it_runs_and_after(run_command, begin, model, mindie, state):
+    assert run_command("logs").returncode == 2
+    launch, _ = begin(detached=True)
+    launch.wait_until_up(20)
+    everything = launch.run.log.read_text().splitlines()
+    shown = run_command("logs", "--lines", 3).stdout.splitlines()
+    assert shown == everything[-3:]
+    with running_command("logs", "--follow", "-n", 1) as process:
+        assert read_line(process).rstrip("\n") == everything[-1]
+        assert run_command("stop").returncode == 0
+        rest, _ = process.communicate(timeout=20)
+        assert "Daemon is killing" in rest and process.returncode == 0
+    assert "All subprocesses exited" in run_command("logs").stdout  # the last run, where none is active
+    assert run_command("logs", launch.run.name, "-n", 0).stdout == ""
+
+
+def test_stop_all(run_command, begin, state):
+    names = sorted(begin(detached=True)[0].run.name for _ in range(2))
+    both = run_command("stop", "--all", names[0])
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+    wait_for(lambda: all(run.state() for run in all_runs(state)))
+    done = run_command("stop", "--all")
+    assert sorted(done.stdout.splitlines()) == [f"{name}: stopped" for name in names]
+    assert run_command("stop", "--all").stdout == "nothing runs\n"
+    assert json.loads(run_command("stop", "--all", "--json").stdout) == []
+
+
+def test_the_options_of_a_launch_reach_it(run_command, model, mindie, state):
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--json")
+    done = run_command(*arguments, "--host", "::", "--name", "mine", "--instances", 2, "--reserve", 30, "--new-config")
+    plan = json.loads(done.stdout)
+    backend = plan["config"]["BackendConfig"]
+    assert plan["config"]["ServerConfig"]["ipAddress"] == "::" and plan["config_path"] == f"{state}/mine/config.json"
+    assert backend["npuDeviceIds"] == [[0], [1]] and backend["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] < 40
+    assert "note: config: rendered for this launch" in done.stderr
+    done = run_command(*arguments, "--new-config", "--service-config", "x.json")
+    assert done.returncode == 2 and "exclude each other" in done.stderr
+
+
+def test_a_name_is_held_while_its_run_is_active(run_command, begin, model, mindie, state):
+    launch, _ = begin()
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--name", launch.run.name)
+    done = run_command(*arguments)
+    assert done.returncode == 2 and "is the name of a run that is active" in done.stderr
+    launch.stop()
+    assert run_command(*arguments).returncode == 0
+
+
+def test_a_setting_of_the_log_that_mindie_would_not_read(run_command, model, mindie, state):
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run")
+    done = run_command(*arguments, "--set", "dynamicLogLevel=debug")
+    assert done.returncode == 0 and "warning: --set LogConfig: has no effect" in done.stderr
 
 
 def test_dry_run_starts_nothing(run_command, model, mindie, state):

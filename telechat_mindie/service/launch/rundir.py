@@ -187,8 +187,8 @@ def cards_held(home: Path) -> dict[int, str]:
         return {}
 
 
-def find_run(home: Path, name: str | None) -> RunDirectory:
-    """The run called `name`; without a name, the only one that is active.
+def find_run(home: Path, name: str | None, *, or_last: bool = False) -> RunDirectory:
+    """The run called `name`; without a name, the only one that is active, or with `or_last` the last one where none is.
 
     Raises:
         InputError: there is none, or several to choose from.
@@ -201,6 +201,8 @@ def find_run(home: Path, name: str | None) -> RunDirectory:
             if run.name == name:
                 return run
         raise InputError("is not the name of a run", where=name, expected=f"one of those running: {listed}")
+    if or_last and runs and not active:
+        return runs[-1]
     if len(active) != 1:
         advice = "Name one of them." if active else "Start one with `telechat-mindie launch MODEL_PATH`."
         raise InputError("which run is meant is not clear", where=home, found=f"running: {listed}", advice=advice)
