@@ -41,6 +41,10 @@ Instances = Annotated[
 Reserve = Annotated[float | None, typer.Option("--reserve", help="GB of a card kept free; default: a fifth of it.")]
 Devices = Annotated[str | None, typer.Option("--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones.")]
 DeviceMem = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
+CardMem = Annotated[
+    float | None,
+    typer.Option("--device-mem", help="Memory of one card, in GB; default: as npu-smi says, else 64."),
+]
 MaxSeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Tokens of prompt and answer together.")]
 MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="Tokens of a prompt.")]
 PortBase = Annotated[

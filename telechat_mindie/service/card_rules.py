@@ -15,9 +15,13 @@ CANN_VARIABLE = "ASCEND_HOME_PATH"
 SOURCE_CANN = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 
 
-def check_card(card: Card) -> Iterator[Finding]:
-    """One card by itself: health, and whether something runs on it; one `ok` where all is well."""
-    found = [*_chip(card), *_health(card), *_busy(card)]
+def check_card(card: Card, holder: str | None = None) -> Iterator[Finding]:
+    """One card by itself: its chip, its health, and what runs on it; one `ok` where all is well.
+
+    Args:
+        holder: the name of the launch that holds it.
+    """
+    found = [*_chip(card), *_health(card), *(_busy(card) if holder is None else [_held(card, holder)])]
     yield from found or [ok("npu", card, card.memory)]
 
 
@@ -36,12 +40,7 @@ def check_devices(
     for device in devices:
         card = cards.card(device)
         if holder := (held or {}).get(cards.unmasked(device)):
-            yield warning(
-                "npu-held",
-                card or f"device {device}",
-                f"is held by the launch {holder}",
-                "Stop it, or choose other --devices.",
-            )
+            yield _held(card or f"device {device}", holder)
         elif card is not None:
             yield from _busy(card)
         if card is None and cards.cards:
@@ -119,6 +118,15 @@ def _busy(card: Card) -> Iterator[Finding]:
             f"{card.memory}: {names or 'something'} runs on it",
             "Stop it, choose other --devices, or give what is left as --device-mem.",
         )
+
+
+def _held(where: Card | str, holder: str) -> Finding:
+    return warning(
+        "npu-held",
+        where,
+        f"is held by the launch {holder}",
+        f"Choose other --devices, or end it: telechat-mindie stop {holder}",
+    )
 
 
 def _dtype(card: Card, dtype: str) -> Iterator[Finding]:

@@ -114,12 +114,12 @@ class Cards:
         return next((card for card in self.cards if card.device == self.unmasked(device)), None)
 
     def memory_gb(self, devices: Iterable[int] | None = None) -> float | None:
-        """GB of 2^30 bytes of the smallest of MindIE's `devices`, or of all cards; None where nothing says.
+        """GB of 2^30 bytes, in tenths, of the smallest of MindIE's `devices`, or of all cards; None where nothing says.
 
         Devices that are not listed count as any card here.
         """
         chosen = [card for device in devices or () if (card := self.card(device))] or self.cards
-        return min((card.total for card in chosen if card.total), default=0) / 1024 or None
+        return min((card.total for card in chosen if card.total), default=0) * 10 // 1024 / 10 or None
 
 
 def read_cards(

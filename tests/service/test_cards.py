@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import make_checkpoint
+from typer.testing import CliRunner
 
+from telechat_mindie.cli import app
+from telechat_mindie.findings import Report
+from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.service.card_rules import card_memory, check_card, check_devices, check_mask, check_toolkit
 from telechat_mindie.service.cards import Card, Cards, Process, device_files, parse_npu_smi, read_cards, trouble_in
 
@@ -76,7 +84,7 @@ def test_the_boards_of_a_300i_duo_are_numbered_apart(shared):
         (2, 32768, 2, "310P3"),
     ]
     assert [card.is_busy for card in cards.cards] == [True, False, True]
-    assert cards.memory_gb() == pytest.approx(21.02, abs=0.01)
+    assert cards.memory_gb() == 21
     assert ids(check_devices(cards, [1], "bfloat16")) == ["npu-chip", "npu-dtype"]
 
 
@@ -259,6 +267,78 @@ def test_npu_smis_own_codes(code, advice):
 def test_its_words_cannot_drive_the_terminal_or_fill_it():
     message = trouble_in("\x1b[31m" + "x" * 100_000 + "\n" + "y\n" * 100).message
     assert "\x1b" not in message and len(message) < 500
+
+
+# ---- service-config and check ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A bfloat16 directory of one rank."""
+    root = tmp_path_factory.mktemp("cards")
+    make_checkpoint(root / "ckpt", "bfloat16")
+    build(root / "telechat2", root / "ckpt", BuildOptions(block_size=16))
+    return root / "telechat2"
+
+
+@pytest.fixture
+def command(model, tmp_path):
+    """Runs one with the model directory where npu-smi prints the given table."""
+
+    def run(name: str, text: str, *options: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "table").write_text(text)
+        npu_smi(tmp_path / "bin", f"echo asked >> {tmp_path}/asked; /bin/cat {tmp_path}/table")
+        return subprocess.run(
+            [sys.executable, "-m", "telechat_mindie", name, str(model), *options],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)},
+        )
+
+    return run
+
+
+def npu_mem_size(done: subprocess.CompletedProcess[str]) -> int:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"]
+
+
+HTTP = ("--insecure-http", "--port-base", "23035")
+
+
+def test_service_config_takes_the_memory_of_the_cards(command, tmp_path):
+    mixed = table((0, 0, "", "910B4", 100, 32768), (1, 0, "", "910B3", 100, 65536))
+    done = command("service-config", mixed, *HTTP)
+    assert (npu_mem_size(done), done.stderr) == (25, "")  # 32 - a fifth
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    assert npu_mem_size(command("service-config", mixed, *HTTP, "--devices", "1")) == 51
+    assert npu_mem_size(command("service-config", mixed, *HTTP, "--device-mem", "16")) == 12
+    unknown = command("service-config", "dcmi module initialize failed. ret is -8005", *HTTP)
+    assert npu_mem_size(unknown) == 51 and "64 GB are assumed" in unknown.stderr and "-8005" in unknown.stderr
+
+
+def test_service_config_warns_of_the_cards_that_it_names(command):
+    assert command("service-config", TWO_CHIPS, *HTTP).stderr == ""
+    busy = command("service-config", TWO_CHIPS, *HTTP, "--devices", "3")
+    assert busy.returncode == 0 and "warning: device 3 (NPU 1 chip 1): Ascend910, 65536 MB, 43186 in use" in busy.stderr
+    refused = command("service-config", table((0, 0, 0, "310P3", 100, 44280)), *HTTP)
+    assert refused.returncode == 0 and "knows no bfloat16" in refused.stderr and "Atlas 800I A2" in refused.stderr
+
+
+def test_check_measures_by_the_cards_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "telechat_mindie.service.check.check", lambda path, options, start: asked.append(options) or Report(())
+    )
+    monkeypatch.setattr("telechat_mindie.service.cards.read_cards", lambda: cards_of(CONTAINER))
+    runner = CliRunner()
+    for options in ([], ["--device-mem", "16"]):
+        assert runner.invoke(app, ["check", "somewhere", *options]).exit_code == 0
+    assert [options.device_mem_gb for options in asked] == [32, 16]
+
+
+# ---- odd tables ----
 
 
 def test_other_output_is_no_table():

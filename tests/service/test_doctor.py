@@ -18,6 +18,8 @@ from telechat_mindie.findings import Report
 from telechat_mindie.service import schema
 from telechat_mindie.service.doctor import diagnose, host, npu, software, support
 from telechat_mindie.service.doctor.machine import Machine
+from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory
 from telechat_mindie.service.port_holder import port_holder
 
 NPU_SMI = """\
@@ -230,6 +232,17 @@ class TestCards:
         found = list(npu.check_cards(stage.machine()))
         assert severities(found) == {"npu-chip": "error", "visible-devices": "error"}
         assert "Atlas 800I A2" in text(found) and "export ASCEND_RT_VISIBLE_DEVICES=0,1" in text(found)
+
+    def test_a_launch_that_holds_a_card(self, stage, tmp_path):
+        stage.cards(used=29000)
+        stage.environment["XDG_STATE_HOME"] = str(tmp_path)
+        launcher = Identity.of(os.getpid())
+        plan = LaunchPlan("m-1025", "/m", "2.0", ("x",), {}, {}, {}, None, "m", launcher, cards=(1,))
+        RunDirectory(tmp_path / "telechat-mindie" / "m-1025").create(plan, "{}")
+        found = list(npu.check_cards(stage.machine()))
+        assert [finding.id for finding in found] == ["npu", "npu-held"]
+        assert "the launch m-1025" in found[1].message and "stop m-1025" in found[1].advice
+        assert found[1].where == "device 1 (NPU 1 chip 0)"
 
     def test_npu_smi_is_asked_once(self, stage):
         stage.cards()

@@ -24,7 +24,7 @@ from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.software import find_daemon, mindie_version
 from telechat_mindie.service.facts import model_facts
-from telechat_mindie.service.launch import client, log_advice, shared_memory
+from telechat_mindie.service.launch import client, shared_memory
 from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
 from telechat_mindie.service.launch.errors import LaunchError
 from telechat_mindie.service.launch.installation import NotInstalledError, find_installation
@@ -374,80 +374,6 @@ def test_a_cards_memory_is_as_npu_smi_says_unless_named(model, tmp_path, monkeyp
 
 
 # ---- the log ----
-
-SAMPLES = {
-    "port-taken": "[MIE04E020407] Management or Business or Metrics Http server listen port is occupied",
-    "scheduler-port-taken": "[ERROR] Failed to bind to tcp address 127.0.0.1:8090, errno: 98",
-    "config-permission": "Check path: config.json failed, by:  Check Other group permission failed: /m/config.json",
-    "path-permission": "owner id diff: current process user id is 1000, file owner id is 0",
-    "symlink": "[ERROR] Found symlink path: /models/telechat",
-    "config-json": "Json file is invalid. Please check json format! ",
-    "config-refused": "ConfigManager init exception: Failed to initialize ScheduleConfig from JSON.",
-    "certificate": "[MIE04E02041C] Business Http ssl Initialize failed",
-    "shared-memory": "[ERROR] Available shared memory size is not enough for all executors.",
-    "ms-wrapper": "ModuleNotFoundError: No module named 'mindie_llm.modeling.model_wrapper.ms.mf_model_wrapper'",
-    "worker-missing": "execvp mindie_llm_backend failed: No such file or directory",
-    "module-missing": "ModuleNotFoundError: No module named 'llm_datadist'",
-    "library-missing": "ImportError: libascendcl.so: cannot open shared object file: No such file or directory",
-    "static-tls": "OSError: libgomp.so.1: cannot allocate memory in static TLS block",
-    "top-k": "RuntimeError: topk: k should be in [0, 512]",
-    "npu-memory": "RuntimeError: NPU out of memory. Tried to allocate 9.00 GiB.",
-    "kv-blocks": "The number of blocks must be non-negative. This is due to warm_up",
-    "npu-mem-size": "ValueError: npu_mem_size=-1 only support in parallel mode",
-    "device-open": "[ERROR] Open device 3 failed, with error code 507033",
-    "scheduler-lost": "[WARNING] Failed to connect to the meta server node url: scheduler 127.0.0.1:8090.",
-    "hccl": "RuntimeError: HCCL execute error, Exception: ACL stream synchronize failed",
-    "cann": "RuntimeError: CANN execute error, Exception: EZ9999: Inner Error!",
-    "model-dir": "telechat_mindie.errors.ModelDirError: /m: must hold exactly one yaml (found none)",
-    "runner-input": "telechat_mindie.errors.InputError: world_size: does not fit the directory's weights",
-    "tokenizer-pool": "[MIE04E02011C] Init process tokenizer pool failed.",
-    "worker-killed": "[MIE04E010109] Process 4711 was terminated by signal 9 (Killed)",
-    "worker-died": "[INFO] Process 4711 exited normally with status 1",
-    "process-group": "[MIE04E01011C] Failed to set process group. errno is 1",
-    "init-request": "[ERROR] Failed to send initialization request to worker.",
-}
-
-
-def test_every_entry_of_the_table_is_recognized_by_its_line():
-    assert list(SAMPLES) == [row["id"] for row in log_advice.table()["causes"]]
-    for id, line in SAMPLES.items():
-        cause = log_advice.find_cause(["something else", line])
-        assert cause is not None and cause.id == id and cause.line == line
-        assert cause.advice and "{" not in cause.cause
-
-
-def test_what_stands_first_in_the_table_is_the_cause_wherever_it_stands_in_the_log():
-    consequences = [SAMPLES["init-request"], SAMPLES["worker-died"]]
-    for lines in ([SAMPLES["npu-memory"], *consequences], [*consequences, SAMPLES["npu-memory"]]):
-        assert log_advice.find_cause(lines).id == "npu-memory"
-    cause = log_advice.find_cause([SAMPLES["module-missing"], SAMPLES["worker-died"]])
-    assert cause.cause == "MindIE's workers cannot import llm_datadist"
-
-
-def test_an_error_code_is_spelt_out_where_no_entry_fits():
-    cause = log_advice.find_cause(["[MIE04W01011A] Received exit signal[15]", "[MIE04E010101] nothing known"])
-    assert cause.cause == "MindIE says MIE04E010101, daemon, start: permission denied"
-    assert log_advice.explain_code("MIE05E01000A") == "MIE05E01000A, a card's memory did not suffice"
-    assert log_advice.explain_code("MIE99E999999") == "MIE99E999999"
-    assert log_advice.find_cause(["[MIE04W01011A] a warning", "text"]) is None
-
-
-@pytest.mark.parametrize(
-    ("line", "level"),
-    [
-        ("[2026-01-01] [1] [1] [llm] [INFO] [executor.cpp:1] Execute command", "noise"),
-        ("[2026-01-01] [1] [1] [llm] [ERROR] [executor.cpp:1] no", "error"),
-        ("[2026-01-01 00:00:00.1] [MIE04E02011C] Failed to start http wrapper", "error"),
-        ("ModuleNotFoundError: No module named 'x'", "error"),
-        ("[MIE04W01011A] Received exit signal[15]", "warning"),
-        ("[WARN] a warning", "warning"),
-        ("/x.py:1: UserWarning: pkg_resources is deprecated", "noise"),
-        ("LLM log default format: [yyyy-mm-dd] [ERROR]", "noise"),
-        ("Daemon start success!", "text"),
-    ],
-)
-def test_levels(line, level):
-    assert log_advice.level(line) == level
 
 
 def test_the_log_is_read_by_whole_lines_and_survives_truncation(tmp_path):

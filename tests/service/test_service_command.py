@@ -65,7 +65,7 @@ def test_a_path_that_mindie_refuses(odd, tmp_path):
 
 
 def test_stdout(model, tmp_path):
-    done = run(model, "--insecure-http", "--devices", "4-5", *FREE, cwd=tmp_path)
+    done = run(model, "--insecure-http", "--devices", "4-5", "--device-mem", "64", *FREE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads(done.stdout)
     assert schema.validate(config, "3.0.0.beta") == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from telechat_mindie.service.cards import NPU_SMI_SECONDS, Cards, read_cards
+from telechat_mindie.service.launch.rundir import cards_held, state_home
 
 
 class Package(NamedTuple):
@@ -68,6 +69,11 @@ class Machine:
     def cards(self) -> Cards:
         """What npu-smi says; asked once."""
         return read_cards(self.environment, root=self.root, timeout=self.timeout)
+
+    @cached_property
+    def held(self) -> Mapping[int, str]:
+        """Names of this user's active launches by the cards that they hold."""
+        return cards_held(state_home(self.environment))
 
     def read(self, absolute: str, limit: int = 1 << 16) -> str | None:
         """The beginning of a text file, None if it cannot be read."""

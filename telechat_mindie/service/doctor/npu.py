@@ -52,7 +52,7 @@ def check_cards(machine: Machine) -> Iterator[Finding]:
     if machine.cards.trouble is not None:
         yield machine.cards.trouble
     for card in machine.cards.cards:
-        yield from check_card(card)
+        yield from check_card(card, machine.held.get(card.device))
 
 
 def cann_version(machine: Machine) -> str | None:

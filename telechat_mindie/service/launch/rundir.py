@@ -178,6 +178,15 @@ def all_runs(home: Path) -> list[RunDirectory]:
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
+def cards_held(home: Path) -> dict[int, str]:
+    """Names of the active runs by the cards that they hold, counted as `Cards.unmasked` gives them; none where the
+    folder cannot be read."""
+    try:
+        return {card: run.name for run in all_runs(home) if run.is_active() for card in run.plan().cards}
+    except OSError:
+        return {}
+
+
 def find_run(home: Path, name: str | None, *, or_last: bool = False) -> RunDirectory:
     """The run called `name`; without a name, the only one that is active, or with `or_last` the last one where none is.
 
