@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
+from collections import deque
 
 import pytest
 
 from telechat_mindie.service.launch import log_advice
 from telechat_mindie.service.launch.log_tail import LogTail
+from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, State
+from telechat_mindie.service.launch.running import Launch
 
 SAMPLES = {
     "port-taken": "[MIE04E020407] Management or Business or Metrics Http server listen port is occupied",
@@ -111,6 +116,8 @@ def test_every_row_has_a_kind_and_a_source():
         ("libdcmi.so: cannot open shared object file: No such file", "driver-library"),
         ("libge_runner.so: cannot open shared object file: No such file", "cann-library"),
         ("[ERROR] [MIE05E040001] llmManager_ init fail!", "init-request"),
+        ("[ERROR] [MIE04E01011C] [daemon] Failed to init endpoint! Please check the service log", "engine"),
+        ("[ERROR] [MIE04E02011C] [endpoint] Failed to init infer model instance", "engine"),
         ("[ERROR] ME(1): Can not find driver so(need by mindspore-ascend).", "driver-library"),
         ("The configName maxQueue is not found, use default value.", None),
         ("The value of topK must be in [0, 2147483647], but the topK is -3", None),  # of a request
@@ -206,6 +213,44 @@ def test_the_real_logs(shared):
     ]
     assert "this host's" in found["gpustack3894_listen"].cause and "--init" in found["wang_pid1"].advice
     assert "above" in found["gpustack2221_only_endpoint"].advice
+
+
+# ---- what launch makes of it ----
+
+
+@pytest.fixture
+def failed(tmp_path):
+    """A launch that ended by itself, with the given lines in its log."""
+
+    def make(*lines: str) -> Launch:
+        run = RunDirectory(tmp_path / "m-1025")
+        me = Identity.of(os.getpid())
+        run.create(LaunchPlan("m-1025", "/m", "2.0", ("x",), {}, {}, {}, None, "m", me), "{}")
+        run.write_state(State(me, me, 0.0, (), reason="ended", returncode=3))
+        run.log.write_text("".join(f"{line}\n" for line in lines))
+        launch = object.__new__(Launch)  # without a process
+        launch.run, launch.plan, launch.on_line = run, run.plan(), lambda _line: None
+        launch._tail, launch._lines = LogTail(run.log), deque(maxlen=3)
+        launch._read()
+        return launch
+
+    return make
+
+
+def test_a_warning_alone_is_not_made_the_cause(failed):
+    said = str(failed(f"[1] [llm] [WARN] [x.cpp:1] {SAMPLES['config-permission']}")._failure("did not start", "Wait."))
+    assert "did not start: it ended with status 3" in said and "no error, but a warning" in said
+    assert "Wait. Repair the modes" in said
+
+
+def test_info_does_not_push_the_cause_out(failed):
+    launch = failed(SAMPLES["top-k"], *["[1] [llm] [INFO] [x.cpp:1] going on"] * 10)
+    assert "the warm-up asked for more tokens" in str(launch._failure("did not start"))
+
+
+def test_the_last_errors_are_shown_by_launch(failed):
+    said = str(failed("[ERROR] one", "[ERROR] two")._failure("did not start"))
+    assert "nothing in its log is a known cause" in said and "[ERROR] one / [ERROR] two" in said
 
 
 # ---- logs of any kind ----

@@ -29,7 +29,7 @@ from telechat_mindie.service.launch.installation import (
 )
 from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.service.launch.reuse import as_it_stands, changes, find_usual, is_for
-from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs, cards_held
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.service.schema.settings import SERVER
@@ -151,7 +151,6 @@ def prepare(
     if launch.host is not None and environment.get("MIES_CONTAINER_IP"):
         variables["MIES_CONTAINER_IP"] = str(server["ipAddress"])  # it would win over the config
     devices = [device for row in device_rows(rendered.config) for device in row]
-    held = {card: run.name for run in active for card in run.plan().cards}
     plan = LaunchPlan(
         name=run.name,
         model_path=facts.model_path,
@@ -166,7 +165,7 @@ def prepare(
         client=launch.client,
         cards=tuple(seen.unmasked(device) for device in devices),
     )
-    cards = (*check_devices(seen, devices, directory.serving.dtype, held), *check_toolkit(environment))
+    cards = (*check_devices(seen, devices, directory.serving.dtype, cards_held(home)), *check_toolkit(environment))
     return Prepared(
         run, plan, rendered, facts, installation, {**environment, **variables}, cards=cards, notes=tuple(notes)
     )

@@ -19,7 +19,7 @@ from telechat_mindie.service.launch import client, processes, shared_memory
 from telechat_mindie.service.launch.client import Answer, ClientRefusedError, UnansweredError
 from telechat_mindie.service.launch.client_tls import client_tls
 from telechat_mindie.service.launch.errors import LaunchError
-from telechat_mindie.service.launch.log_advice import find_cause, success_line
+from telechat_mindie.service.launch.log_advice import find_cause, level, success_line
 from telechat_mindie.service.launch.log_tail import LogTail
 from telechat_mindie.service.launch.rundir import SUPERVISOR_LOG, RunDirectory, State
 from telechat_mindie.service.launch.supervisor import GRACE_SECONDS, KILL_SECONDS
@@ -27,7 +27,7 @@ from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.staging import FILE_MODE
 
 POLL_SECONDS = 0.05
-KEPT_LINES = 5000  # of the log, in which the cause of a failure is looked for
+KEPT_LINES = 5000  # of the log, [INFO] and the like left out, in which the cause of a failure is looked for
 
 END_SECONDS = 2.0  # after a request without an answer, for the end of the daemon to show itself
 DYING = "Daemon is killing"
@@ -144,7 +144,8 @@ class Launch:
     def _read(self, final: bool = False) -> list[str]:
         lines = self._tail.read(final)
         for line in lines:
-            self._lines.append(line)
+            if level(line) != "noise":
+                self._lines.append(line)
             self.on_line(line)
         return lines
 
@@ -162,7 +163,7 @@ class Launch:
         last = next((line for line in reversed(self._lines) if line.strip()), None)
         found = f"the log's last line: {last}" if last else "an empty log"
         advice = otherwise
-        if cause is not None:
+        if cause is not None and cause.severity == "error":
             holders = ""
             if cause.id == "port-taken":
                 taken = [port for port in self.plan.ports.values() if not ports.is_free(port)]
@@ -171,6 +172,8 @@ class Launch:
             found, advice = f"in its log: {cause.line.strip()}", cause.advice
         elif state.returncode is not None and state.reason == "ended":
             what = f"{what}: {_ending(state.returncode)}"
+        if cause is not None and cause.severity == "warning":
+            found, advice = f"{cause.cause}: {cause.line.strip()}", f"{advice} {cause.advice}"
         return LaunchError(what, where="MindIE's daemon", found=found, advice=f"{advice} The log: {self.run.log}")
 
 
