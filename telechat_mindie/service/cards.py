@@ -163,9 +163,10 @@ def device_files(root: Path = Path("/")) -> list[int]:
 
 # ---- the table ----
 
-_BOARD = re.compile(r"(\d+)\s+(\S.*)")  # NPU and name
-_CHIP = re.compile(r"(\d+)(?:\s+(\d+))?")  # chip and, where the table has that column, Phy-ID
-_USAGE = re.compile(r"(\d+)\s*/\s*(\d+)")
+_NUMBER = re.compile(r"\d{1,9}")
+_BOARD = re.compile(r"(\d{1,9})\s+(\S.*)")  # NPU and name
+_CHIP = re.compile(r"(\d{1,9})(?:\s+(\d{1,9}))?")  # chip and, where the table has that column, Phy-ID
+_USAGE = re.compile(r"(\d{1,9})\s*/\s*(\d{1,9})")
 
 
 def parse_npu_smi(text: str) -> list[Card]:
@@ -184,7 +185,7 @@ def parse_npu_smi(text: str) -> list[Card]:
             continue
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) == 4:
-            if (chip := _CHIP.fullmatch(cells[0])) and chip[2] and cells[1].isdecimal() and cells[3].isdecimal():
+            if (chip := _CHIP.fullmatch(cells[0])) and chip[2] and all(_NUMBER.fullmatch(cells[n]) for n in (1, 3)):
                 process = Process(int(cells[1]), cells[2], int(cells[3]))
                 processes.setdefault((int(chip[1]), int(chip[2])), []).append(process)
         elif len(cells) == 3 and board is not None and (chip := _CHIP.fullmatch(cells[0])):
@@ -267,8 +268,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], timeout: float)
     Into a file and without a last wait: one that hangs in the driver cannot be killed, and a pipe that a child of it
     keeps open would never end.
     """
-    with tempfile.TemporaryFile() as output:
-        try:
+    try:
+        with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 command,
                 env=dict(environment),
@@ -277,15 +278,15 @@ def _run(command: Sequence[str], environment: Mapping[str, str], timeout: float)
                 stderr=output,
                 start_new_session=True,
             )
-        except OSError as failure:
-            return f"{command[0]}: {failure.strerror}"
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-            return None
-        output.seek(0)
-        return output.read(1 << 20).decode(errors="replace")
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                return None
+            output.seek(0)
+            return output.read(1 << 20).decode(errors="replace")
+    except OSError as failure:
+        return f"{command[0]}: {failure.strerror}"

@@ -368,6 +368,8 @@ def test_launch_refuses_a_chip_and_a_dtype(model, tmp_path, monkeypatch):
 
 def test_other_output_is_no_table():
     assert parse_npu_smi("") == [] == parse_npu_smi("| a | b | c |\n| 1 | 2 |\n|||||\n" * 3)
+    digits = "9" * 5000
+    assert parse_npu_smi(f"| {digits} x | OK | 1 |\n| 1 1 | 2 | x | {digits} |\n") == []
     half = TWO_CHIPS.partition("0000:9D")[0]
     assert parse_npu_smi(half) == []
 
