@@ -17,6 +17,7 @@ from telechat_mindie.commands.export import export
 from telechat_mindie.commands.generate import generate
 from telechat_mindie.commands.info import info
 from telechat_mindie.commands.launch import launch
+from telechat_mindie.commands.logs import logs
 from telechat_mindie.commands.manifests import manifests
 from telechat_mindie.commands.nano import nano
 from telechat_mindie.commands.plan import plan
@@ -45,6 +46,7 @@ COMMANDS = (
     generate,
     info,
     launch,
+    logs,
     manifests,
     nano,
     plan,

@@ -144,7 +144,7 @@ def client_tls(ca_cert: Path | None, cert: Path | None, key: Path | None) -> ssl
         InputError: a file that cannot be read or is no such thing, or a key without a certificate.
     """
     if cert is None and key is not None:
-        raise InputError("needs a certificate", where="--key", advice="Name it with --cert.")
+        raise InputError("needs a certificate", where="--client-key", advice="Name it with --client-cert.")
     if ca_cert is None and cert is None:
         return None
     try:
@@ -177,6 +177,8 @@ def _named_faults(where: str) -> Iterator[None]:
         yield
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         what, kind, advice = _fault(error)
+        if where.startswith("https:") and kind == "broken off":
+            advice = "MindIE asks for a certificate that is meant for clients: --client-cert and --client-key."
         raise ServiceError(what, kind=kind, where=where, advice=advice) from None
 
 

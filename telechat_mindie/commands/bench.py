@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, CaCert, Cert, Key, ServedModel
+from telechat_mindie.commands.options import AsJson, CaCert, ClientCert, ClientKey, ServedModel
 
 if TYPE_CHECKING:
     from telechat_mindie.loadtest.run import Outcome, Plan
@@ -51,8 +51,8 @@ def serve(
     model: ServedModel = None,
     timeout: float = typer.Option(600, "--timeout", min=1, help="Most seconds of a request."),
     ca_cert: CaCert = None,
-    cert: Cert = None,
-    key: Key = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     as_json: AsJson = False,
     plot: Path = typer.Option(None, "--plot", help="Draw them into this PNG file."),
 ) -> None:
@@ -60,7 +60,7 @@ def serve(
 
     Exit code 1 where no request succeeded. Ctrl-C ends the test early and reports what it has.
     """
-    from telechat_mindie.client.client import client_tls
+    from telechat_mindie.commands.service_tls import service_tls
     from telechat_mindie.errors import InputError
     from telechat_mindie.loadtest.driver import Load
     from telechat_mindie.loadtest.prompts import Range
@@ -88,7 +88,7 @@ def serve(
         seed=seed,
         model=model,
         timeout=timeout,
-        tls=client_tls(ca_cert, cert, key),
+        tls=service_tls(url, ca_cert, client_cert, client_key),
     )
     _report(plan, _measure(plan), as_json=as_json, plot=plot)
 

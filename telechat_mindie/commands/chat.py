@@ -8,8 +8,8 @@ import typer
 
 from telechat_mindie.commands.options import (
     CaCert,
-    Cert,
-    Key,
+    ClientCert,
+    ClientKey,
     MaxNewTokens,
     RepetitionPenalty,
     Seed,
@@ -33,8 +33,8 @@ def chat(
     model: ServedModel = None,
     timeout: float = typer.Option(600, "--timeout", min=1, help="URL only: most seconds to wait for the next token."),
     ca_cert: CaCert = None,
-    cert: Cert = None,
-    key: Key = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Chat in the terminal, with a directory on the CPU or with a running service.
 
@@ -55,14 +55,14 @@ def chat(
     )
     answers: Answers
     if "://" in target:
-        from telechat_mindie.client.client import client_tls
+        from telechat_mindie.commands.service_tls import service_tls
 
-        tls = client_tls(ca_cert, cert, key)
+        tls = service_tls(target, ca_cert, client_cert, client_key)
         answers = RemoteAnswers(target, sampling, model=model, tls=tls, timeout=timeout)
     else:
         from telechat_mindie.errors import InputError
 
-        given = {"--model": model, "--ca-cert": ca_cert, "--cert": cert, "--key": key}
+        given = {"--model": model, "--ca-cert": ca_cert, "--client-cert": client_cert, "--client-key": client_key}
         if names := ", ".join(name for name, value in given.items() if value is not None):
             raise InputError("is for a service", where=names, advice="Leave it out, or name a URL: http://HOST:PORT.")
         answers = LocalAnswers(Path(target), sampling)

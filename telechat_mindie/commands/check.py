@@ -6,8 +6,7 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, DeviceMem, Generation, MindieHome, ModelPath
-from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+from telechat_mindie.commands.options import AsJson, CardMem, Generation, MindieHome, ModelPath
 from telechat_mindie.service import DEFAULT_GENERATION
 
 
@@ -16,7 +15,7 @@ def check(
     service_config: Path = typer.Option(None, "--service-config", help="The conf/config.json that will serve it."),
     mindie: Generation = DEFAULT_GENERATION,
     mindie_home: MindieHome = None,
-    device_mem: DeviceMem = DEFAULT_CARD_GB,
+    device_mem: CardMem = None,
     full: bool = typer.Option(False, "--full", help="Hash every file and compare with the manifest."),
     fix: bool = typer.Option(False, "--fix", help="Repair modes first; nothing else is changed."),
     timeout: float = typer.Option(300, "--timeout", min=1, help="Seconds for importing the modules."),
@@ -28,13 +27,15 @@ def check(
     """
     from telechat_mindie.commands.findings import show_report
     from telechat_mindie.commands.output import byte_progress
+    from telechat_mindie.service.card_rules import card_memory
+    from telechat_mindie.service.cards import read_cards
     from telechat_mindie.service.check import CheckOptions
     from telechat_mindie.service.check import check as run
 
     options = CheckOptions(
         service_config=service_config,
         generation=mindie,
-        device_mem_gb=device_mem,
+        device_mem_gb=card_memory(read_cards())[0] if device_mem is None else device_mem,
         full=full,
         fix=fix,
         mindie_home=mindie_home,

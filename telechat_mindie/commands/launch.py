@@ -16,16 +16,21 @@ import typer
 from telechat_mindie.commands.options import (
     GENERATION_NAMES,
     AsJson,
-    DeviceMem,
+    CaCert,
+    CardMem,
+    ClientCert,
+    ClientKey,
     Devices,
     InsecureHttp,
+    Instances,
+    MaxInputLen,
     MaxSeqLen,
     MindieHome,
     ModelPath,
     PortBase,
+    Reserve,
     Set,
 )
-from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 
 if TYPE_CHECKING:
     from telechat_mindie.findings import Finding
@@ -39,14 +44,23 @@ STYLES = {"error": "bold red", "warning": "yellow", "noise": "dim", "text": ""}
 def launch(
     model_path: ModelPath,
     devices: Devices = None,
-    device_mem: DeviceMem = DEFAULT_CARD_GB,
+    instances: Instances = None,
+    device_mem: CardMem = None,
+    reserve: Reserve = None,
     max_seq_len: MaxSeqLen = None,
+    max_input_len: MaxInputLen = None,
+    host: str = typer.Option(None, "--host", help="Address to listen on; default: the config's, 127.0.0.1."),
     port_base: PortBase = None,
     insecure_http: InsecureHttp = False,
     set_: Set = None,
     template: Path = typer.Option(
-        None, "--service-config", help="A conf/config.json to start from; it is not changed."
+        None,
+        "--service-config",
+        help="A conf/config.json to start from, which is not changed; default: conf/config.json here or in MindIE's "
+        "home, where it was rendered for this directory.",
     ),
+    new_config: bool = typer.Option(False, "--new-config", help="Render a config, whatever lies there."),
+    name: str = typer.Option(None, "--name", help="What to call the run; default: the model's name and its port."),
     mindie_home: MindieHome = None,
     mindie: str = typer.Option(
         None, "--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}; default: the installed one's."
@@ -56,35 +70,62 @@ def launch(
     max_tokens: int = typer.Option(32, "--max-tokens", min=1, help="Tokens of its answer, at most."),
     detach: bool = typer.Option(False, "--detach", help="Leave it running; see `status` and `stop`."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print config, environment and command; start nothing."),
+    ca_cert: CaCert = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Start MindIE's daemon for a model directory, ask it something, and keep it until Ctrl-C.
 
     The directory and the config are checked first. Config and log lie in a folder of their own, never in MindIE's.
+
+    Exit codes: 1 where the daemon is up, but its first request failed; 2 where it did not start or has ended by itself.
     """
-    from telechat_mindie.service.launch.prepare import check_prepared, prepare
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.service.launch.client_tls import client_files
+    from telechat_mindie.service.launch.prepare import LaunchOptions, check_prepared, prepare
     from telechat_mindie.service.launch.rundir import locked, state_home
     from telechat_mindie.service.launch.running import Launch
     from telechat_mindie.service.options import ServiceOptions
 
+    if new_config and template is not None:
+        raise InputError("exclude each other", where="--new-config and --service-config")
+    wanted = {
+        "devices": devices,
+        "instances": instances,
+        "device_mem_gb": device_mem,
+        "reserve_gb": reserve,
+        "max_seq_len": max_seq_len,
+        "max_input_len": max_input_len,
+        "port_base": port_base,
+    }
+    named = {field: value for field, value in wanted.items() if value is not None}
     options = ServiceOptions(
-        devices=devices,
-        device_mem_gb=device_mem,
-        max_seq_len=max_seq_len,
-        port_base=port_base,
+        **named,  # type: ignore[arg-type]
         insecure_http=insecure_http,
         template=template,
         overrides=tuple(set_ or ()),
         mindie_home=mindie_home,
     )
+    how = LaunchOptions(
+        named=frozenset(named),
+        generation=mindie,
+        host=host,
+        name=name,
+        reuse=not new_config,
+        need_mindie=not dry_run,
+        client=client_files(ca_cert, client_cert, client_key),
+    )
     environment = dict(os.environ)
     home = state_home(environment)
     with contextlib.nullcontext() if dry_run else locked(home):
-        prepared = prepare(model_path, options, home, environment, generation=mindie, need_mindie=not dry_run)
+        prepared = prepare(model_path, options, home, environment, how)
         if not dry_run:
             prepared.run.create(prepared.plan, prepared.rendered.text)
     try:
-        _tell(check_prepared(prepared, device_mem), model_path)
+        for note in prepared.notes:
+            print(f"note: {note}", file=sys.stderr)
+        _tell(check_prepared(prepared), model_path)
     except BaseException:
         if not dry_run:
             prepared.run.remove()
@@ -94,11 +135,12 @@ def launch(
         return
     with _signals_as_interrupts():
         daemon = Launch(prepared.run, detached=detach, on_line=_log_printer())
-        is_up = False
+        is_up, fault = False, None
         try:
-            answer = _bring_up(daemon, timeout, prompt, max_tokens)
-            is_up = True  # before anybody is told so: from here on an interrupt means the service
-            _announce(prepared, prompt, answer, as_json)
+            daemon.wait_until_up(timeout)
+            is_up = True  # from here on an interrupt means the service
+            answer, fault = _first_answer(daemon, prompt, max_tokens, timeout)
+            _announce(prepared, prompt, answer, fault, as_json)
             if not detach:
                 daemon.follow()
                 print(f"{prepared.plan.name}: was stopped", file=sys.stderr)
@@ -108,21 +150,21 @@ def launch(
                 print(f"{prepared.plan.name}: stopped before it was up", file=sys.stderr)
                 raise typer.Exit(130) from None
             _stop(daemon)
+    if fault is not None:
+        raise typer.Exit(1)
 
 
-def _bring_up(daemon: Launch, timeout: float, prompt: str, max_tokens: int) -> Answer | None:
-    """Until the daemon has answered a request; None where none can be sent."""
-    from telechat_mindie.service.launch.client import NoClientCertificateError
+def _first_answer(daemon: Launch, prompt: str, max_tokens: int, timeout: float) -> tuple[Answer | None, str | None]:
+    """The daemon's answer, or why there is none: it stays up either way."""
+    from telechat_mindie.service.launch.client import UnansweredError
 
-    daemon.wait_until_up(timeout)
     try:
-        return daemon.first_request(prompt, max_tokens, timeout)
-    except NoClientCertificateError as failure:
-        print(f"note: no first request: {failure}", file=sys.stderr)
-        return None
+        return daemon.first_request(prompt, max_tokens, timeout), None
+    except UnansweredError as failure:
+        return None, str(failure)
 
 
-def _announce(prepared: Prepared, prompt: str, answer: Answer | None, as_json: bool) -> None:
+def _announce(prepared: Prepared, prompt: str, answer: Answer | None, fault: str | None, as_json: bool) -> None:
     plan = prepared.plan
     if as_json:
         from telechat_mindie.commands.output import print_json
@@ -137,12 +179,15 @@ def _announce(prepared: Prepared, prompt: str, answer: Answer | None, as_json: b
                 "prompt": prompt,
                 "answer": None if answer is None else answer.text,
                 "seconds": None if answer is None else round(answer.seconds, 3),
+                "warning": fault,
             }
         )
     else:
         print(f"{plan.name} is up: {plan.urls['business']}, log {prepared.run.log}")
         if answer is not None:
             print(f"{prompt!r} was answered in {answer.seconds:.2f} s: {answer.text}")
+    if fault is not None:
+        print(f"warning: it is up and stays up, but the first request failed: {fault}", file=sys.stderr)
     sys.stdout.flush()
 
 

@@ -38,6 +38,12 @@ def manifests(
     mindie_home: str = typer.Option(DEFAULT_HOME, "--mindie-home", help="MindIE's home in the image."),
     shm_gb: int = typer.Option(16, "--shm-gb", help="/dev/shm of a container, in GB."),
     startup_minutes: int = typer.Option(30, "--startup-minutes", help="How long loading may take."),
+    wheel: Path = typer.Option(
+        None, "--wheel", help="A wheel of this package for the image; default: one of the code that runs here."
+    ),
+    index_url: str = typer.Option(
+        None, "--index-url", help="Package index that has this version, for the image to install it from instead."
+    ),
     device_mem: DeviceMem = DEFAULT_CARD_GB,
     max_seq_len: MaxSeqLen = None,
     max_input_len: MaxInputLen = None,
@@ -74,6 +80,8 @@ def manifests(
         resource=resource,
         shm_gb=shm_gb,
         startup_minutes=startup_minutes,
+        wheel=wheel,
+        index_url=index_url,
         service=service,
     )
     files = write_manifests(output, model_facts(ModelDir.open(model_path)), options, force=force)

@@ -36,8 +36,16 @@ AllowOverflow = Annotated[bool, typer.Option("--allow-overflow", help="Accept va
 Variant = Annotated[str | None, typer.Option("--variant", help=f"A released size instead: {VARIANT_NAMES}.")]
 
 # Service configs
+Instances = Annotated[
+    int | None, typer.Option("--instances", help="Copies of the model, each on as many cards as it was built for.")
+]
+Reserve = Annotated[float | None, typer.Option("--reserve", help="GB of a card kept free; default: a fifth of it.")]
 Devices = Annotated[str | None, typer.Option("--devices", help="Cards, as 0-7 or 0,2,4-5; default: the first ones.")]
 DeviceMem = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
+CardMem = Annotated[
+    float | None,
+    typer.Option("--device-mem", help="Memory of one card, in GB; default: as npu-smi says, else 64."),
+]
 MaxSeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Tokens of prompt and answer together.")]
 MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="Tokens of a prompt.")]
 PortBase = Annotated[
@@ -73,6 +81,11 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling."
 ServedModel = Annotated[
     str | None, typer.Option("--model", help="The model's name at a service; default: the first that it names.")
 ]
-CaCert = Annotated[Path | None, typer.Option("--ca-cert", help="Authority of a service's certificate (PEM).")]
-Cert = Annotated[Path | None, typer.Option("--cert", help="Our own certificate (PEM); MindIE asks for one.")]
-Key = Annotated[Path | None, typer.Option("--key", help="Its private key (PEM).")]
+CaCert = Annotated[
+    Path | None, typer.Option("--ca-cert", help="HTTPS: authority that signed the service's certificate (PEM).")
+]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option("--client-cert", "--cert", help="HTTPS: our own certificate (PEM), which MindIE asks for."),
+]
+ClientKey = Annotated[Path | None, typer.Option("--client-key", "--key", help="HTTPS: its private key (PEM).")]

@@ -10,7 +10,7 @@ import typer
 
 from telechat_mindie.commands.options import (
     AsJson,
-    DeviceMem,
+    CardMem,
     Devices,
     Generation,
     InsecureHttp,
@@ -18,13 +18,12 @@ from telechat_mindie.commands.options import (
     MaxSeqLen,
     ModelPath,
     Overwrite,
-    PortBase,
     Set,
 )
-from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.service import DEFAULT_GENERATION
 
 if TYPE_CHECKING:
+    from telechat_mindie.service.cards import Cards
     from telechat_mindie.service.render import RenderedConfig
 
 
@@ -38,13 +37,13 @@ def service_config(
     instances: int = typer.Option(
         1, "--instances", help="Copies of the model, each on as many cards as it was built for."
     ),
-    device_mem: DeviceMem = DEFAULT_CARD_GB,
+    device_mem: CardMem = None,
     reserve: float = typer.Option(None, "--reserve", help="GB of a card kept free; default: a fifth of it."),
     dynamic_kv: bool = typer.Option(False, "--dynamic-kv", help="npuMemSize -1: the KV cache takes what is left."),
     max_seq_len: MaxSeqLen = None,
     max_input_len: MaxInputLen = None,
     request_tokens: int = typer.Option(1024, "--request-tokens", help="Tokens of a typical request, to size batches."),
-    port_base: PortBase = None,
+    port_base: int = typer.Option(None, "--port-base", help="First of three ports; default: MindIE's, 1025."),
     insecure_http: InsecureHttp = False,
     set_: Set = None,
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
@@ -61,10 +60,17 @@ def service_config(
 ) -> None:
     """Render MindIE's conf/config.json for a model directory."""
     from telechat_mindie.model_dir.layout import ModelDir
+    from telechat_mindie.service import ports
+    from telechat_mindie.service.card_rules import card_memory
+    from telechat_mindie.service.cards import read_cards
     from telechat_mindie.service.facts import model_facts
-    from telechat_mindie.service.options import ServiceOptions
+    from telechat_mindie.service.options import ServiceOptions, parse_devices
     from telechat_mindie.service.render import render_service_config
 
+    cards = read_cards()
+    assumed = None
+    if device_mem is None:
+        device_mem, assumed = card_memory(cards, None if devices is None else parse_devices(devices))
     options = ServiceOptions(
         devices=devices,
         instances=instances,
@@ -81,12 +87,15 @@ def service_config(
         overrides=tuple(set_ or ()),
         mindie_home=mindie_home,
     )
-    rendered = render_service_config(model_facts(ModelDir.open(model_path)), options)
+    directory = ModelDir.open(model_path)
+    # The file may be for another machine; `launch` goes round the ports that are taken on its own.
+    rendered = render_service_config(model_facts(directory), options, ports.assume_free)
     if make_test_certificates:
         rendered = _make_certificates(rendered, mindie_home, replace=force)
     if output is not None:
         _write(output, rendered, replace=force or (template is not None and _same_file(output, template)))
     _tell(rendered, mindie_home)
+    _tell_cards(rendered, cards, directory.serving.dtype, assumed)
     if explain:
         _explain(rendered, str(output or model_path), as_json)
     elif as_json:
@@ -154,6 +163,21 @@ def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
         state = "must be in MindIE's home" if mindie_home is None else f"are missing in {mindie_home}"
         note = f"note: HTTPS is on, and these files {state}: {', '.join(dict.fromkeys(absent))}."
         print(f"{note} --insecure-http is without.", file=sys.stderr)
+
+
+def _tell_cards(rendered: RenderedConfig, cards: Cards, dtype: str, assumed: str | None) -> None:
+    """On stderr: what this machine's cards say against the config, which may yet be meant for another machine."""
+    import os
+
+    from telechat_mindie.service.card_rules import check_devices
+    from telechat_mindie.service.launch.rundir import cards_held, state_home
+
+    held = cards_held(state_home(os.environ))
+    rows: list[list[int]] = rendered.config["BackendConfig"]["npuDeviceIds"]
+    for finding in check_devices(cards, [device for row in rows for device in row], dtype, held):
+        print(f"warning: {finding.where}: {finding.message}. {finding.advice}", file=sys.stderr)
+    if assumed is not None:
+        print(f"note: {assumed}", file=sys.stderr)
 
 
 def _explain(rendered: RenderedConfig, title: str, as_json: bool) -> None:

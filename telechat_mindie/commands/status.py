@@ -32,8 +32,9 @@ def status(
     elif not rows:
         print("nothing was launched; `telechat-mindie launch MODEL_PATH` does")
     else:
-        header = ("run", "state", "address", "pid", "log")
-        print_table(str(home), [[str(row[column]) for column in header] for row in rows], header)
+        rows_of_text = [[row["run"], row["state"], _cards(row["cards"]), row["address"]] for row in rows]
+        print_table(str(home), rows_of_text, ("run", "state", "cards", "address"))
+        print("`telechat-mindie logs RUN` shows what it says")
     if any(row["state"] not in ("ready", "running", "stopped") for row in rows):
         raise typer.Exit(1)
 
@@ -44,6 +45,7 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         "run": run.name,
         "state": _state(run),
         "address": plan.urls["business"],
+        "cards": list(plan.cards),
         "pid": None if state is None else state.daemon.pid,
         "log": str(run.log),
         "model_path": plan.model_path,
@@ -52,12 +54,21 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def _cards(cards: list[int]) -> str:
+    """`0-3,6`."""
+    ranges: list[list[int]] = []
+    for card in sorted(cards):
+        if ranges and card == ranges[-1][-1] + 1:
+            ranges[-1].append(card)
+        else:
+            ranges.append([card])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges)
+
+
 def _state(run: RunDirectory) -> str:
     """In words: starting, ready, running, stopped, ended, not started, killed, left over."""
-    from pathlib import Path
-
-    from telechat_mindie.reading import read_json
-    from telechat_mindie.service.launch.client import NoClientCertificateError, is_healthy, tls_context
+    from telechat_mindie.service.launch.client import ClientRefusedError, is_healthy
+    from telechat_mindie.service.launch.client_tls import client_tls
 
     state = run.state()
     if state is None:
@@ -66,11 +77,8 @@ def _state(run: RunDirectory) -> str:
         if run.members():
             return "left over"  # its supervisor was killed; `stop` cleans up
         return state.reason or "killed"
-    plan = run.plan()
-    tls = None
-    if plan.urls["management"].startswith("https:"):
-        try:
-            tls = tls_context(read_json(run.config), Path(plan.tls_home or "/"))
-        except NoClientCertificateError:
-            return "running"  # its health cannot be asked for
-    return "ready" if is_healthy(plan.urls["management"], tls=tls) else "starting"
+    try:
+        healthy = is_healthy(run.plan().urls["management"], tls=client_tls(run, "management"))
+    except ClientRefusedError:
+        return "running"  # its health cannot be asked for
+    return "ready" if healthy else "starting"

@@ -99,9 +99,9 @@ def _server(ledger: _Ledger, options: ServiceOptions, base: Mapping[str, Any], i
     if first != wanted:
         origin, reason = "computed", f"the next three free ports from {wanted} on"
     elif options.port_base is not None:
-        origin, reason = "flag", f"--port-base {wanted}, free"
+        origin, reason = "flag", f"--port-base {wanted}"
     else:
-        origin, reason = "MindIE default", "free"
+        origin, reason = "MindIE default", "--port-base gives others"
     for offset, name in enumerate(SERVER_PORTS):
         ledger.settle((*SERVER, name), first + offset, origin, reason)
 

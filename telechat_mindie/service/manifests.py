@@ -14,6 +14,7 @@ import yaml
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
 from telechat_mindie.mindie import DEFAULT_HOME, HOME_VARIABLES, rank_environment
+from telechat_mindie.service import own_wheel, ports
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.staging import StagedDirectory, write_file
@@ -58,6 +59,8 @@ class ManifestOptions:
         mindie_home: MindIE's home in the image.
         resource: the cards as the device plugin calls them.
         shm_gb: /dev/shm of a container, in GB of 2^30 bytes.
+        wheel: of this package, which the image is given; None packs the code that runs here.
+        index_url: where the image gets the package from instead, by its name and version.
         startup_minutes: how long loading may take before a pod counts as failed.
         service: options of the conf/config.json. Its devices are cards of the machine, for docker only.
     """
@@ -72,6 +75,8 @@ class ManifestOptions:
     resource: str = "huawei.com/Ascend910"
     shm_gb: int = 16
     startup_minutes: int = 30
+    wheel: Path | None = None
+    index_url: str | None = None
     service: ServiceOptions = field(default_factory=ServiceOptions)
 
 
@@ -83,16 +88,26 @@ def write_manifests(directory: Path, facts: ModelFacts, options: ManifestOptions
         ConfigError: MindIE would refuse the config.
         OutputError: the directory exists or cannot be written.
     """
-    files = render_manifests(facts, options)
+    files: dict[str, bytes] = {}
+    wheel = None
+    if options.index_url is None:
+        wheel, data = own_wheel.pack_wheel() if options.wheel is None else own_wheel.read_wheel(options.wheel)
+        files[wheel] = data
+    files |= {name: text.encode() for name, text in render_manifests(facts, options, wheel).items()}
     with StagedDirectory(directory, replace=force, marker=MARKER) as staged:
-        for name, text in files.items():
-            write_file(staged.path / name, text.encode())
+        for name, data in files.items():
+            write_file(staged.path / name, data)
         staged.commit()
     return sorted(files)
 
 
-def render_manifests(facts: ModelFacts, options: ManifestOptions) -> dict[str, str]:
-    """The files of a deployment by name.
+def render_manifests(facts: ModelFacts, options: ManifestOptions, wheel: str | None) -> dict[str, str]:
+    """The texts of a deployment by their files' names.
+
+    Args:
+        facts: of the model directory.
+        options: of the user.
+        wheel: the file beside the Dockerfile that it installs; None where the package comes from an index.
 
     Raises:
         InputError, ConfigError: as `write_manifests`.
@@ -108,7 +123,9 @@ def render_manifests(facts: ModelFacts, options: ManifestOptions) -> dict[str, s
     values: dict[str, Any] = {
         **vars(options),
         "name": dns_label(facts.model_name),
-        "version": __version__,
+        "wheel": wheel,
+        "index": options.index_url,
+        "requirement": f"{own_wheel.DISTRIBUTION}=={__version__}",
         "cards": facts.tp,
         "groups": groups,
         "host_model_path": facts.model_path,
@@ -152,7 +169,7 @@ def _service_config(facts: ModelFacts, options: ManifestOptions) -> RenderedConf
     """As one container sees it: its cards are numbered from 0, its ports are all free, the model is mounted."""
     service = replace(options.service, devices=None, instances=1, mindie_home=None)
     inside = replace(facts, model_path=f"{MODELS_FOLDER}/{facts.model_name}")
-    return render_service_config(inside, service, is_free=lambda port: True)
+    return render_service_config(inside, service, ports.assume_free)
 
 
 def _check(options: ManifestOptions) -> None:
@@ -165,6 +182,7 @@ def _check(options: ManifestOptions) -> None:
         ("--tls-secret", options.tls_secret, r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"),
         ("--resource", options.resource, r"[a-z0-9.-]{1,253}/[a-zA-Z0-9._-]{1,63}"),
         ("--mindie-home", options.mindie_home, r"/[a-zA-Z0-9_./-]{0,4095}"),
+        ("--index-url", options.index_url, r"https?://[a-zA-Z0-9][a-zA-Z0-9._~:/?=&%+-]{0,2000}"),
     ):
         if text is not None and not re.fullmatch(pattern, text):
             raise InputError("is malformed", where=f"{flag} {text}", expected=f"text that matches {pattern}")
@@ -175,6 +193,8 @@ def _check(options: ManifestOptions) -> None:
     ):
         if not 1 <= number <= highest:
             raise InputError("is out of range", where=f"{flag} {number}", expected=f"1 to {highest}")
+    if options.wheel is not None and options.index_url is not None:
+        raise InputError("exclude each other", where="--wheel and --index-url")
     if options.kind == "k8s":
         if options.service.devices is not None:
             raise InputError(

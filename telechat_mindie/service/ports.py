@@ -27,6 +27,11 @@ def is_free(port: int) -> bool:
     return True
 
 
+def assume_free(_port: int) -> bool:
+    """For a config of another machine, whose ports this one knows nothing of."""
+    return True
+
+
 def free_run(base: int, count: int, avoid: Collection[int] = (), is_free: IsFree = is_free) -> int:
     """The first port, from `base` on, that begins `count` free ports in a row, none of them in `avoid`.
 

@@ -91,7 +91,7 @@ def test_generate_options(nano):
         (("build", "x", "--checkpoint", "nowhere"), "nowhere"),
         (("plan", "--variant", "8b"), "--variant: unknown size (expected 3b or 7b"),
         (("export", "--variant", "8b"), "--variant: unknown size (expected 3b or 7b"),
-        (("chat", "{nano}", "--cert", "own.pem", "--model", "m"), "--model, --cert: is for a service"),
+        (("chat", "{nano}", "--cert", "own.pem", "--model", "m"), "--model, --client-cert: is for a service"),
     ],
 )
 def test_refusals(nano, tmp_path, arguments, message):

@@ -141,7 +141,7 @@ def test_an_interrupt_reports_what_there_is():
         (("--rate", 5, "--concurrency", 5), "exclude each other"),
         (("--rate", "nan"), "--rate: is out of range"),
         (("--prompt-tokens", "9:3"), "--prompt-tokens: is no length in tokens"),
-        (("--key", "k.pem"), "--key: needs a certificate"),
+        (("--key", "k.pem"), "--client-key: needs a certificate"),
         (("--ca-cert", "nowhere.pem"), "nowhere.pem: cannot be used"),
     ],
 )

@@ -19,6 +19,8 @@ from telechat_mindie.findings import Report
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.service.doctor import diagnose, host, npu, software, support
 from telechat_mindie.service.doctor.machine import Machine
+from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory
 from telechat_mindie.service.port_holder import port_holder
 
 NPU_SMI = """\
@@ -37,7 +39,7 @@ NPU_SMI = """\
 +---------------------------+---------------+----------------------------------------------------+
 | NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
 +===========================+===============+====================================================+
-| 1       0                 | 4711          | python3                  | 29000                   |
+{process}
 +===========================+===============+====================================================+
 """
 
@@ -81,7 +83,9 @@ class Stage:
     def cards(self, count: int = 2, health: str = "OK", used: int = 2832) -> None:
         for name in (*npu.DEVICE_FILES, *(f"davinci{number}" for number in range(count))):
             self.file(f"dev/{name}")
-        self.file("table", NPU_SMI.format(health=health, used=used))
+        process = "| 1       0                 | 4711          | python3                  | 29000                   |"
+        none = "| No running processes found in NPU 1                                                            |"
+        self.file("table", NPU_SMI.format(health=health, used=used, process=process if used > 9999 else none))
         self.command(
             "npu-smi", f'[ "$*" = info ] && while IFS= read -r line; do echo "$line"; done < {self.root}/table'
         )
@@ -194,29 +198,73 @@ class TestCards:
     def test_a_busy_and_a_sick_one(self, stage):
         stage.cards(used=29000)
         found = list(npu.check_cards(stage.machine()))
-        assert [finding.id for finding in found if finding.severity == "warning"] == ["npu-memory"]
+        assert [(finding.id, finding.severity) for finding in found] == [("npu", "ok"), ("npu-memory", "warning")]
+        assert "python3 (pid 4711, 29000 MB) runs on it" in text(found)
         stage.cards(health="Alarm")
         found = list(npu.check_cards(stage.machine()))
-        assert [finding.where for finding in found if finding.id == "npu-health"] == ["NPU 1"]
+        assert [finding.where for finding in found if finding.id == "npu-health"] == ["device 1 (NPU 1 chip 0)"]
 
     def test_a_container_without_the_managers(self, stage):
         stage.cards()
         (stage.root / "dev" / "hisi_hdc").unlink()
         assert "--device=/dev/hisi_hdc" in text(npu.check_cards(stage.machine()))
 
-    @pytest.mark.parametrize("script", ["sleep 60", "exit 1", "echo", "kill -9 $$"])
+    @pytest.mark.parametrize("script", ["/bin/sleep 60", "exit 1", "echo", "kill -9 $$"])
     def test_a_driver_that_hangs_or_fails(self, stage, script):
         stage.cards()
-        stage.command("npu-smi", script.replace("sleep", "exec /bin/sleep"))
+        stage.command("npu-smi", script)
         begin = time.monotonic()
         found = list(npu.check_cards(stage.machine(timeout=0.5)))
         assert severities(found) == {"npu-smi": "warning"} and time.monotonic() - begin < 10
 
+    def test_what_npu_smi_says_instead(self, stage):
+        stage.cards()
+        stage.command("npu-smi", "echo 'dcmi model init failed, because the device is used. ret is -8020'; exit 1")
+        (found,) = npu.check_cards(stage.machine())
+        assert "ret is -8020" in found.message and "docker ps" in found.advice and "driver" not in found.advice
+        (stage.bin / "npu-smi").unlink()
+        (found,) = npu.check_cards(stage.machine())
+        assert found.id == "npu-smi-missing" and "/usr/local/sbin" in found.message
+
+    def test_a_chip_that_is_refused_and_a_mask(self, stage):
+        stage.cards()
+        stage.file("table", (stage.root / "table").read_text().replace("910B4", "310P3"))
+        stage.environment["ASCEND_RT_VISIBLE_DEVICES"] = "1,0"
+        found = list(npu.check_cards(stage.machine()))
+        assert severities(found) == {"npu-chip": "error", "visible-devices": "error"}
+        assert "Atlas 800I A2" in text(found) and "export ASCEND_RT_VISIBLE_DEVICES=0,1" in text(found)
+
+    def test_a_launch_that_holds_a_card(self, stage, tmp_path):
+        stage.cards(used=29000)
+        stage.environment["XDG_STATE_HOME"] = str(tmp_path)
+        launcher = Identity.of(os.getpid())
+        plan = LaunchPlan("m-1025", "/m", "2.0", ("x",), {}, {}, {}, None, "m", launcher, cards=(1,))
+        RunDirectory(tmp_path / "telechat-mindie" / "m-1025").create(plan, "{}")
+        found = list(npu.check_cards(stage.machine()))
+        assert [finding.id for finding in found] == ["npu", "npu-held"]
+        assert "the launch m-1025" in found[1].message and "stop m-1025" in found[1].advice
+        assert found[1].where == "device 1 (NPU 1 chip 0)"
+
+    def test_npu_smi_is_asked_once(self, stage):
+        stage.cards()
+        stage.command("npu-smi", f"echo asked >> {stage.root}/count")
+        diagnose(stage.machine())
+        assert (stage.root / "count").read_text() == "asked\n"
+
+    def test_a_toolkit_that_is_not_there(self, stage):
+        stage.cards()
+        stage.environment["ASCEND_HOME_PATH"] = "/usr/local/Ascend/gone"
+        assert severities(npu.check_cann(stage.machine()))["cann-home"] == "error"
+        stage.file("usr/local/Ascend/gone/version.cfg", "version=8.2.RC1\n")
+        assert "cann-home" not in severities(npu.check_cann(stage.machine()))
+
     def test_cann_and_driver(self, stage):
         stage.cards()
-        assert severities(npu.check_cann(stage.machine())) == {"driver": "warning", "cann": "error"}
+        found = list(npu.check_cann(stage.machine()))
+        assert severities(found) == {"cann-home": "error", "driver": "warning", "cann": "error"}
         stage.file("usr/local/Ascend/driver/version.info", "Version=25.2.0\n")
         stage.file("usr/local/Ascend/ascend-toolkit/latest/version.cfg", "version=8.2.RC1\n")
+        stage.environment["ASCEND_HOME_PATH"] = "/usr/local/Ascend/ascend-toolkit/latest"
         stage.package("mindspore", "2.7.0")
         assert severities(npu.check_cann(stage.machine())) == {"driver": "ok", "cann": "ok"}
         stage.package("mindspore", "2.7.2")

@@ -8,25 +8,30 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
-from helpers import stand_in_daemon
+from helpers import certificates, stand_in_daemon
 
 from telechat_mindie.cli import main
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.nano import write_checkpoint
-from telechat_mindie.service import ports
-from telechat_mindie.service.launch import processes, shared_memory
+from telechat_mindie.service import schema
+from telechat_mindie.service.launch import client, processes, running, shared_memory
+from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles, ClientRefusedError, UnansweredError
+from telechat_mindie.service.launch.client_tls import remembered_tls
 from telechat_mindie.service.launch.errors import LaunchError
-from telechat_mindie.service.launch.prepare import prepare
+from telechat_mindie.service.launch.prepare import LaunchOptions, prepare
 from telechat_mindie.service.launch.processes import Identity
-from telechat_mindie.service.launch.rundir import RunDirectory, all_runs
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
 from telechat_mindie.service.launch.running import Launch, stop_run
 from telechat_mindie.service.options import ServiceOptions
+from telechat_mindie.service.port_holder import port_holder
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 
@@ -58,7 +63,8 @@ def state(tmp_path, monkeypatch):
     for pids in left.values():
         processes.send(pids, signal.SIGKILL)
     assert not any(left.values())
-    assert not [port for run in runs for port in run.plan().ports.values() if not ports.is_free(port)]
+    held = {port: port_holder(port) for run in runs for port in run.plan().ports.values()}
+    assert not [port for port, holder in held.items() if holder != "another process"]  # none listens
     assert {name for name in shared_memory.names() if DAEMON_SHM.match(name)} == before
 
 
@@ -67,10 +73,10 @@ def begin(model, mindie, state, monkeypatch):
     """`begin("slow=1")`: a launch of the stand-in with these faults, and the lines of its log as they come."""
     launches = []
 
-    def start(faults: str = "", *, detached: bool = False, model_path=model, **options):
+    def start(faults: str = "", *, detached: bool = False, model_path=model, client=OWN_FILES, **options):
         monkeypatch.setenv("STAND_IN", faults)
-        options = ServiceOptions(insecure_http=True, mindie_home=mindie, **options)
-        prepared = prepare(model_path, options, state, os.environ)
+        options = ServiceOptions(**{"insecure_http": True, "mindie_home": mindie, **options})
+        prepared = prepare(model_path, options, state, os.environ, LaunchOptions(client=client))
         prepared.run.create(prepared.plan, prepared.rendered.text)
         lines: list[str] = []
         launches.append(Launch(prepared.run, detached=detached, on_line=lines.append))
@@ -106,7 +112,7 @@ def test_success(begin, state):
     assert os.getpgid(daemon.pid) == daemon.pid
     assert len(launch.run.members()) == 3  # daemon, worker, and a scheduler in a session of its own
     ended = launch.stop()
-    assert (ended.reason, ended.survivors, len(ended.removed)) == ("stopped", (), 3)
+    assert (ended.reason, ended.survivors, len(ended.removed)) == ("stopped", (), 2)
     assert all(str(daemon.pid) in name for name in ended.removed)
 
 
@@ -158,12 +164,128 @@ def _create_world_readable(create):
     return wrapped
 
 
-def test_a_daemon_that_refuses_the_first_request_is_ended(begin):
-    launch, _ = begin("refuses")
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ("refuses", r"HTTP 500.*Engine callback timeout.*log"),
+        ("mute=5", r"gave no answer within 0\.5 s.*chat.*--timeout"),
+        ("proxied", r"answered by a proxy in its place \(1\.1 squid\), with HTTP 503.*Let requests"),
+    ],
+)
+def test_a_daemon_that_is_up_stays_up_whatever_becomes_of_the_first_request(begin, monkeypatch, faults, words):
+    monkeypatch.setattr(running, "END_SECONDS", 0.2)
+    launch, _ = begin(faults)
     launch.wait_until_up(20)
-    with pytest.raises(LaunchError, match=r"HTTP 500.*Engine callback timeout"):
+    with pytest.raises(UnansweredError, match=words):
+        launch.first_request("x", 1, 0.5)
+    assert len(launch.run.members()) == 3 and launch.run.state().ended is None
+
+
+def test_a_daemon_that_its_first_request_ends_is_told_with_the_cause(begin):
+    launch, _ = begin("request-kills")
+    launch.wait_until_up(20)
+    with pytest.raises(
+        LaunchError, match=r"ended at the first request: a worker \(process \d+\) was ended by signal 11"
+    ):
         launch.first_request("x", 1, 10)
     assert not launch.run.members()
+
+
+# ---- HTTPS ----
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return certificates.Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def secure_home(tmp_path):
+    return stand_in_daemon.install(tmp_path / "secure")
+
+
+@pytest.fixture
+def secure(begin, secure_home, authority):
+    """`secure("server", client=...)`: a launch over HTTPS whose certificate is for these purposes."""
+
+    def start(*purposes, client=OWN_FILES, **options):
+        server = schema.default_config("3.0.0.beta")["ServerConfig"]
+        certificates.install(secure_home, server, authority, *purposes)
+        launch, _ = begin(insecure_http=False, mindie_home=secure_home, client=client, **options)
+        launch.wait_until_up(20)
+        return launch
+
+    return start
+
+
+@pytest.fixture
+def own_files(authority, tmp_path):
+    """A client's certificate of its own, which the daemon's authority has issued for clients alone."""
+    files = ClientFiles(str(authority.certificate), str(tmp_path / "client.pem"), str(tmp_path / "client.key"))
+    authority.issue(Path(files.cert), Path(files.key), "client")
+    return files
+
+
+def test_a_certificate_for_both_sides_serves_for_the_first_request_too(secure):
+    assert secure("server", "client").first_request("x", 1, 10).text == "您好！"
+
+
+def test_a_certificate_for_servers_alone_does_not_end_the_daemon(secure):
+    launch = secure("server")
+    with pytest.raises(ClientRefusedError, match=r"not meant for clients.*--client-cert.*--insecure-http"):
+        launch.first_request("x", 1, 10)
+    assert launch.run.state().ended is None
+
+
+def test_a_client_certificate_of_its_own_is_asked_with(secure, own_files):
+    assert secure("server", client=own_files).first_request("x", 1, 10).text == "您好！"
+
+
+def test_what_launch_was_told_is_remembered(secure, own_files, run_command, state):
+    launch = secure("server", client=own_files, detached=True)
+    url = launch.plan.urls["business"]
+    assert remembered_tls(state, f"{url}/v1") is not None and remembered_tls(state, "https://127.0.0.1:1") is None
+    wait_for(lambda: "ready" in run_command("status").stdout)
+    done = run_command("chat", url)
+    assert "certificate" not in done.stderr and "HTTP 404" in done.stderr  # it came through: the stand-in has no chat
+    done = run_command("bench", "serve", "--url", url, "--requests", 1)
+    assert "certificate" not in done.stderr and "HTTP 404" in done.stderr
+    done = run_command("chat", url, "--ca-cert", own_files.ca_cert)  # what is named wins, and has no client's part
+    assert done.returncode == 2 and "--client-cert" in done.stderr
+
+
+def test_over_https_the_command_warns_and_leaves_the_daemon_up(secure, run_command, model, secure_home, own_files):
+    secure("server").stop()
+    arguments = ("launch", model, "--mindie-home", secure_home, "--detach")
+    done = run_command(*arguments)
+    assert done.returncode == 1 and "is up: https://127.0.0.1:" in done.stdout
+    assert "warning: it is up and stays up" in done.stderr and "--client-cert" in done.stderr
+    assert json.loads(run_command("status", "--json").stdout)[-1]["state"] == "running"
+    assert run_command("stop").returncode == 0
+    files = ("--ca-cert", own_files.ca_cert, "--client-cert", own_files.cert, "--client-key", own_files.key)
+    done = run_command(*arguments, *files)
+    assert done.returncode == 0 and "您好！" in done.stdout and "warning: it is up" not in done.stderr, done.stderr
+    assert json.loads(run_command("status", "--json").stdout)[-1]["state"] == "ready"
+    assert run_command("stop").returncode == 0
+    done = run_command(*arguments, "--client-key", own_files.key)
+    assert done.returncode == 2 and "--client-cert" in done.stderr
+
+
+def test_certificates_of_another_authority_are_told_apart(secure, tmp_path):
+    other = certificates.Authority(tmp_path / "other", "another authority")
+    cert, key = tmp_path / "foreign.pem", tmp_path / "foreign.key"
+    other.issue(cert, key, "client")
+    launch = secure("server", client=ClientFiles(None, str(cert), str(key)))
+    with pytest.raises(ClientRefusedError, match=r"no CA of tlsCaFile has signed it"):
+        launch.first_request("x", 1, 10)
+    run = launch.run
+    with pytest.raises(ClientRefusedError, match=r"not trusted here.*--ca-cert"):
+        context = ssl.create_default_context(cafile=other.certificate)
+        context.check_hostname = False
+        client.ask(run.plan().urls["business"], "x", 1, 5, context)
+    with pytest.raises(ClientRefusedError, match=r"shown none.*--client-cert"):
+        context = ssl._create_unverified_context()
+        client.ask(run.plan().urls["business"], "x", 1, 5, context)
 
 
 def test_a_worker_that_dies_takes_everything_with_it(begin):
@@ -172,7 +294,7 @@ def test_a_worker_that_dies_takes_everything_with_it(begin):
     with pytest.raises(LaunchError, match=r"has ended: a worker \(process \d+\) was ended by signal 11"):
         launch.follow()
     state = launch.run.state()
-    assert (state.reason, state.returncode, len(state.removed)) == ("ended", 134, 3)
+    assert (state.reason, state.returncode, len(state.removed)) == ("ended", -signal.SIGABRT, 2)
     assert not launch.run.members()  # the scheduler neither, which had left the group
 
 
@@ -240,7 +362,7 @@ def test_stop_cleans_up_behind_a_killed_supervisor(begin):
     wait_for(lambda: not launch.run.state().supervisor.alive)
     assert launch.run.is_active() and len(launch.run.members()) == 3
     ended = stop_run(launch.run)
-    assert (ended.reason, ended.survivors, len(ended.removed)) == ("stopped", (), 3)
+    assert (ended.reason, ended.survivors, len(ended.removed)) == ("stopped", (), 2)
     assert not launch.run.is_active()
 
 
@@ -393,7 +515,95 @@ def test_a_directory_that_check_refuses_is_not_launched(run_command, model, mind
 
 def test_missing_certificates_refuse_the_launch(run_command, model, mindie, state):
     done = run_command("launch", model, "--mindie-home", mindie)
-    assert done.returncode == 2 and "security/certs/server.pem" in done.stderr and "httpsEnabled" in done.stderr
+    assert done.returncode == 2 and "HTTPS: is on" in done.stderr and "security/certs/server.pem" in done.stderr
+    for flag in ("--insecure-http", "--make-test-certificates", f"--mindie-home {mindie}"):
+        assert flag in done.stderr
+    assert "httpsEnabled" not in done.stderr  # a key of a file that the tool wrote itself
+
+
+def test_a_card_is_not_taken_twice_in_silence(run_command, begin, model, mindie, state):
+    first, _ = begin(devices="3")
+    done = run_command("launch", model, "--mindie-home", mindie, "--insecure-http", "--devices", 3, "--dry-run")
+    assert done.returncode == 0 and f"warning: device 3: is held by the launch {first.run.name}" in done.stderr
+    done = run_command("launch", model, "--mindie-home", mindie, "--insecure-http", "--devices", 4, "--dry-run")
+    assert done.returncode == 0 and "is held" not in done.stderr
+    (row,) = json.loads(run_command("status", "--json").stdout)
+    assert row["cards"] == [3]
+
+
+def test_status_fits_a_terminal(run_command, make_named, state, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for number in range(3):
+        make_named(f"telechat2-115b-chat-{number}0{number}5", cards=(0, 1, 2, 3, 6), port=65000 + number)
+    shown = run_command("status").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "0-3,6" in shown and "telechat2-115b-chat-2025" in shown and "https://127.0.0.1:65002" in shown
+
+
+@pytest.fixture
+def make_named(state):
+    def make(name, cards, port):
+        plan = LaunchPlan(
+            name, "/m", "3.0.0.beta", ("d",), {}, {"port": port}, {"business": f"https://127.0.0.1:{port}"}, None, "m",
+            Identity(1, -1), cards=cards,
+        )  # fmt: skip
+        RunDirectory(state / name).create(plan, "{}")
+
+    return make
+
+
+def test_logs_of_a_run_while_it_runs_and_after(run_command, begin, model, mindie, state):
+    assert run_command("logs").returncode == 2
+    launch, _ = begin(detached=True)
+    launch.wait_until_up(20)
+    everything = launch.run.log.read_text().splitlines()
+    shown = run_command("logs", "--lines", 3).stdout.splitlines()
+    assert shown == everything[-3:]
+    with running_command("logs", "--follow", "-n", 1) as process:
+        assert read_line(process).rstrip("\n") == everything[-1]
+        assert run_command("stop").returncode == 0
+        rest, _ = process.communicate(timeout=20)
+        assert "Daemon is killing" in rest and process.returncode == 0
+    assert "All subprocesses exited" in run_command("logs").stdout  # the last run, where none is active
+    assert run_command("logs", launch.run.name, "-n", 0).stdout == ""
+
+
+def test_stop_all(run_command, begin, state):
+    names = sorted(begin(detached=True)[0].run.name for _ in range(2))
+    both = run_command("stop", "--all", names[0])
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+    wait_for(lambda: all(run.state() for run in all_runs(state)))
+    done = run_command("stop", "--all")
+    assert sorted(done.stdout.splitlines()) == [f"{name}: stopped" for name in names]
+    assert run_command("stop", "--all").stdout == "nothing runs\n"
+    assert json.loads(run_command("stop", "--all", "--json").stdout) == []
+
+
+def test_the_options_of_a_launch_reach_it(run_command, model, mindie, state):
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--json")
+    done = run_command(*arguments, "--host", "::", "--name", "mine", "--instances", 2, "--reserve", 30, "--new-config")
+    plan = json.loads(done.stdout)
+    backend = plan["config"]["BackendConfig"]
+    assert plan["config"]["ServerConfig"]["ipAddress"] == "::" and plan["config_path"] == f"{state}/mine/config.json"
+    assert backend["npuDeviceIds"] == [[0], [1]] and backend["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] < 40
+    assert "note: config: rendered for this launch" in done.stderr
+    done = run_command(*arguments, "--new-config", "--service-config", "x.json")
+    assert done.returncode == 2 and "exclude each other" in done.stderr
+
+
+def test_a_name_is_held_while_its_run_is_active(run_command, begin, model, mindie, state):
+    launch, _ = begin()
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--name", launch.run.name)
+    done = run_command(*arguments)
+    assert done.returncode == 2 and "is the name of a run that is active" in done.stderr
+    launch.stop()
+    assert run_command(*arguments).returncode == 0
+
+
+def test_a_setting_of_the_log_that_mindie_would_not_read(run_command, model, mindie, state):
+    arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run")
+    done = run_command(*arguments, "--set", "dynamicLogLevel=debug")
+    assert done.returncode == 0 and "warning: --set LogConfig: has no effect" in done.stderr
 
 
 def test_dry_run_starts_nothing(run_command, model, mindie, state):

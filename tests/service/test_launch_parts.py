@@ -15,18 +15,21 @@ from helpers import stand_in_daemon
 from telechat_mindie.errors import ConfigError, InputError, OutputError
 from telechat_mindie.mindie import RANK_PORTS
 from telechat_mindie.model_dir.build import build
+from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.server.settings import read_settings
 from telechat_mindie.service import ports, schema
+from telechat_mindie.service.cards import Card, Cards
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.software import find_daemon, mindie_version
-from telechat_mindie.service.launch import client, log_advice, shared_memory
+from telechat_mindie.service.facts import model_facts
+from telechat_mindie.service.launch import client, shared_memory
 from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
 from telechat_mindie.service.launch.errors import LaunchError
 from telechat_mindie.service.launch.installation import NotInstalledError, find_installation
 from telechat_mindie.service.launch.log_tail import LogTail, clean
-from telechat_mindie.service.launch.prepare import prepare
+from telechat_mindie.service.launch.prepare import LaunchOptions, prepare
 from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.service.launch.rundir import (
     LaunchPlan,
@@ -39,6 +42,7 @@ from telechat_mindie.service.launch.rundir import (
 )
 from telechat_mindie.service.launch.running import stop_run
 from telechat_mindie.service.options import ServiceOptions
+from telechat_mindie.service.render import render_service_config
 
 # ---- installation ----
 
@@ -233,8 +237,9 @@ def model(tmp_path_factory):
 
 
 def prepared(model, tmp_path, environment=None, **options):
+    launch = LaunchOptions(named=frozenset(options), need_mindie=False, reuse=False)
     options = ServiceOptions(**{"insecure_http": True, **options})
-    return prepare(model, options, tmp_path / "runs", environment or {"PATH": ""}, need_mindie=False)
+    return prepare(model, options, tmp_path / "runs", environment or {"PATH": ""}, launch)
 
 
 def test_ports_of_the_ranks_follow_the_environment_and_never_meet(model, tmp_path):
@@ -260,7 +265,9 @@ def test_a_template_keeps_its_ports_while_they_are_free(model, tmp_path):
     assert [plan.ports[name] for name in ("port", "managementPort", "metricsPort")] == [base + 2, base, base + 1]
     run = RunDirectory(tmp_path / "runs" / plan.name)
     run.create(plan, "{}")  # as a launch that is starting, it holds them
-    second = prepared(model, tmp_path, template=template).plan
+    again = prepared(model, tmp_path, template=template)
+    second = again.plan
+    assert "whose model is another" in again.notes[0] and second.cards == (0,)
     assert not set(second.ports.values()) & set(plan.ports.values())
     assert json.loads(template.read_text()) == config
 
@@ -274,81 +281,99 @@ def test_addresses_a_client_on_this_host_uses(model, tmp_path):
     assert plan.urls["business"] == f"https://[::1]:{plan.ports['port']}"
 
 
+def test_an_address_to_listen_on(model, tmp_path):
+    def launch(host, environment=None):
+        how = LaunchOptions(host=host, need_mindie=False, reuse=False)
+        environment = {"PATH": "", **(environment or {})}
+        return prepare(model, ServiceOptions(insecure_http=True), tmp_path / "runs", environment, how)
+
+    everywhere = launch("0.0.0.0")
+    server = everywhere.rendered.config["ServerConfig"]
+    assert (server["ipAddress"], server["allowAllZeroIpListening"]) == ("0.0.0.0", True)
+    assert server["managementIpAddress"] == "127.0.0.2"  # not opened along with it
+    assert everywhere.plan.urls["business"] == f"http://127.0.0.1:{server['port']}"
+    assert "MIES_CONTAINER_IP" not in everywhere.plan.environment
+    named = launch("127.0.0.9", {"MIES_CONTAINER_IP": "10.0.0.1"})
+    assert not named.rendered.config["ServerConfig"]["allowAllZeroIpListening"]
+    assert named.plan.environment["MIES_CONTAINER_IP"] == "127.0.0.9"  # which would win over the config
+    assert named.plan.urls["business"].startswith("http://127.0.0.9:")
+    with pytest.raises(InputError, match=r"--host example\.org: is no IP address"):
+        launch("example.org")
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", "x" * 300])
+def test_a_name_that_is_no_folders(model, tmp_path, name):
+    how = LaunchOptions(name=name or "-", need_mindie=False, reuse=False)
+    with pytest.raises(InputError, match="is no name for a run"):
+        prepare(model, ServiceOptions(insecure_http=True), tmp_path / "runs", {"PATH": ""}, how)
+
+
+def test_the_config_that_was_rendered_before_is_started_from(model, tmp_path, monkeypatch, mindie):
+    """As it stands, but for what the launch names; where it is named itself, or lies at a usual place."""
+    monkeypatch.chdir(tmp_path)
+    written = tmp_path / "conf" / "config.json"
+    written.parent.mkdir()
+    options = ServiceOptions(
+        device_mem_gb=16, max_seq_len=512, devices="5", insecure_http=True, overrides=("maxLinkNum=77",), port_base=2700
+    )
+    before = render_service_config(model_facts(ModelDir.open(model)), options, ports.assume_free)
+    written.write_text(before.text)
+
+    def launch(template=None, reuse=True, **named):
+        asked = ServiceOptions(template=template, mindie_home=mindie, **{"insecure_http": True, **named})
+        how = LaunchOptions(named=frozenset(named), reuse=reuse)
+        made = prepare(model, asked, tmp_path / "runs", {"PATH": ""}, how)
+        return made.rendered.config, made.notes, made.plan.cards
+
+    config, notes, cards = launch()
+    for name in ("port", "managementPort", "metricsPort"):  # this machine may have them taken
+        config["ServerConfig"][name] = before.config["ServerConfig"][name]
+    assert config == before.config and cards == (5,)
+    assert notes[0].startswith("config: started from conf/config.json, which was rendered for this directory")
+    config, notes, cards = launch(max_input_len=100, devices="6")
+    deploy = config["BackendConfig"]["ModelDeployConfig"]
+    assert (deploy["maxSeqLen"], deploy["maxInputTokenLen"], cards) == (512, 100, (6,))
+    assert "maxInputTokenLen = 100" in notes[1] and "npuDeviceIds = [[6]]" in notes[1]
+    config, _, _ = launch(max_seq_len=256)
+    assert config["BackendConfig"]["ModelDeployConfig"]["maxInputTokenLen"] == 192
+    assert config["BackendConfig"]["ScheduleConfig"]["maxIterTimes"] == 255
+    kept = before.config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"]
+    config, _, _ = launch(device_mem_gb=32.0)
+    assert config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] > kept
+    config, notes, _ = launch(reuse=False)
+    assert notes[0] == "config: rendered for this launch" and config["ServerConfig"]["maxLinkNum"] == 1000
+    assert written.read_text() == before.text
+    elsewhere = tmp_path / "other.json"
+    written.rename(elsewhere)
+    assert launch()[1][0] == "config: rendered for this launch"
+    config, notes, _ = launch(template=elsewhere)
+    assert notes[0] == f"config: started from {elsewhere}, named by --service-config"
+    assert config["ServerConfig"]["maxLinkNum"] == 77
+    elsewhere.write_text(before.text.replace(str(model), "/mnt/models/model"))  # as rendered on another machine
+    config, notes, _ = launch(template=elsewhere)
+    assert config["ServerConfig"]["maxLinkNum"] == 77 and "modelWeightPath = " in notes[1]
+    elsewhere.write_text(before.text)
+    elsewhere.rename(mindie / "conf" / "config.json")
+    assert launch()[1][0].startswith(f"config: started from {mindie}/conf/config.json")
+    foreign = before.text.replace(str(model), str(tmp_path))  # of another model directory
+    (mindie / "conf" / "config.json").write_text(foreign)
+    assert launch()[1][0] == "config: rendered for this launch"
+
+
+def test_a_cards_memory_is_as_npu_smi_says_unless_named(model, tmp_path, monkeypatch):
+    cards = Cards((Card(0, 0, 0, 0, "910B4", "OK", 3000, 32768),))
+    monkeypatch.setattr("telechat_mindie.service.launch.prepare.read_cards", lambda _environment: cards)
+    small = prepared(model, tmp_path)
+    assert small.rendered.options.device_mem_gb == 32 and len(small.notes) == 1
+    assert prepared(model, tmp_path, device_mem_gb=64.0).rendered.options.device_mem_gb == 64
+    monkeypatch.setattr("telechat_mindie.service.launch.prepare.read_cards", lambda _environment: Cards())
+    assert "--device-mem" in prepared(model, tmp_path).notes[1]
+    busy = Cards((Card(0, 0, 0, 0, "910B4", "OK", 30000, 32768),))
+    monkeypatch.setattr("telechat_mindie.service.launch.prepare.read_cards", lambda _environment: busy)
+    assert [finding.id for finding in prepared(model, tmp_path).cards] == ["npu-memory"]
+
+
 # ---- the log ----
-
-SAMPLES = {
-    "port-taken": "[MIE04E020407] Management or Business or Metrics Http server listen port is occupied",
-    "scheduler-port-taken": "[ERROR] Failed to bind to tcp address 127.0.0.1:8090, errno: 98",
-    "config-permission": "Check path: config.json failed, by:  Check Other group permission failed: /m/config.json",
-    "path-permission": "owner id diff: current process user id is 1000, file owner id is 0",
-    "symlink": "[ERROR] Found symlink path: /models/telechat",
-    "config-json": "Json file is invalid. Please check json format! ",
-    "config-refused": "ConfigManager init exception: Failed to initialize ScheduleConfig from JSON.",
-    "certificate": "[MIE04E02041C] Business Http ssl Initialize failed",
-    "shared-memory": "[ERROR] Available shared memory size is not enough for all executors.",
-    "ms-wrapper": "ModuleNotFoundError: No module named 'mindie_llm.modeling.model_wrapper.ms.mf_model_wrapper'",
-    "worker-missing": "execvp mindie_llm_backend failed: No such file or directory",
-    "module-missing": "ModuleNotFoundError: No module named 'llm_datadist'",
-    "library-missing": "ImportError: libascendcl.so: cannot open shared object file: No such file or directory",
-    "static-tls": "OSError: libgomp.so.1: cannot allocate memory in static TLS block",
-    "top-k": "RuntimeError: topk: k should be in [0, 512]",
-    "npu-memory": "RuntimeError: NPU out of memory. Tried to allocate 9.00 GiB.",
-    "kv-blocks": "The number of blocks must be non-negative. This is due to warm_up",
-    "npu-mem-size": "ValueError: npu_mem_size=-1 only support in parallel mode",
-    "device-open": "[ERROR] Open device 3 failed, with error code 507033",
-    "scheduler-lost": "[WARNING] Failed to connect to the meta server node url: scheduler 127.0.0.1:8090.",
-    "hccl": "RuntimeError: HCCL execute error, Exception: ACL stream synchronize failed",
-    "cann": "RuntimeError: CANN execute error, Exception: EZ9999: Inner Error!",
-    "model-dir": "telechat_mindie.errors.ModelDirError: /m: must hold exactly one yaml (found none)",
-    "runner-input": "telechat_mindie.errors.InputError: world_size: does not fit the directory's weights",
-    "tokenizer-pool": "[MIE04E02011C] Init process tokenizer pool failed.",
-    "worker-killed": "[MIE04E010109] Process 4711 was terminated by signal 9 (Killed)",
-    "worker-died": "[INFO] Process 4711 exited normally with status 1",
-    "process-group": "[MIE04E01011C] Failed to set process group. errno is 1",
-    "init-request": "[ERROR] Failed to send initialization request to worker.",
-}
-
-
-def test_every_entry_of_the_table_is_recognized_by_its_line():
-    assert list(SAMPLES) == [row["id"] for row in log_advice.table()["causes"]]
-    for id, line in SAMPLES.items():
-        cause = log_advice.find_cause(["something else", line])
-        assert cause is not None and cause.id == id and cause.line == line
-        assert cause.advice and "{" not in cause.cause
-
-
-def test_what_stands_first_in_the_table_is_the_cause_wherever_it_stands_in_the_log():
-    consequences = [SAMPLES["init-request"], SAMPLES["worker-died"]]
-    for lines in ([SAMPLES["npu-memory"], *consequences], [*consequences, SAMPLES["npu-memory"]]):
-        assert log_advice.find_cause(lines).id == "npu-memory"
-    cause = log_advice.find_cause([SAMPLES["module-missing"], SAMPLES["worker-died"]])
-    assert cause.cause == "MindIE's workers cannot import llm_datadist"
-
-
-def test_an_error_code_is_spelt_out_where_no_entry_fits():
-    cause = log_advice.find_cause(["[MIE04W01011A] Received exit signal[15]", "[MIE04E010101] nothing known"])
-    assert cause.cause == "MindIE says MIE04E010101, daemon, start: permission denied"
-    assert log_advice.explain_code("MIE05E01000A") == "MIE05E01000A, a card's memory did not suffice"
-    assert log_advice.explain_code("MIE99E999999") == "MIE99E999999"
-    assert log_advice.find_cause(["[MIE04W01011A] a warning", "text"]) is None
-
-
-@pytest.mark.parametrize(
-    ("line", "level"),
-    [
-        ("[2026-01-01] [1] [1] [llm] [INFO] [executor.cpp:1] Execute command", "noise"),
-        ("[2026-01-01] [1] [1] [llm] [ERROR] [executor.cpp:1] no", "error"),
-        ("[2026-01-01 00:00:00.1] [MIE04E02011C] Failed to start http wrapper", "error"),
-        ("ModuleNotFoundError: No module named 'x'", "error"),
-        ("[MIE04W01011A] Received exit signal[15]", "warning"),
-        ("[WARN] a warning", "warning"),
-        ("/x.py:1: UserWarning: pkg_resources is deprecated", "noise"),
-        ("LLM log default format: [yyyy-mm-dd] [ERROR]", "noise"),
-        ("Daemon start success!", "text"),
-    ],
-)
-def test_levels(line, level):
-    assert log_advice.level(line) == level
 
 
 def test_the_log_is_read_by_whole_lines_and_survives_truncation(tmp_path):
@@ -394,6 +419,14 @@ def test_a_run_is_written_and_read_back(make_run):
     run = make_run("m-2000", me, state)
     assert run.state() == state and run.plan().launcher == me and run.is_active()
     assert run.config.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_run_that_0_2_0_wrote_is_read(make_run):
+    run = make_run("m-2000")
+    plan = json.loads((run.path / "plan.json").read_text())
+    del plan["client"], plan["cards"]
+    (run.path / "plan.json").write_text(json.dumps(plan))
+    assert run.plan().client == client.OWN_FILES and run.plan().cards == ()
 
 
 def test_a_run_is_found_by_name_or_as_the_only_one(make_run, tmp_path):
@@ -521,5 +554,7 @@ def test_nobody_there():
 
 
 def test_https_without_a_certificate_that_may_be_used(tmp_path):
-    with pytest.raises(client.NoClientCertificateError, match=r"server\.pem.*client certificate of yours"):
-        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path)
+    with pytest.raises(client.ClientRefusedError, match=r"security/ca/ca\.pem: cannot be used.*--ca-cert"):
+        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path, client.OWN_FILES)
+    with pytest.raises(client.ClientRefusedError, match=r"security/ca/management_ca\.pem"):
+        client.tls_context(schema.default_config("3.0.0.beta"), tmp_path, client.OWN_FILES, "management")

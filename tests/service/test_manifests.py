@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from helpers import ROOT, stand_in_daemon
 from helpers.checkpoints import make_checkpoint
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from test_service_config import FACTS_7B, FACTS_115B
@@ -23,15 +30,16 @@ from telechat_mindie import __version__
 from telechat_mindie.errors import InputError, OutputError
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.model_dir.build import BuildOptions, build
-from telechat_mindie.service import schema
-from telechat_mindie.service.manifests import (
-    ENVIRONMENT,
-    ManifestOptions,
-    dns_label,
-    render_manifests,
-    write_manifests,
-)
+from telechat_mindie.service import manifests, own_wheel, ports, schema
+from telechat_mindie.service.manifests import ENVIRONMENT, ManifestOptions, dns_label, write_manifests
 from telechat_mindie.service.options import ServiceOptions
+
+WHEEL = "telechat_mindie-1-py3-none-any.whl"
+
+
+def render_manifests(facts, options):
+    return manifests.render_manifests(facts, options, None if options.index_url else WHEEL)
+
 
 HTTP = ServiceOptions(insecure_http=True)
 K8S = ManifestOptions("k8s", service=HTTP)
@@ -424,6 +432,8 @@ class TestCompose:
         (K8S, {"replicas": 0}, "--replicas"),
         (K8S, {"shm_gb": 0}, "--shm-gb"),
         (K8S, {"startup_minutes": 0}, "--startup-minutes"),
+        (K8S, {"index_url": "mirror"}, "--index-url"),
+        (K8S, {"index_url": "https://x", "wheel": Path("y")}, "--wheel and --index-url"),
         (K8S, {"service": replace(HTTP, devices="0")}, "--devices"),
         (DOCKER, {"service": replace(HTTP, devices="0-2")}, "--devices 0-2"),
         (DOCKER, {"claim": "a"}, "--kind k8s"),
@@ -520,6 +530,64 @@ class TestStartScript:
         copied = run.home / "security/certs/server.pem"
         assert copied.read_text() == "certificate" and not stat.S_IMODE(copied.stat().st_mode) & 0o027
 
+    def test_the_drivers_libraries_are_found_first(self, run):
+        self.daemon(run)
+        (path,) = [line for line in run(LD_LIBRARY_PATH="/cann").stdout.splitlines() if line.startswith("LD_LIBRARY")]
+        driver = f"{run.root}/usr/local/Ascend/driver/lib64"
+        assert path == f"LD_LIBRARY_PATH={driver}:{driver}/common:{driver}/driver:/cann"
+
+    def test_a_script_of_the_image_that_fails_does_not_end_it_in_silence(self, run):
+        self.daemon(run)
+        (run.root / "usr/local/Ascend/mindie/set_env.sh").write_text("false\nreturn 3\n")
+        done = run()
+        assert done.returncode == 0 and "mindie/set_env.sh: failed" in done.stderr
+
+    def test_the_daemons_status_is_its_own(self, run):
+        path = run.home / "bin" / "mindieservice_daemon"
+        path.write_text("#!/bin/bash\nexit 41\n")
+        path.chmod(0o755)
+        assert run().returncode == 41
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("faults", ["", "slow=60"])
+    def test_as_the_first_process_of_a_container_it_starts_the_daemon_and_passes_signals_on(self, run, number, faults):
+        """A session's leader, as bash is there: the stand-in calls setpgrp() as MindIE does, and would give up."""
+        shutil.rmtree(run.home)
+        stand_in_daemon.install(run.home)
+        config = json.loads((run.root / "etc/mindie/real").read_text())
+        base = ports.free_run(6000, 5)
+        config["ServerConfig"] |= {"port": base, "managementPort": base + 1, "metricsPort": base + 2}
+        (run.root / "etc/mindie/real").write_text(json.dumps(config))
+        environment = {**ENVIRONMENT, "MS_SCHED_PORT": str(base + 3), "STAND_IN": faults, "POD_IP": "127.0.0.1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        log = run.root / "log"
+        with log.open("wb") as file:
+            container = subprocess.Popen(
+                ["bash", str(run.root / "start.sh")], env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + 30
+            while ("loading" if faults else "Daemon start success!") not in log.read_text():
+                assert container.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.02)
+            begin = time.monotonic()
+            container.send_signal(number)
+            assert container.wait(timeout=20) == 128 + signal.SIGABRT  # MindIE's own end: it aborts
+            assert time.monotonic() - begin < 60 * stand_in_daemon.SECOND + 2  # the grace period, in its seconds
+            assert "All subprocesses exited gracefully." in log.read_text()
+        finally:
+            end_marked(f"STAND_IN={faults}", str(run.root))
+
+    def test_a_signal_before_the_daemon_runs_ends_it_too(self, run):
+        (run.root / "usr/local/Ascend/mindie/set_env.sh").write_text("echo sourcing; sleep 1\n")
+        container = subprocess.Popen(
+            ["bash", str(run.root / "start.sh")], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert container.stdout.readline() == "sourcing\n"
+        container.terminate()
+        container.communicate(timeout=20)
+        assert container.returncode == 143
+
     def test_an_image_without_this_package(self, run):
         (run.root / "bin").mkdir()
         (run.root / "bin/python3").write_text("#!/bin/sh\nexit 1\n")
@@ -532,18 +600,96 @@ class TestStartScript:
         assert done.returncode == 127 and "no mindieservice_daemon" in done.stderr
 
 
+def end_marked(variable: str, folder: str) -> None:
+    """What a container's end would end: the scheduler that left the daemon's group, and its shared memory."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (process / "environ").read_bytes()
+            if variable.encode() in environment.split(b"\0") and folder.encode() in environment:
+                os.kill(int(process.name), signal.SIGKILL)
+    for path in stand_in_daemon.SHM.glob("*_0_execute_request*"):
+        owner = re.search(r"\d+", path.name)
+        if owner and not Path("/proc", owner[0]).exists():
+            path.unlink()
+
+
+class TestImage:
+    """What the Dockerfile installs: a wheel beside it, or from an index by flag; never a bare name from a registry."""
+
+    def test_the_wheel_of_this_code_lies_beside_the_dockerfile(self, tmp_path):
+        write_manifests(tmp_path / "deploy", FACTS_7B, K8S)
+        (wheel,) = (tmp_path / "deploy").glob("*.whl")
+        text = (tmp_path / "deploy/Dockerfile").read_text()
+        assert f'COPY ["{wheel.name}", "/tmp/"]' in text and f'"/tmp/{wheel.name}"]' in text and "==" not in text
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--quiet"]
+        subprocess.run([*command, "--target", str(tmp_path / "site"), str(wheel)], check=True, timeout=100)
+        code = "import sys, telechat_mindie.cli as cli; print(cli.__file__); sys.argv = ['x', '--version']; cli.main()"
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
+             "sys.meta_path = [each for each in sys.meta_path if 'Editable' not in repr(each)]; " + code],
+            capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.stdout.splitlines() == [
+            str(tmp_path / "site/telechat_mindie/cli.py"),
+            f"telechat-mindie {__version__}",
+        ], done.stderr
+        assert (tmp_path / "site/bin/telechat-mindie").is_file()
+
+    def test_it_holds_what_a_build_would_pack_and_is_the_same_each_time(self):
+        name, data = own_wheel.pack_wheel()
+        assert data == own_wheel.pack_wheel()[1]
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            packed = set(archive.namelist())
+            record = archive.read(f"telechat_mindie-{__version__}.dist-info/RECORD").decode()
+        assert {line.split(",")[0] for line in record.splitlines()} == packed
+        sources = [path for path in (ROOT / "telechat_mindie").rglob("*") if path.is_file()]
+        wanted = {str(path.relative_to(ROOT)) for path in sources if "__pycache__" not in path.parts}
+        wanted |= {f"telechat_mindie/{path.relative_to(ROOT)}" for path in (ROOT / "model_dir_template").glob("*.*")}
+        assert wanted == {path for path in packed if ".dist-info/" not in path}
+        assert name == f"telechat_mindie-{__version__}-py3-none-any.whl"
+
+    def test_a_wheel_that_is_named(self, tmp_path):
+        name, data = own_wheel.pack_wheel()
+        (tmp_path / name).write_bytes(data)
+        write_manifests(tmp_path / "deploy", FACTS_7B, replace(DOCKER, wheel=tmp_path / name))
+        assert (tmp_path / "deploy" / name).read_bytes() == data
+        for file, content in (("other-1-py3-none-any.whl", data[:-9]), ("x.whl", b""), ("x.zip", data)):
+            (tmp_path / file).write_bytes(content)
+            with pytest.raises(InputError, match=r"--wheel .*(cannot be read|is no wheel of telechat-mindie)"):
+                own_wheel.read_wheel(tmp_path / file)
+
+    def test_an_index_that_is_named(self, tmp_path):
+        names = write_manifests(
+            tmp_path / "deploy", FACTS_7B, replace(DOCKER, index_url="https://mirror.example/simple")
+        )
+        text = (tmp_path / "deploy/Dockerfile").read_text()
+        assert not [name for name in names if name.endswith(".whl")] and "COPY" not in text
+        assert f'"--index-url", "https://mirror.example/simple", "telechat-mindie=={__version__}"]' in text
+
+    @pytest.mark.parametrize("version", [None, "0.0.1"])
+    def test_metadata_of_another_version_or_none(self, monkeypatch, version):
+        def distribution(_name):
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError
+            return type("Other", (), {"version": version, "files": []})()
+
+        monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+        with pytest.raises(InputError, match=r"cannot be packed.*--wheel.*--index-url"):
+            own_wheel.pack_wheel()
+
+
 def test_writing_is_all_or_nothing(tmp_path):
+    k8s, docker = (replace(options, index_url="https://mirror.example") for options in (K8S, DOCKER))
     target = tmp_path / "deploy"
-    names = write_manifests(target, FACTS_7B, K8S)
+    names = write_manifests(target, FACTS_7B, k8s)
     assert sorted(entry.name for entry in target.iterdir()) == names
     assert {stat.S_IMODE(entry.stat().st_mode) for entry in target.iterdir()} == {0o640}
     with pytest.raises(OutputError, match="not empty"):
-        write_manifests(target, FACTS_7B, DOCKER)
-    assert write_manifests(target, FACTS_7B, DOCKER, force=True) == sorted(entry.name for entry in target.iterdir())
+        write_manifests(target, FACTS_7B, docker)
+    assert write_manifests(target, FACTS_7B, docker, force=True) == sorted(entry.name for entry in target.iterdir())
     with pytest.raises(InputError):
         write_manifests(tmp_path / "other", FACTS_7B, replace(K8S, image=""))
     assert [entry.name for entry in tmp_path.iterdir()] == ["deploy"]
-    assert f"telechat-mindie=={__version__}" in (target / "Dockerfile").read_text()
 
 
 def test_the_command(tmp_path):
@@ -556,7 +702,7 @@ def test_the_command(tmp_path):
 
     done = run("--kind", "k8s", "-o", "deploy", "--insecure-http", "--replicas", "2", "--namespace", "llm")
     assert done.returncode == 0 and "kubectl apply -k deploy" in done.stdout, done.stderr
-    files = {path.name: path.read_text() for path in (tmp_path / "deploy").iterdir()}
+    files = {path.name: path.read_text() for path in (tmp_path / "deploy").iterdir() if path.suffix != ".whl"}
     _, deployment, _, _ = kubernetes(files)
     assert (deployment.spec.replicas, deployment.metadata.namespace) == (2, "llm")
     done = run("--kind", "k8s", "-o", "secure")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_a_path_that_mindie_refuses(odd, tmp_path):
 
 
 def test_stdout(model, tmp_path):
-    done = run(model, "--insecure-http", "--devices", "4-5", *FREE, cwd=tmp_path)
+    done = run(model, "--insecure-http", "--devices", "4-5", "--device-mem", "64", *FREE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads(done.stdout)
     assert schema.validate(config, "3.0.0.beta") == []
@@ -171,3 +172,11 @@ def test_refusals_are_one_line_and_write_nothing(model, tmp_path, arguments, wor
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["link.json"]
+
+
+def test_ports_that_are_taken_here_do_not_reach_a_config_for_another_machine(model, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        port = min(other.getsockname()[1], 65533)
+        done = run(model, "--insecure-http", "--port-base", port, cwd=tmp_path)
+    assert json.loads(done.stdout)["ServerConfig"]["port"] == port, done.stderr

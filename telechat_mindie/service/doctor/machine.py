@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-PROBE_SECONDS = 15.0  # npu-smi answers in a second or two; with a hung driver it never does
+from telechat_mindie.service.cards import NPU_SMI_SECONDS, Cards, read_cards
+from telechat_mindie.service.launch.rundir import cards_held, state_home
 
 
 class Package(NamedTuple):
@@ -32,14 +33,14 @@ class Machine:
         environment: of the process that would start MindIE.
         search_path: folders in which Python packages are looked for.
         uid: the user.
-        timeout: seconds that one command may take.
+        timeout: seconds for npu-smi to answer.
     """
 
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     search_path: Sequence[str] = field(default_factory=lambda: tuple(sys.path))
     uid: int = field(default_factory=os.geteuid)
-    timeout: float = PROBE_SECONDS
+    timeout: float = NPU_SMI_SECONDS
 
     def path(self, absolute: str) -> Path:
         """`/dev/shm` under `root`."""
@@ -64,22 +65,15 @@ class Machine:
         """The path of a command, None if there is none."""
         return shutil.which(command, path=self.environment.get("PATH", ""))
 
-    def run(self, *command: str) -> str | None:
-        """What a command prints; None if it is missing, fails, or does not end in time."""
-        found = self.which(command[0])
-        if found is None:
-            return None
-        try:
-            done = subprocess.run(
-                [found, *command[1:]],
-                env=dict(self.environment),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=self.timeout,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    @cached_property
+    def cards(self) -> Cards:
+        """What npu-smi says; asked once."""
+        return read_cards(self.environment, root=self.root, timeout=self.timeout)
+
+    @cached_property
+    def held(self) -> Mapping[int, str]:
+        """Names of this user's active launches by the cards that they hold."""
+        return cards_held(state_home(self.environment))
 
     def read(self, absolute: str, limit: int = 1 << 16) -> str | None:
         """The beginning of a text file, None if it cannot be read."""

@@ -6,9 +6,10 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.service.card_rules import CANN_VARIABLE, SOURCE_CANN, check_card, check_mask, check_toolkit
+from telechat_mindie.service.cards import device_files
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import same_version, stack_with, stacks
 
@@ -16,48 +17,12 @@ DEVICE_FILES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 """What a container needs beside /dev/davinciN: MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/install/source/
 image_usage_guide.md."""
 
-BUSY_SHARE = 0.1  # of a card's memory; an idle card of Atlas 800 A2 shows about 5 % in use
-
-CANN_HOME = "/usr/local/Ascend/ascend-toolkit/latest"
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One NPU of `npu-smi info`. Memory in MB."""
-
-    number: int
-    name: str
-    health: str
-    used: int
-    total: int
-
-
-def device_numbers(machine: Machine) -> list[int]:
-    """N of each /dev/davinciN."""
-    try:
-        names = [entry.name for entry in machine.path("/dev").iterdir()]
-    except OSError:
-        return []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"davinci(\d+)", name)))
-
-
-def parse_npu_smi(text: str) -> list[Card]:
-    """The cards in the table that `npu-smi info` prints: two lines a card, memory last on the second."""
-    cards: list[Card] = []
-    head: re.Match[str] | None = None
-    for line in text.splitlines():
-        if match := re.match(r"\|\s*(\d+)\s+(\S*\d{3}\S*)\s*\|\s*([A-Za-z]+)\s*\|", line):
-            head = match
-        elif head is not None and (pairs := re.findall(r"(\d+)\s*/\s*(\d+)", line)):
-            used, total = max(((int(used), int(total)) for used, total in pairs), key=lambda pair: pair[1])
-            cards.append(Card(int(head[1]), head[2], head[3], used, total))
-            head = None
-    return cards
+CANN_HOME = "/usr/local/Ascend/ascend-toolkit/latest"  # where its installer puts it
 
 
 def check_cards(machine: Machine) -> Iterator[Finding]:
     """The NPUs, or what works without any."""
-    numbers = device_numbers(machine)
+    numbers = device_files(machine.root)
     if not numbers:
         yield warning(
             "npu",
@@ -83,41 +48,16 @@ def check_cards(machine: Machine) -> Iterator[Finding]:
             f"this user may not open davinci{', davinci'.join(map(str, closed))}",
             "Add the user to the driver's group: usermod -aG HwHiAiUser USER",
         )
-    text = machine.run("npu-smi", "info")
-    if text is None:
-        yield warning(
-            "npu-smi",
-            "npu-smi",
-            f"is missing, fails, or does not answer within {machine.timeout:g} s",
-            "Mount /usr/local/sbin or /usr/local/bin/npu-smi and /usr/local/Ascend/driver into a container; on a host "
-            "reinstall the driver.",
-        )
-        return
-    cards = parse_npu_smi(text)
-    if not cards:
-        yield warning("npu-smi", "npu-smi info", "lists no card", "Reinstall the driver, or restart the machine.")
-    for card in cards:
-        yield _card(card)
-
-
-def _card(card: Card) -> Finding:
-    where = f"NPU {card.number}"
-    memory = f"{card.name}, {card.total} MB, {card.used} in use"
-    if card.health.upper() != "OK":
-        return error("npu-health", where, f"{memory}, health {card.health}", f"npu-smi info -t health -i {card.number}")
-    if card.total and card.used > card.total * BUSY_SHARE:
-        return warning(
-            "npu-memory",
-            where,
-            f"{memory}: something runs on it",
-            "Stop it, choose other --devices, or give service-config what is left as --device-mem.",
-        )
-    return ok("npu", where, memory)
+    yield from check_mask(machine.cards)
+    if machine.cards.trouble is not None:
+        yield machine.cards.trouble
+    for card in machine.cards.cards:
+        yield from check_card(card, machine.held.get(card.device))
 
 
 def cann_version(machine: Machine) -> str | None:
     """The toolkit's version, from the install info in its home."""
-    home = machine.environment.get("ASCEND_HOME_PATH") or machine.environment.get("ASCEND_TOOLKIT_HOME") or CANN_HOME
+    home = machine.environment.get(CANN_VARIABLE) or machine.environment.get("ASCEND_TOOLKIT_HOME") or CANN_HOME
     architecture = platform.machine()
     for name in (f"{architecture}-linux/ascend_toolkit_install.info", "version.cfg", "compiler/version.info"):
         text = machine.read(f"{home}/{name}") or ""
@@ -135,9 +75,10 @@ def driver_version(machine: Machine) -> str | None:
 
 def check_cann(machine: Machine) -> Iterator[Finding]:
     """CANN and driver beside MindSpore's version; only where there are cards."""
-    if not device_numbers(machine):
+    if not device_files(machine.root):
         return
     cann, driver = cann_version(machine), driver_version(machine)
+    yield from check_toolkit(machine.environment, machine.root)
     if driver is None:
         yield warning(
             "driver",
@@ -148,12 +89,7 @@ def check_cann(machine: Machine) -> Iterator[Finding]:
     else:
         yield ok("driver", "/usr/local/Ascend/driver", driver)
     if cann is None:
-        yield error(
-            "cann",
-            "ASCEND_HOME_PATH",
-            "no CANN toolkit was found",
-            "source /usr/local/Ascend/ascend-toolkit/set_env.sh, or install the toolkit.",
-        )
+        yield error("cann", "CANN", "no toolkit with a version was found", f"Install it, and {SOURCE_CANN}")
         return
     mindspore = machine.package("mindspore")
     row = stack_with(mindspore=mindspore.version) if mindspore and mindspore.version else None

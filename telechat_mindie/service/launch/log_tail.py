@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 MAX_LINE = 4096  # characters shown of a line
+BLOCK = 1 << 16  # bytes read at a time from the end
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -19,6 +21,18 @@ class LogTail:
         self._path = path
         self._offset = 0
         self._rest = b""
+
+    def skip_to_last(self, lines: int) -> None:
+        """Begin with the last `lines` whole lines that are there now."""
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            begin = end = file.seek(0, os.SEEK_END)
+            found = b""
+            while begin > 0 and found.count(b"\n") <= lines:
+                begin = max(0, begin - BLOCK)
+                file.seek(begin)
+                found = file.read(end - begin)
+            kept = found.split(b"\n")[-lines - 1 :]
+            self._offset = end - len(b"\n".join(kept))
 
     def read(self, final: bool = False) -> list[str]:
         """The lines that came since the last call; with `final` also a last one without its end."""

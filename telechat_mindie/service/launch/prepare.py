@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.findings import Finding
+from telechat_mindie.errors import InputError
+from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.mindie import DAEMON, RANK_PORTS, SERVER_PORTS
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
+from telechat_mindie.service.addresses import listen_on, url_of
+from telechat_mindie.service.card_rules import card_memory, check_devices, check_toolkit
+from telechat_mindie.service.cards import Cards, read_cards
 from telechat_mindie.service.check import CheckOptions, check, check_config
+from telechat_mindie.service.check.service_file import device_rows
 from telechat_mindie.service.facts import model_facts
+from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles
 from telechat_mindie.service.launch.environment import daemon_environment
 from telechat_mindie.service.launch.installation import (
     Installation,
@@ -21,16 +28,40 @@ from telechat_mindie.service.launch.installation import (
     find_installation,
 )
 from telechat_mindie.service.launch.processes import Identity
-from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs
-from telechat_mindie.service.options import ModelFacts, ServiceOptions
+from telechat_mindie.service.launch.reuse import as_it_stands, changes, find_usual, is_for
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs, cards_held
+from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.service.schema.settings import SERVER
 from telechat_mindie.service.schema.violations import typed_at
 
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Where a daemon that listens everywhere is reached from its own host."""
+MAX_NAME = 200  # characters of a run's name, which is a folder's; MindIE takes 256 of a model's, a file system 255
 
-MAX_NAME = 200  # characters of a model's name in a folder's name; MindIE takes 256, a file system 255
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What a launch is told beside the options of its config.
+
+    Attributes:
+        named: the fields of ServiceOptions that the user gave; others stay as a config has them that is started from.
+        generation: of MindIE's config; None takes that of the MindIE found.
+        host: address that the business port listens on; None leaves it to the config.
+        name: of the run; None for the model's name and its port.
+        reuse: start from a config at a usual place that was rendered for this directory.
+        need_mindie: refuse where there is no MindIE. Otherwise the command is what would be run if there were one.
+        client: the files of this host's own clients of HTTPS.
+    """
+
+    named: frozenset[str] = frozenset()
+    generation: str | None = None
+    host: str | None = None
+    name: str | None = None
+    reuse: bool = True
+    need_mindie: bool = True
+    client: ClientFiles = OWN_FILES
+
+
+PLAIN = LaunchOptions()
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,8 @@ class Prepared:
         facts: of the model directory.
         installation: the MindIE that was found; None where there is none.
         environment: the daemon's whole environment.
+        cards: findings on the cards that it takes.
+        notes: what the user should know of how the config came about, a sentence each.
     """
 
     run: RunDirectory
@@ -52,6 +85,8 @@ class Prepared:
     facts: ModelFacts
     installation: Installation | None
     environment: Mapping[str, str]
+    cards: tuple[Finding, ...]
+    notes: tuple[str, ...]
 
 
 def prepare(
@@ -59,41 +94,44 @@ def prepare(
     options: ServiceOptions,
     home: Path,
     environment: Mapping[str, str],
-    *,
-    generation: str | None = None,
-    need_mindie: bool = True,
+    launch: LaunchOptions = PLAIN,
 ) -> Prepared:
     """Find MindIE, choose ports that neither this host nor another launch uses, and render the config for them.
 
     Args:
         model_path: a model directory.
-        options: of the config; its generation is replaced.
+        options: of the config; its generation is replaced, and what is not named may be.
         home: the folder of all runs.
         environment: the caller's.
-        generation: of MindIE's config; None takes that of the MindIE found.
-        need_mindie: refuse where there is no MindIE. Otherwise the command is what would be run if there were one.
+        launch: the other options.
 
     Raises:
         LaunchError: no MindIE that can serve TeleChat2.
         ModelDirError, ConfigError: the directory is incomplete, or the config would be refused.
         InputError: an option does not fit the directory or the host.
     """
-    facts = model_facts(ModelDir.open(model_path))
+    directory = ModelDir.open(model_path)
+    facts = model_facts(directory)
     installation: Installation | None = None
     try:
         installation = find_installation(options.mindie_home, environment)
     except NotInstalledError:
-        if need_mindie:
+        if launch.need_mindie:
             raise
-    chosen = generation or (installation.generation if installation else DEFAULT_GENERATION)
+    generation = launch.generation or (installation.generation if installation else DEFAULT_GENERATION)
     mindie_home = installation.home if installation else None
-    taken = reserved_ports(home)
+    active = [run for run in all_runs(home) if run.is_active()]
+    taken = {port for run in active for port in run.plan().ports.values()}
 
     def is_free(port: int) -> bool:
         return port not in taken and ports.is_free(port)
 
-    options = replace(options, generation=chosen, mindie_home=mindie_home)
+    seen = read_cards(environment)
+    options = replace(options, generation=generation, mindie_home=mindie_home)
+    options, notes = _sourced(options, launch, facts, mindie_home, seen)
     rendered = render_service_config(facts, _with_free_ports(options, is_free), is_free)
+    if options.template is not None and (changed := changes(rendered)):
+        notes.append(f"config: changed in a copy: {'; '.join(changed)}")
     server = rendered.config["ServerConfig"]
     used = {name: int(server.get(name, server["port"])) for name in SERVER_PORTS}
     for name, default in RANK_PORTS.items():
@@ -101,46 +139,116 @@ def prepare(
         base = int(wanted) if wanted.isdigit() and ports.LOWEST <= int(wanted) <= ports.HIGHEST else default
         used[name] = ports.free_run(base, 1, set(used.values()), is_free)
     model_name = str(rendered.config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["modelName"])
-    run = RunDirectory(home / f"{model_name[:MAX_NAME]}-{used['port']}")
+    run = RunDirectory(home / _run_name(launch.name or f"{model_name[:MAX_NAME]}-{used['port']}", active))
     variables = daemon_environment(
         environment,
         run,
         used,
-        generation=chosen,
+        generation=generation,
         home=mindie_home,
         shadow=installation is None or not installation.has_mindformers,
     )
+    if launch.host is not None and environment.get("MIES_CONTAINER_IP"):
+        variables["MIES_CONTAINER_IP"] = str(server["ipAddress"])  # it would win over the config
+    devices = [device for row in device_rows(rendered.config) for device in row]
     plan = LaunchPlan(
         name=run.name,
         model_path=facts.model_path,
-        generation=chosen,
+        generation=generation,
         command=installation.command if installation else (DAEMON,),
         environment=variables,
         ports=used,
-        urls=_urls(server, environment),
+        urls=_urls(server, {**environment, **variables}),
         tls_home=str(mindie_home) if server["httpsEnabled"] and mindie_home else None,
         model_name=model_name,
         launcher=Identity.of(os.getpid()),
+        client=launch.client,
+        cards=tuple(seen.unmasked(device) for device in devices),
     )
-    return Prepared(run, plan, rendered, facts, installation, {**environment, **variables})
+    cards = (*check_devices(seen, devices, directory.serving.dtype, cards_held(home)), *check_toolkit(environment))
+    return Prepared(
+        run, plan, rendered, facts, installation, {**environment, **variables}, cards=cards, notes=tuple(notes)
+    )
 
 
-def check_prepared(prepared: Prepared, device_mem_gb: float) -> list[Finding]:
-    """The findings of `check` for the model directory, and of its rules for the config and the environment."""
+def _sourced(
+    options: ServiceOptions, launch: LaunchOptions, facts: ModelFacts, mindie_home: Path | None, cards: Cards
+) -> tuple[ServiceOptions, list[str]]:
+    """The options with a config to start from and the memory of a card filled in, and what to say of that."""
+    named, notes = set(launch.named), []
+    template, how = options.template, "named by --service-config"
+    if template is None and launch.reuse:
+        template = find_usual(facts, mindie_home)
+        how = "which was rendered for this directory; --new-config renders another"
+    if template is None:
+        notes.append("config: rendered for this launch")
+    elif is_for(template, facts):
+        notes.append(f"config: started from {template}, {how}")
+        options = as_it_stands(template, options, named)
+    else:
+        notes.append(f"config: started from {template}, whose model is another: what follows from this one is changed")
+    if launch.host is not None:
+        options = replace(options, overrides=(*listen_on(launch.host), *options.overrides))
+    if "device_mem_gb" not in named:
+        devices = parse_devices(options.devices) if options.devices is not None else None
+        size, assumed = card_memory(cards, devices)
+        options = replace(options, device_mem_gb=size)
+        if assumed is not None and template is None:
+            notes.append(assumed)
+    return options, notes
+
+
+def _run_name(name: str, active: list[RunDirectory]) -> str:
+    if not re.fullmatch(rf"[a-zA-Z0-9][a-zA-Z0-9_.-]{{0,{MAX_NAME + 5}}}", name):
+        raise InputError(
+            "is no name for a run", where=f"--name {name}", expected=f"letters, digits, `_.-`, at most {MAX_NAME}"
+        )
+    if name in {run.name for run in active}:
+        raise InputError("is the name of a run that is active", where=f"--name {name}", advice="Choose another.")
+    return name
+
+
+def check_prepared(prepared: Prepared) -> list[Finding]:
+    """The findings of `check` for the model directory, and of its rules for the config, the environment, the cards."""
     options = CheckOptions(
         generation=prepared.plan.generation,
-        device_mem_gb=device_mem_gb,
+        device_mem_gb=prepared.rendered.options.device_mem_gb,
         environment=prepared.environment,
         mindie_home=prepared.installation.home if prepared.installation else None,
     )
     report = check(Path(prepared.plan.model_path), options)
     config = check_config(prepared.rendered.config, prepared.run.config, prepared.facts, options)
-    return [finding for finding in (*report.findings, *config) if finding.severity != "ok"]
+    own = [finding for finding in config if finding.id != "certificate"]
+    found = (*report.findings, *_https(prepared), *own, *_log_config(prepared), *prepared.cards)
+    return [finding for finding in found if finding.severity != "ok"]
 
 
-def reserved_ports(home: Path) -> set[int]:
-    """Ports of the launches that are active. A daemon binds its own only when the model is loaded."""
-    return {port for run in all_runs(home) if run.is_active() for port in run.plan().ports.values()}
+def _https(prepared: Prepared) -> Iterator[Finding]:
+    """Certificates that are missing: the first thing that HTTPS, MindIE's default, meets."""
+    missing = dict.fromkeys(item.file for item in prepared.rendered.certificates if item.present is False)
+    if missing and prepared.installation is not None:
+        home = prepared.installation.home
+        yield error(
+            "certificate",
+            "HTTPS",
+            f"is on, as MindIE has it by default, and {home} lacks {', '.join(missing)}",
+            "Launch with --insecure-http where the network is trusted; or put them there; or try it with a set of your "
+            f"own making: telechat-mindie service-config {prepared.plan.model_path} --mindie-home {home} "
+            "--make-test-certificates",
+        )
+
+
+def _log_config(prepared: Prepared) -> Iterator[Finding]:
+    """MindIE reads LogConfig from its own file alone, whatever config it is given (MindIE-LLM v3.0.0.beta.2
+    src/utils/log/log_level_dynamic_handler.cpp:38)."""
+    own_file_alone = prepared.plan.generation.startswith("3.")
+    if own_file_alone and any(entry.location[0] == "LogConfig" for entry in prepared.rendered.derived):
+        yield warning(
+            "log-config",
+            "--set LogConfig",
+            "has no effect: MindIE reads it from conf/config.json in its own home alone",
+            "Change it there, or export MINDIE_LOG_LEVEL.",
+        )
 
 
 def _with_free_ports(options: ServiceOptions, is_free: ports.IsFree) -> ServiceOptions:
@@ -160,12 +268,6 @@ def _urls(server: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str
     business = environment.get("MIES_CONTAINER_IP") or server["ipAddress"]
     management = environment.get("MIES_CONTAINER_MANAGEMENT_IP") or server.get("managementIpAddress", business)
     return {
-        "business": _url(scheme, business, server["port"]),
-        "management": _url(scheme, management, server.get("managementPort", server["port"])),
+        "business": url_of(scheme, business, server["port"]),
+        "management": url_of(scheme, management, server.get("managementPort", server["port"])),
     }
-
-
-def _url(scheme: str, address: str, port: int) -> str:
-    bare = address.strip("[]")
-    bare = WILDCARDS.get(bare, bare)
-    return f"{scheme}://[{bare}]:{port}" if ":" in bare else f"{scheme}://{bare}:{port}"

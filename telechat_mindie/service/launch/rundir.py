@@ -15,6 +15,7 @@ from typing import Any
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.reading import read_json
 from telechat_mindie.service.launch import processes
+from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles
 from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.staging import DIR_MODE, dump_json, reporting_os_errors, write_file
 
@@ -34,6 +35,8 @@ class LaunchPlan:
         ports: each port of the run by what it is for.
         urls: `business` and `management`, as a client on this host reaches them.
         tls_home: MindIE's home, for the certificates; None without HTTPS.
+        client: the files of this host's own clients.
+        cards: that the ranks of all instances take, as npu-smi counts them.
         model_name: what requests call the model.
         launcher: the process that starts it.
     """
@@ -48,6 +51,8 @@ class LaunchPlan:
     tls_home: str | None
     model_name: str
     launcher: Identity
+    client: ClientFiles = OWN_FILES
+    cards: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,10 @@ class RunDirectory:
         data = read_json(self.path / PLAN)
         with _whole(self.path / PLAN):
             launcher = Identity(**data.pop("launcher"))
-            return LaunchPlan(**{**data, "command": tuple(data["command"]), "launcher": launcher})
+            client = ClientFiles(**data.pop("client", {}))  # 0.2.0 wrote neither it nor the cards
+            cards = tuple(data.pop("cards", ()))
+            command = tuple(data.pop("command"))
+            return LaunchPlan(**data, command=command, launcher=launcher, client=client, cards=cards)
 
     def state(self) -> State | None:
         """None before the daemon was started."""
@@ -170,8 +178,17 @@ def all_runs(home: Path) -> list[RunDirectory]:
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
-def find_run(home: Path, name: str | None) -> RunDirectory:
-    """The run called `name`; without a name, the only one that is active.
+def cards_held(home: Path) -> dict[int, str]:
+    """Names of the active runs by the cards that they hold, counted as `Cards.unmasked` gives them; none where the
+    folder cannot be read."""
+    try:
+        return {card: run.name for run in all_runs(home) if run.is_active() for card in run.plan().cards}
+    except OSError:
+        return {}
+
+
+def find_run(home: Path, name: str | None, *, or_last: bool = False) -> RunDirectory:
+    """The run called `name`; without a name, the only one that is active, or with `or_last` the last one where none is.
 
     Raises:
         InputError: there is none, or several to choose from.
@@ -184,6 +201,8 @@ def find_run(home: Path, name: str | None) -> RunDirectory:
             if run.name == name:
                 return run
         raise InputError("is not the name of a run", where=name, expected=f"one of those running: {listed}")
+    if or_last and runs and not active:
+        return runs[-1]
     if len(active) != 1:
         advice = "Name one of them." if active else "Start one with `telechat-mindie launch MODEL_PATH`."
         raise InputError("which run is meant is not clear", where=home, found=f"running: {listed}", advice=advice)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import telechat_mindie
 from telechat_mindie.errors import name_some
-from telechat_mindie.reading import read_json
 from telechat_mindie.service import ports
 from telechat_mindie.service.launch import client, processes, shared_memory
-from telechat_mindie.service.launch.client import Answer
+from telechat_mindie.service.launch.client import Answer, ClientRefusedError, UnansweredError
+from telechat_mindie.service.launch.client_tls import client_tls
 from telechat_mindie.service.launch.errors import LaunchError
-from telechat_mindie.service.launch.log_advice import find_cause, success_line
+from telechat_mindie.service.launch.log_advice import find_cause, level, success_line
 from telechat_mindie.service.launch.log_tail import LogTail
 from telechat_mindie.service.launch.rundir import SUPERVISOR_LOG, RunDirectory, State
 from telechat_mindie.service.launch.supervisor import GRACE_SECONDS, KILL_SECONDS
@@ -27,7 +27,12 @@ from telechat_mindie.service.port_holder import port_holder
 from telechat_mindie.staging import FILE_MODE
 
 POLL_SECONDS = 0.05
-KEPT_LINES = 5000  # of the log, in which the cause of a failure is looked for
+KEPT_LINES = 5000  # of the log, [INFO] and the like left out, in which the cause of a failure is looked for
+
+END_SECONDS = 2.0  # after a request without an answer, for the end of the daemon to show itself
+DYING = "Daemon is killing"
+"""What the daemon says before it waits for its workers and ends (MindIE-LLM v3.0.0.beta.2
+src/server/daemon/llm_daemon.cpp:162)."""
 
 OnLine = Callable[[str], None]
 
@@ -84,20 +89,31 @@ class Launch:
             time.sleep(POLL_SECONDS)
 
     def first_request(self, prompt: str, max_tokens: int, timeout: float) -> Answer:
-        """Ask the daemon.
+        """Ask the daemon. It goes on, whatever becomes of the request.
 
         Raises:
-            NoClientCertificateError: HTTPS wants a certificate that this process has not got; the daemon goes on.
-            LaunchError: it gave no answer; then it is stopped.
+            UnansweredError: it gave no answer, or could not be asked.
+            LaunchError: the request, or something else meanwhile, ended it.
         """
-        tls = None
-        if self.plan.urls["business"].startswith("https:"):
-            tls = client.tls_context(read_json(self.run.config), Path(self.plan.tls_home or "/"))
         try:
+            tls = client_tls(self.run)
             return client.ask(self.plan.urls["business"], prompt, max_tokens, timeout, tls)
-        except LaunchError as failure:
-            self.stop()
-            raise self._failure(f"is up, and {failure}") from None
+        except UnansweredError as failure:
+            if not isinstance(failure, ClientRefusedError) and self._is_ending():
+                raise self._failure("ended at the first request") from None
+            raise
+
+    def _is_ending(self) -> bool:
+        """Whether the daemon has ended, or says that it is about to."""
+        deadline = time.monotonic() + END_SECONDS
+        while self._supervisor.poll() is None:
+            if any(DYING in line for line in self._read()):
+                deadline = time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        self._read(final=True)
+        return True
 
     def follow(self) -> None:
         """Read the log until the daemon is stopped from elsewhere.
@@ -128,7 +144,8 @@ class Launch:
     def _read(self, final: bool = False) -> list[str]:
         lines = self._tail.read(final)
         for line in lines:
-            self._lines.append(line)
+            if level(line) != "noise":
+                self._lines.append(line)
             self.on_line(line)
         return lines
 
@@ -146,7 +163,7 @@ class Launch:
         last = next((line for line in reversed(self._lines) if line.strip()), None)
         found = f"the log's last line: {last}" if last else "an empty log"
         advice = otherwise
-        if cause is not None:
+        if cause is not None and cause.severity == "error":
             holders = ""
             if cause.id == "port-taken":
                 taken = [port for port in self.plan.ports.values() if not ports.is_free(port)]
@@ -155,6 +172,8 @@ class Launch:
             found, advice = f"in its log: {cause.line.strip()}", cause.advice
         elif state.returncode is not None and state.reason == "ended":
             what = f"{what}: {_ending(state.returncode)}"
+        if cause is not None and cause.severity == "warning":
+            found, advice = f"{cause.cause}: {cause.line.strip()}", f"{advice} {cause.advice}"
         return LaunchError(what, where="MindIE's daemon", found=found, advice=f"{advice} The log: {self.run.log}")
 
 
