@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.explain import Explained, explain
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
@@ -41,6 +42,9 @@ FACTS_115B = replace(
     weight_bytes_per_rank=29_000_000_000,
     kv_bytes_per_token_per_rank=49_152,
 )
+
+
+SERVING = [name for name in schema.GENERATIONS if GENERATIONS[name].ms_backend]
 
 
 def all_free(port: int) -> bool:
@@ -136,7 +140,7 @@ class TestReadmeExample:
         assert readme_example.text.endswith("}\n")
 
 
-@pytest.mark.parametrize("generation", schema.GENERATIONS)
+@pytest.mark.parametrize("generation", SERVING)
 @pytest.mark.parametrize("facts", [FACTS_7B, FACTS_115B], ids=["7B", "115B"])
 def test_every_generation_renders_without_a_warning(generation: str, facts: ModelFacts) -> None:
     rendered = render(facts, generation=generation)
@@ -413,7 +417,8 @@ TEMPLATE = """\
 
 \t\t\t"maxIterTimes" : 512, "supportSelectBatch" : false, "maxQueueDelayMicroseconds" : 5000
 \t\t}
-\t}
+\t},
+\t"EnableDynamicAdjustTimeoutConfig":false
 }
 """
 
@@ -424,6 +429,18 @@ class TestTemplate:
         path = tmp_path / "config.json"
         path.write_text(TEMPLATE, encoding="utf-8")
         return path
+
+    def test_a_key_that_mindie_misses_is_written(self, template: Path) -> None:
+        """2.3 and later complain of it each second."""
+        text = template.read_text(encoding="utf-8").replace(',\n\t"EnableDynamicAdjustTimeoutConfig":false', "")
+        template.write_text(text, encoding="utf-8")
+        for generation, is_missed in (("2.0", False), ("2.3", True), ("3.0.0.beta", True)):
+            config = render(template=template, insecure_http=True, generation=generation).config
+            assert config.get("EnableDynamicAdjustTimeoutConfig") == (False if is_missed else None), generation
+
+    def test_3_0_cannot_serve_the_directory(self) -> None:
+        with pytest.raises(ConfigError, match=r"no MindSpore backend.*telechat-mindie serve"):
+            render(generation="3.0", insecure_http=True)
 
     def test_nothing_else_changes(self, template: Path) -> None:
         text = render(template=template, overrides=("ModelConfig.npuMemSize=8",)).text
