@@ -308,12 +308,26 @@ class TestPorts:
         assert ports.is_free(port)
 
 
+class TestWhereASettingCounts:
+    """LogConfig is read from the conf/config.json of MindIE's home alone."""
+
+    @pytest.mark.parametrize("override", ["LogConfig.dynamicLogLevel=debug", "EnableDynamicAdjustTimeoutConfig=true"])
+    def test_a_warning_names_the_place(self, override: str) -> None:
+        (warning,) = render(overrides=(override,)).warnings
+        assert warning.rule == "other-file" and "MindIE's home" in warning.expected and "launch" in warning.repair
+        assert render(overrides=(override,), generation="2.3").warnings == ()  # closed: not known
+
+
 class TestCertificates:
     def test_named_and_looked_up(self, tmp_path: Path) -> None:
         (tmp_path / "security/ca").mkdir(parents=True)
         (tmp_path / "security/ca/ca.pem").write_text("x")
         certificates = {entry.file: entry for entry in render(mindie_home=tmp_path).certificates}
-        assert len(certificates) == 9
+        assert len(certificates) == 12
+        assert {entry.file for entry in certificates.values() if entry.is_revocation} == {
+            *("security/certs/server_crl.pem", "security/management/certs/server_crl.pem"),
+            "security/metrics/certs/server_crl.pem",
+        }
         assert certificates["security/ca/ca.pem"].present is True
         assert certificates["security/keys/server.key.pem"].present is False
         assert certificates["security/ca/metrics_ca.pem"].path == "$.ServerConfig.metricsTlsCaFile"
@@ -324,9 +338,10 @@ class TestCertificates:
     def test_one_plane_needs_one_set(self) -> None:
         merged = ("ServerConfig.managementIpAddress=127.0.0.1", "managementPort=1025", "metricsPort=1025")
         assert [entry.path.rpartition(".")[2] for entry in render(overrides=merged).certificates] == [
-            "tlsCaFile",
             "tlsCert",
             "tlsPk",
+            "tlsCaFile",
+            "tlsCrlFiles",
         ]
 
 

@@ -75,6 +75,5 @@ Policy = Annotated[
 ]  # param_checker.cpp:356-364
 FileNames = Annotated[list[StrictStr], Field(description="1 to 3 file names")]
 
-ModelName = Annotated[
-    StrictStr, Field(pattern=r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,254}[a-zA-Z0-9])?$")
-]  # model_deploy_config.cpp:438-448
+MODEL_NAME = r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,254}[a-zA-Z0-9])?$"  # model_deploy_config.cpp:438-448
+ModelName = Annotated[StrictStr, Field(pattern=MODEL_NAME)]
