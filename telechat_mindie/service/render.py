@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from telechat_mindie import templates
+from telechat_mindie.errors import ConfigError
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import Certificate, https_certificates
@@ -15,6 +16,7 @@ from telechat_mindie.service.derive import Derived, derive
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.overrides import set_value
 from telechat_mindie.service.patch import patch
+from telechat_mindie.service.schema.rules_generation import older_layout
 from telechat_mindie.service.schema.settings import READ_FROM_HOME
 from telechat_mindie.service.schema.violations import warning
 
@@ -67,6 +69,10 @@ def render_service_config(
     else:
         base_text = schema.read_text(template)
         base = schema.parse(base_text, where=template)
+        if older := older_layout(base):
+            raise ConfigError(
+                "has the layout of another MindIE", where=template, found=older.found, advice=older.repair
+            )
         derived = derive(facts, options, base, is_free)
         text = patch(base_text, {entry.location: entry.value for entry in derived}, where=template)
     where = template or "the rendered file"

@@ -453,6 +453,12 @@ class TestTemplate:
             config = render(template=template, insecure_http=True, generation=generation).config
             assert config.get("EnableDynamicAdjustTimeoutConfig") == (False if is_missed else None), generation
 
+    def test_a_template_of_1_0_rc1(self, tmp_path: Path) -> None:
+        path = tmp_path / "old.json"
+        path.write_text('{"OtherParam": {"ServeParam": {"port": 1025}}, "ModelDeployParam": {"maxSeqLen": 2560}}')
+        with pytest.raises(ConfigError, match=r"1\.0\.RC1 or 1\.0\.RC2.*service-config MODEL_PATH"):
+            render(template=path, generation="1.0")
+
     def test_3_0_cannot_serve_the_directory(self) -> None:
         with pytest.raises(ConfigError, match=r"no MindSpore backend.*telechat-mindie serve"):
             render(generation="3.0", insecure_http=True)
