@@ -167,5 +167,8 @@ def fault(certificate: Certificate, home: Path, uid: int) -> tuple[str, str] | N
     if status.st_uid != uid:
         return f"which belongs to uid {status.st_uid}, and MindIE runs as {uid}", f"As root: chown {uid} {bare}"
     if (mode := stat.S_IMODE(status.st_mode)) & ~FILE_MODE & 0o777:
-        return f"which has mode {mode:04o}, over {FILE_MODE:04o}; root is not exempt", f"chmod 640 {bare}"
+        advice = f"chmod 640 {bare}"
+        if certificate.kind == "locked folder":  # which only root could then enter
+            advice = f'Set {certificate.path} to "": MindIE judges this folder as if it were a file.'
+        return f"which has mode {mode:04o}, over {FILE_MODE:04o}; root is not exempt", advice
     return None

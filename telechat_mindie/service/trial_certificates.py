@@ -77,7 +77,9 @@ def make_trial_certificates(
     made = _make(config["ServerConfig"], until)
     content = {name: made[part] for plane in planes for name, part in _names(config, plane)}
     content |= {name: made[part] for name, part in _client_names().items()}
-    write_file(_prepared(home, README), _readme(names, until).encode())  # first: what it lists may be replaced
+    write_file(
+        _prepared(home, README), _readme(config["ServerConfig"], names, until).encode()
+    )  # first: what it lists may be replaced
     for name in names:
         write_file(_prepared(home, name), content[name])
         if content[name] in (made["server key"], made["client key"]):
@@ -149,8 +151,11 @@ def _prepared(home: Path, name: str) -> Path:
     return path
 
 
-def _readme(names: list[str], until: datetime) -> str:
-    folder = CLIENT_FOLDER
+def _readme(server: Mapping[str, Any], names: list[str], until: datetime) -> str:
+    address = str(server["ipAddress"]).strip("[]")
+    host = f"[{address}]" if ":" in address else address
+    url = f"https://{host}:{server['port']}"
+    ca, certificate, key = _client_names()
     return "\n".join(
         [
             MARK,
@@ -159,11 +164,9 @@ def _readme(names: list[str], until: datetime) -> str:
             "this folder can speak for the service. Replace them before the service is used, and remove this file.",
             f"They expire on {until:%Y-%m-%d %H:%M} UTC.",
             "",
-            "A client needs a certificate, since MindIE asks for one:",
-            f"  curl --cacert {folder}/ca.pem --cert {folder}/client.pem --key {folder}/client.key.pem "
-            "https://127.0.0.1:1025/v1/models",
-            f"  telechat-mindie chat https://127.0.0.1:1025 --ca-cert {folder}/ca.pem --cert {folder}/client.pem "
-            f"--key {folder}/client.key.pem",
+            "A client needs a certificate too, since MindIE asks for one:",
+            f"  curl --cacert {ca} --cert {certificate} --key {key} {url}/v1/models",
+            f"  telechat-mindie chat {url} --ca-cert {ca} --cert {certificate} --key {key}",
             "",
             "Files:",
             *names,

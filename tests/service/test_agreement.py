@@ -1,4 +1,4 @@
-"""`service-config` and `check` agree: on each generation's own file, and on what is rendered for any size, card and tp."""
+"""`service-config` and `check` agree: on each generation's own file, and on every size, card and tp."""
 
 from __future__ import annotations
 

@@ -161,6 +161,7 @@ def test_several_machines_read_a_folder_by_the_rule_of_a_file(home: Path) -> Non
     assert "security/grpc/keys/server.key.pem" in names
     reason = names["security/grpc/certs/"]
     assert reason is not None and "0750, over 0640" in reason[0]
+    assert 'interNodeTlsCrlPath to ""' in reason[1]
     folder.chmod(0o640)
     (item,) = [item for item in tls_paths(config, BETA, home) if item.file == "security/grpc/certs/"]
     assert fault(item, home, os.getuid()) is None
@@ -174,6 +175,7 @@ class TestTrialSet:
         assert stat.S_IMODE((made / "security/certs/metrics").stat().st_mode) == 0o750
         readme = (made / README).read_text()
         assert readme.startswith(MARK) and KEY in readme and "--cert" in readme
+        assert "https://127.0.0.1:1025/v1/models" in readme
         for file in made.rglob("*.pem"):
             if b"BEGIN CERTIFICATE" in (data := file.read_bytes()):
                 (organization,) = x509.load_pem_x509_certificate(data).subject.get_attributes_for_oid(
