@@ -56,6 +56,7 @@ class Generation:
         releases: the same in words.
         shipped: the generation whose shipped file is rendered over. The files of 2.1 and 2.2 are not known: they take
             that of 2.3, since a release passes over a key that it does not know, and may end on one that it misses.
+        known: the generation whose fields it has for certain, where that is not the one of `shipped`.
         is_public: its C++ can be read. Of the others, what no document or public file says is a warning at most.
         ms_backend: its workers know backendType ms.
     """
@@ -63,6 +64,7 @@ class Generation:
     pattern: str
     releases: str
     shipped: str
+    known: str | None = None
     is_public: bool = False
     ms_backend: bool = True
 
@@ -70,8 +72,8 @@ class Generation:
 GENERATIONS: dict[str, Generation] = {
     "1.0": Generation(r"1\.0", "1.0.RC3, 1.0.0", "1.0"),
     "2.0": Generation(r"2\.0", "2.0.RC1, 2.0.RC2", "2.0"),
-    "2.1": Generation(r"2\.1", "2.1", "2.3"),
-    "2.2": Generation(r"2\.2", "2.2", "2.3"),
+    "2.1": Generation(r"2\.1", "2.1", "2.3", known="2.0"),
+    "2.2": Generation(r"2\.2", "2.2", "2.3", known="2.0"),
     "2.3": Generation(r"2\.", "2.3", "2.3"),
     "3.0.0.beta": Generation(
         r"3\.0\.0[.-]?b(eta)?[.-]?[12]$", "3.0.0.beta.1, 3.0.0.beta.2", "3.0.0.beta", is_public=True

@@ -16,6 +16,7 @@ from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.http.limits import Limits
 from telechat_mindie.server.http.tls import TlsFiles
 from telechat_mindie.service import schema
+from telechat_mindie.service.certificates import place
 from telechat_mindie.service.schema.settings import SERVER, Settings
 
 DEFAULT_CACHE_GB = 2.0
@@ -204,13 +205,12 @@ def _addresses(
 def _tls(server: Mapping[str, Any], prefix: str, home: Path) -> TlsFiles | None:
     if not server["httpsEnabled"]:
         return None
-    folder = server["tlsCaPath"]  # of all planes; names are appended as text, slash or not (server_config.cpp:465)
-    authorities = tuple(home / (folder + name) for name in server[f"{prefix}CaFile"])
+    folder = server["tlsCaPath"]  # of all planes
     lists_folder = server.get(f"{prefix}CrlPath", "")
     lists = server.get(f"{prefix}CrlFiles", ()) if lists_folder else ()
     return TlsFiles(
-        home / server[f"{prefix}Cert"],
-        home / server[f"{prefix}Pk"],
-        authorities,
-        tuple(home / (lists_folder + name) for name in lists),
+        place(home, server[f"{prefix}Cert"]),
+        place(home, server[f"{prefix}Pk"]),
+        tuple(place(home, folder + name) for name in server[f"{prefix}CaFile"]),
+        tuple(place(home, lists_folder + name) for name in lists),
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.findings import Finding, Report
+from telechat_mindie.mindie import generation_of
 from telechat_mindie.service import schema
 
 Config = dict[str, Any]
@@ -743,6 +744,10 @@ class TestGenerations:
             assert found.keys() == {"planes", "type", "path", "inter-node-tls"}, generation
             assert {violation.severity for violation in found.values()} == {severity}, generation
         assert "of 2.0 it is not known" in found["path"].message
+        for generation, severity in (("2.2", "warning"), ("2.3", "error")):  # 2.2's own file is not known
+            config = schema.default_config(generation)
+            mutate(config, "S.metricsTlsPk", 1)
+            assert only_violation(config, generation).severity == severity
         config = schema.default_config("2.0")
         mutate(config, "S.port", 80)  # documented there as well
         assert only_violation(config, "2.0").severity == "error"
@@ -805,6 +810,27 @@ class TestGenerations:
         mutate(config, "C.maxBatchSize", 100)  # below the 128 that maxN is where absent, which MindIE lowers itself
         mutate(config, "D.truncation", 0)
         assert schema.validate(config, "3.0") == []
+
+    @pytest.mark.parametrize(
+        ("version", "generation"),
+        [
+            ("1.0.RC3", "1.0"),
+            ("1.0.0", "1.0"),
+            ("2.0.RC1", "2.0"),
+            ("2.1.rc2", "2.1"),
+            ("2.2.RC1", "2.2"),
+            ("2.3.0", "2.3"),
+            ("3.0.0.beta.1", "3.0.0.beta"),
+            ("3.0.0b2", "3.0.0.beta"),
+            ("3.0.0.beta.3", "3.0"),
+            ("3.0.0", "3.0"),
+            ("4.1", "3.0"),
+            ("unknown", None),
+            (None, None),
+        ],
+    )
+    def test_an_installed_version_belongs_to_one(self, version: str | None, generation: str | None) -> None:
+        assert generation_of(version) == generation
 
     def test_unknown_generation(self) -> None:
         for call in (schema.default_config, schema.json_schema, lambda name: schema.validate({}, name)):

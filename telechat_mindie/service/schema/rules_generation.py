@@ -37,7 +37,8 @@ EXPECTED: dict[Location, str] = {
 """Keys that a file may lack by its types, and since when MindIE misses them.
 
 2.0.RC1's file has none of the first three. The last is looked up each second, and its absence written to the log each
-time (src/config_manager/config_dynamic_handler.cpp:105-128; v3.0.0 says so once)."""
+time (src/config_manager/config_dynamic_handler.cpp:105-128; v3.0.0 says so once).
+"""
 
 FROM_CODE_ALONE = frozenset(
     {
@@ -104,7 +105,7 @@ def ms_backend(settings: Settings) -> Iterator[Violation]:
 def as_far_as_known(violation: Violation, generation: str) -> Violation:
     """An error that only another generation's C++ tells, as the warning that it is for one with a closed source."""
     if violation.severity == "error" and (
-        violation.rule in FROM_CODE_ALONE or _field(violation.path) not in _shipped(generation)
+        violation.rule in FROM_CODE_ALONE or _field(violation.path) not in _known_fields(generation)
     ):
         known = f"{violation.message}, as in MindIE 3.0.0.beta; of {generation} it is not known"
         return replace(violation, severity="warning", message=known)
@@ -112,9 +113,9 @@ def as_far_as_known(violation: Violation, generation: str) -> Violation:
 
 
 @cache
-def _shipped(generation: str) -> frozenset[str]:
+def _known_fields(generation: str) -> frozenset[str]:
     """The fields of a generation's own file, and the objects around them."""
-    places: list[tuple[Location, Any]] = [((), default_config(generation))]
+    places: list[tuple[Location, Any]] = [((), default_config(GENERATIONS[generation].known or generation))]
     for location, value in places:  # which grows
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         places.extend(((*location, step), item) for step, item in items)
