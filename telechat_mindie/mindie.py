@@ -1,4 +1,4 @@
-"""What MindIE calls things from outside: the variables that name its home, and the ports that it takes by default."""
+"""What MindIE is from outside: its generations, the variables that name its home, and the ports that it takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextlib
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+from telechat_mindie.errors import InputError
 
 HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
 """What names the folder with bin/ and conf/; the first that is set does.
@@ -42,6 +45,73 @@ RANK_PORTS = {"MS_SCHED_PORT": 8090, "LCAL_IF_PORT": 8129}
 """Ports of the ranks' MindSpore scheduler and of their exchange: MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/
 user_manual/offline_inference.md:292-295, mindspore docs r2.6.0 usage/mindie_deployment.md. MindSpore itself has no
 default; that of mindformers r1.5.0 scripts/run_mindie.sh, 8119, holds for whoever starts MindIE by that script."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Releases of MindIE that read the same conf/config.json.
+
+    Attributes:
+        pattern: a regular expression for the versions that it stands for, tried oldest generation first.
+        releases: the same in words.
+        shipped: the generation whose shipped file is rendered over. The files of 2.1 and 2.2 are not known: they take
+            that of 2.3, since a release passes over a key that it does not know, and may end on one that it misses.
+        known: the generation whose fields it has for certain, where that is not the one of `shipped`.
+        is_public: its C++ can be read. Of the others, what no document or public file says is a warning at most.
+        ms_backend: its workers know backendType ms.
+    """
+
+    pattern: str
+    releases: str
+    shipped: str
+    known: str | None = None
+    is_public: bool = False
+    ms_backend: bool = True
+
+
+GENERATIONS: dict[str, Generation] = {
+    "1.0": Generation(r"1\.0", "1.0.RC3, 1.0.0", "1.0"),
+    "2.0": Generation(r"2\.0", "2.0.RC1, 2.0.RC2", "2.0"),
+    "2.1": Generation(r"2\.1", "2.1", "2.3", known="2.0"),
+    "2.2": Generation(r"2\.2", "2.2", "2.3", known="2.0"),
+    "2.3": Generation(r"2\.", "2.3", "2.3"),
+    "3.0.0.beta": Generation(
+        r"3\.0\.0[.-]?b(eta)?[.-]?[12]$", "3.0.0.beta.1, 3.0.0.beta.2", "3.0.0.beta", is_public=True
+    ),
+    "3.0": Generation(r"([3-9]|[1-9]\d+)\.", "3.0.0.beta.3, 3.0.0 and later", "3.0", is_public=True, ms_backend=False),
+}
+"""By the name that `--mindie` takes, oldest first."""
+
+GENERATION_NAMES = ", ".join(list(GENERATIONS)[:-1]) + f" or {list(GENERATIONS)[-1]}"
+
+
+def generation_named(name: str) -> Generation:
+    """The generation of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return GENERATIONS[name]
+    except KeyError:
+        raise InputError(
+            "is not a generation of MindIE that is known here",
+            where=name,
+            expected=GENERATION_NAMES,
+            advice="Take the one nearest to the installed MindIE.",
+        ) from None
+
+
+def generation_of(version: str | None) -> str | None:
+    """The name of the generation that an installed version belongs to; None for one that is not known."""
+    matching = (name for name, row in GENERATIONS.items() if version and re.match(row.pattern, version, re.IGNORECASE))
+    return next(matching, None)
+
+
+def is_since(generation: str, first: str) -> bool:
+    """Whether a generation is `first` or a later one."""
+    names = list(GENERATIONS)
+    return names.index(generation) >= names.index(first)
 
 
 def exported_homes(environment: Mapping[str, str]) -> list[Path]:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from telechat_mindie.mindie import GENERATION_NAMES as GENERATION_NAMES
+
 VARIANT_NAMES = "3b, 7b, 35b, 115b or 39b-a12b"
-GENERATION_NAMES = "1.0, 2.0 or 3.0.0.beta"
 
 ModelPath = Annotated[Path, typer.Argument(help="A model directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -49,7 +49,10 @@ def service_config(
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
     mindie: Generation = DEFAULT_GENERATION,
     mindie_home: Path = typer.Option(
-        None, "--mindie-home", help="MindIE's folder: say which certificates are missing there."
+        None, "--mindie-home", help="MindIE's folder: say which certificates are missing there, or make them there."
+    ),
+    make_test_certificates: bool = typer.Option(
+        False, "--make-test-certificates", help="Make certificates in MindIE's home, to try HTTPS with; 30 days."
     ),
     force: Overwrite = False,
     explain: bool = typer.Option(False, "--explain", help="Print every value with where it comes from."),
@@ -87,6 +90,8 @@ def service_config(
     directory = ModelDir.open(model_path)
     # The file may be for another machine; `launch` goes round the ports that are taken on its own.
     rendered = render_service_config(model_facts(directory), options, ports.assume_free)
+    if make_test_certificates:
+        rendered = _make_certificates(rendered, mindie_home, replace=force)
     if output is not None:
         _write(output, rendered, replace=force or (template is not None and _same_file(output, template)))
     _tell(rendered, mindie_home)
@@ -99,6 +104,31 @@ def service_config(
         print(rendered.text, end="")
     else:
         print(f"{output}: for MindIE {mindie}, {len(rendered.derived)} values derived; --explain lists them")
+
+
+def _make_certificates(rendered: RenderedConfig, mindie_home: Path | None, replace: bool) -> RenderedConfig:
+    """Make them and say so on stderr."""
+    import os
+    from dataclasses import replace as changed
+
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.mindie import certificate_home
+    from telechat_mindie.service.certificates import https_certificates
+    from telechat_mindie.service.trial_certificates import OPTION, make_trial_certificates
+
+    home = certificate_home(os.environ, mindie_home)
+    if home is None:
+        raise InputError("does not know MindIE's home", where=OPTION, advice="Name it: --mindie-home DIR.")
+    generation = rendered.options.generation
+    made = make_trial_certificates(rendered.config, generation, home, replace=replace)
+    print(
+        f"warning: test certificates, not for production, in {home}: {len(made.files)} files until "
+        f"{made.until:%Y-%m-%d}; {made.readme} lists them and says how a client uses its own",
+        file=sys.stderr,
+    )
+    if made.note:
+        print(f"warning: {made.note}", file=sys.stderr)
+    return changed(rendered, certificates=https_certificates(rendered.config, generation, home))
 
 
 def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
@@ -117,9 +147,17 @@ def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
 
 
 def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
-    """On stderr: what MindIE only warns about, and the certificates that are missing or to be provided."""
+    """On stderr: what MindIE only warns about, and the certificates that are missing, refused or to be provided."""
+    import os
+
+    from telechat_mindie.service.certificates import fault
+
     for violation in rendered.warnings:
         print(f"warning: {violation}", file=sys.stderr)
+    if mindie_home is not None:
+        for item in rendered.certificates:
+            if item.present and (reason := fault(item, mindie_home, os.getuid())):
+                print(f"warning: {item.path}: names {item.file}, {reason[0]}. {reason[1]}", file=sys.stderr)
     absent = [f"{item.file} ({item.path.rpartition('.')[2]})" for item in rendered.certificates if not item.present]
     if absent:
         state = "must be in MindIE's home" if mindie_home is None else f"are missing in {mindie_home}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from telechat_mindie.findings import Finding, error
 from telechat_mindie.model_dir.daemon_files import check_config_json, check_generation_json
 from telechat_mindie.model_dir.files import check_files, check_hashes
-from telechat_mindie.model_dir.modes import User, check_tree, link_findings
+from telechat_mindie.model_dir.modes import User, check_tree, linked
 from telechat_mindie.model_dir.modules import check_modules
 from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.model_dir.weights import check_weights
@@ -61,7 +61,7 @@ def inspect(
     ]
     importable = None
     # Behind a link, code may be run that is not the directory's own.
-    if not any(link_findings([path, *path.iterdir()])):
+    if not linked(path):
         of_modules, importable = check_modules(parts)
         findings += of_modules
     if full:

@@ -1,7 +1,8 @@
 """MindIE's rules for files: owner, mode, links, the characters and the length of paths; and the repair of modes.
 
 All of MindIE-LLM v3.0.0.beta.2 src/utils/safe_path.cpp. The daemon applies them to modelWeightPath, its config.json and
-generation_config.json, and conf/config.json; MindIE's documents ask for the same of every file of a model.
+generation_config.json, of which it first resolves links; MindIE's documents ask for the same of every file of a model.
+Older code, src/utils/log/file_utils.cpp, judges conf/config.json and the files for TLS: it exempts nobody.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import LiteralString
 
 SKIP_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
+FOLLOWED = ("config.json", "generation_config.json")
+"""Files of a model directory that the daemon reads itself, and links of which it resolves first."""
+
 MAX_ENTRIES = 10_000  # of a model directory; a sane one has tens
 
 
@@ -31,12 +35,14 @@ class User:
     """Who MindIE runs as.
 
     Attributes:
-        uid: MindIE looks at owners and modes for any user but root.
+        uid: MindIE looks at owners and modes of a model directory for any user but root.
         exempt: MINDIE_CHECK_INPUTFILES_PERMISSION is 0 for it.
+        strict: the file is one for which neither counts.
     """
 
     uid: int
     exempt: bool = False
+    strict: bool = False
 
 
 def path_fault(value: str) -> LiteralString:
@@ -64,8 +70,8 @@ def tree(root: Path) -> list[Path]:
 
 
 def check_tree(root: Path, user: User) -> Iterator[Finding]:
-    """The file rules for a model directory."""
-    entries = tree(root)
+    """The file rules for a model directory, where `root` is a link for what it names, as in MindIE."""
+    entries = [_followed(entry) for entry in tree(root.resolve())]
     if len(entries) == MAX_ENTRIES:
         yield error(
             "too-many-files", root, f"holds {MAX_ENTRIES} files or more", "Only the first were looked at; clean it up."
@@ -74,6 +80,15 @@ def check_tree(root: Path, user: User) -> Iterator[Finding]:
     yield from found
     if not found:
         yield ok("files", root, f"{len(entries)} files and folders as MindIE wants them: owner, modes, paths, no links")
+
+
+def _followed(entry: Path) -> Path:
+    return entry.resolve() if entry.name in FOLLOWED and entry.exists() else entry
+
+
+def linked(root: Path) -> bool:
+    """Whether anything at the top of a model directory is a link that its rules refuse."""
+    return any(link_findings([_followed(entry) for entry in root.resolve().iterdir()]))
 
 
 def findings(entries: list[Path], user: User) -> Iterator[Finding]:
@@ -96,7 +111,8 @@ def path_findings(entries: list[Path]) -> Iterator[Finding]:
 
 
 def link_findings(entries: list[Path]) -> Iterator[Finding]:
-    """No symbolic link, no FIFO, socket or device: CheckSoftLink and IsFile."""
+    """No FIFO, socket or device, and no symbolic link: MindIE itself would follow one (safe_path.cpp:156-190), but a
+    directory must be complete in itself: its manifest does not seal what a link names."""
     for entry in entries:
         if (status := file_status(entry)) is None:
             continue
@@ -104,7 +120,7 @@ def link_findings(entries: list[Path]) -> Iterator[Finding]:
             yield error(
                 "link",
                 entry,
-                "is a symbolic link, which MindIE refuses",
+                "is a symbolic link, and a model directory must be complete in itself",
                 f"Copy what it points to: cp -rL {entry} {entry}.copy && rm {entry} && mv {entry}.copy {entry}",
             )
         elif not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -132,7 +148,7 @@ def permission_findings(entries: list[Path], user: User) -> Iterator[Finding]:
             if not mode & 0o400:
                 unreadable.append(name)
     root = entries[0]
-    if foreign and user.uid != 0:
+    if foreign and (user.uid != 0 or user.strict):
         yield _exemptible(
             user,
             "owner",
@@ -187,7 +203,9 @@ def fix_modes(root: Path) -> list[str]:
 def _exemptible(user: User, id: str, where: Path, message: str, advice: str) -> Finding:
     """An error, unless MindIE lets this user pass."""
     severity: Severity = "error"
-    if user.uid == 0:
+    if user.strict:
+        message += "; MindIE lets nobody pass, not even root"
+    elif user.uid == 0:
         severity, message = "warning", f"{message}; MindIE lets root pass, and no other user"
     elif user.exempt:
         severity, message = "warning", f"{message}; MindIE lets it pass, since {SKIP_VARIABLE}=0"

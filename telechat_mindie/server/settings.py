@@ -16,7 +16,8 @@ from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.http.limits import Limits
 from telechat_mindie.server.http.tls import TlsFiles
 from telechat_mindie.service import schema
-from telechat_mindie.service.schema.settings import Settings
+from telechat_mindie.service.certificates import place
+from telechat_mindie.service.schema.settings import SERVER, Settings
 
 DEFAULT_CACHE_GB = 2.0
 DEFAULT_BATCH, DEFAULT_PREFILL_BATCH = 32, 8  # a laptop's; MindIE ships 200 and 50
@@ -128,7 +129,9 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
         )
     home = certificate_home(environment, home) or path.resolve().parent.parent
     model = found.models[0]
-    business, management, metrics = _addresses(found.server, generation, home, environment)
+    # Without certificates of its own, as in 2.0, the metrics plane has those of the management plane.
+    metrics_prefix = "metricsTls" if found.given(*SERVER, "metricsTlsCert") else "managementTls"
+    business, management, metrics = _addresses(found.server, metrics_prefix, home, environment)
     limits = Limits(
         body_bytes=found.server.get("maxRequestLength", 40) << 20,
         requests=3 * found.server["maxLinkNum"],
@@ -147,7 +150,7 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
         host_cache_gb=model["cpuMemSize"] if found.schedule["maxPreemptCount"] else 0,
         npu_mem_size=memory,
         threads=found.backend["tokenizerProcessNumber"],
-        truncation=found.deploy["truncation"],
+        truncation=bool(found.deploy["truncation"]),  # 3.0 has -1 and 1 as well
         full_text=found.server["fullTextEnabled"],
         prefill_policy=found.schedule["prefillPolicyType"],
         decode_policy=found.schedule["decodePolicyType"],
@@ -182,16 +185,14 @@ def _as_text(value: object) -> str | None:
 
 
 def _addresses(
-    server: Mapping[str, Any], generation: str, home: Path, environment: Mapping[str, str]
+    server: Mapping[str, Any], metrics_prefix: str, home: Path, environment: Mapping[str, str]
 ) -> tuple[Address, Address, Address]:
     """Business, management and metrics; the last two share an address, not a port."""
     host = environment.get("MIES_CONTAINER_IP") or server["ipAddress"]
     inner = environment.get("MIES_CONTAINER_MANAGEMENT_IP") or server.get("managementIpAddress") or host
     business = Address(host, server["port"], _tls(server, "tls", home))
     management = Address(inner, server["managementPort"], _tls(server, "managementTls", home))
-    # 2.0 ships without certificates for the metrics: the management plane's serve.
-    prefix = "metricsTls" if generation == "3.0.0.beta" else "managementTls"
-    metrics = Address(inner, server["metricsPort"], _tls(server, prefix, home))
+    metrics = Address(inner, server["metricsPort"], _tls(server, metrics_prefix, home))
     # Planes of one address and port are one listener, with the certificate of the outermost.
     if (management.host, management.port) == (business.host, business.port):
         management = business
@@ -204,13 +205,12 @@ def _addresses(
 def _tls(server: Mapping[str, Any], prefix: str, home: Path) -> TlsFiles | None:
     if not server["httpsEnabled"]:
         return None
-    folder = server["tlsCaPath"]  # of all planes; names are appended as text, slash or not (server_config.cpp:465)
-    authorities = tuple(home / (folder + name) for name in server[f"{prefix}CaFile"])
+    folder = server["tlsCaPath"]  # of all planes
     lists_folder = server.get(f"{prefix}CrlPath", "")
     lists = server.get(f"{prefix}CrlFiles", ()) if lists_folder else ()
     return TlsFiles(
-        home / server[f"{prefix}Cert"],
-        home / server[f"{prefix}Pk"],
-        authorities,
-        tuple(home / (lists_folder + name) for name in lists),
+        place(home, server[f"{prefix}Cert"]),
+        place(home, server[f"{prefix}Pk"]),
+        tuple(place(home, folder + name) for name in server[f"{prefix}CaFile"]),
+        tuple(place(home, lists_folder + name) for name in lists),
     )

@@ -1,45 +1,174 @@
-"""The files that HTTPS needs in MindIE's home directory."""
+"""The files that TLS needs in MindIE's home, found and judged as the daemon does it.
+
+A bare `:line` is in src/config_manager/server_config.cpp of MindIE-LLM v3.0.0.beta.2; backend_config.cpp and
+param_checker.cpp are beside it, file_utils.cpp is in src/utils/log.
+"""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from telechat_mindie.service.schema import json_path
+from telechat_mindie.service.schema.files import MAX_BYTES
 from telechat_mindie.service.schema.rules_server import https_fields
-from telechat_mindie.service.schema.settings import SERVER
+from telechat_mindie.service.schema.settings import BACKEND, SERVER
+from telechat_mindie.service.schema.violations import Location
+from telechat_mindie.staging import FILE_MODE
+
+Kind = Literal["file", "folder", "locked folder"]
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """A file that a field of ServerConfig names; `present` is None where MindIE's home is not known."""
+    """A file, or a folder of files, that a field of the config names.
 
-    path: str  # JSON path of the field
-    file: str  # relative to MindIE's home
+    Attributes:
+        path: JSON path of the field.
+        file: relative to MindIE's home. MindIE joins the two as text, so that `/a` is a file of the home as well.
+        present: whether it is there; None where MindIE's home is not known.
+        is_revocation: a revocation list, or the folder of some.
+        kind: of a `locked folder` MindIE wants the mode of a file.
+    """
+
+    path: str
+    file: str
     present: bool | None
+    is_revocation: bool = False
+    kind: Kind = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """The fields for the TLS of one listener; an empty name is a field that it does not have."""
+
+    section: Location
+    certificate: str
+    key: str
+    ca_folder: str
+    ca_files: str
+    crl_folder: str
+    crl_files: str
+    crl_folder_kind: Kind = "folder"
+
+
+BUSINESS, MANAGEMENT, METRICS = (
+    Plane(SERVER, f"{name}Cert", f"{name}Pk", "tlsCaPath", f"{name}CaFile", f"{name}CrlPath", f"{name}CrlFiles")
+    for name in ("tls", "managementTls", "metricsTls")
+)
+BETWEEN_NODES = Plane(
+    BACKEND,
+    "interNodeTlsCert",
+    "interNodeTlsPk",
+    "interNodeTlsCaPath",
+    "interNodeTlsCaFiles",
+    "interNodeTlsCrlPath",
+    "interNodeTlsCrlFiles",
+    crl_folder_kind="locked folder",  # checked by the rule of a file: backend_config.cpp:125-127
+)
+"""Read by several machines only: config_manager_impl.cpp:332-335."""
+
+
+def https_planes(config: Mapping[str, Any], generation: str) -> list[Plane]:
+    """The listeners that a valid config gives TLS files of their own: none with httpsEnabled false, one where all share
+    address and port."""
+    server = config["ServerConfig"]
+    if not server["httpsEnabled"]:
+        return []
+    needed = https_fields(server, generation)
+    return [plane for plane in (BUSINESS, MANAGEMENT, METRICS) if plane.certificate in needed]
 
 
 def https_certificates(config: Mapping[str, Any], generation: str, home: Path | None) -> tuple[Certificate, ...]:
-    """Every certificate, key and CA file that a valid config makes MindIE read; none with httpsEnabled false.
+    """Every certificate, key, CA file and revocation list that a valid config makes MindIE read for HTTPS."""
+    return tuple(item for item in _https(config, generation, home) if item.kind == "file")
 
-    CA file names are appended to tlsCaPath as text, slash or not (MindIE-LLM v3.0.0.beta.2
-    src/config_manager/server_config.cpp:465-469).
-    """
+
+def tls_paths(config: Mapping[str, Any], generation: str, home: Path) -> Iterator[Certificate]:
+    """The same with the folders around them, and those for the TLS between the machines of one instance."""
+    yield from _https(config, generation, home)
+    backend = config["BackendConfig"]
+    if backend["multiNodesInferEnabled"] and backend["interNodeTLSEnabled"] and generation != "1.0":
+        yield from _of_plane(backend, BETWEEN_NODES, home)
+
+
+def _https(config: Mapping[str, Any], generation: str, home: Path | None) -> Iterator[Certificate]:
     server = config["ServerConfig"]
-    if not server["httpsEnabled"]:
-        return ()
-    return tuple(
-        Certificate(json_path((*SERVER, name)), file, None if home is None else (home / file).is_file())
-        for name in https_fields(server, generation)
-        for file in _files(server, name)
-    )
+    for plane in https_planes(config, generation):
+        yield from _of_plane(server, plane, home)
+    if server["httpsEnabled"]:
+        for name in https_fields(server, generation):
+            if name.startswith("kmc"):
+                yield _certificate((*SERVER, name), server[name], home)
 
 
-def _files(server: Mapping[str, Any], name: str) -> Iterator[str]:
-    value = server[name]
-    if isinstance(value, list):
-        yield from (server["tlsCaPath"] + file for file in value)
-    elif name != "tlsCaPath":
-        yield value
+def _of_plane(section: Mapping[str, Any], plane: Plane, home: Path | None) -> Iterator[Certificate]:
+    """:428-474, :477-535, :566-619, backend_config.cpp:101-135. A folder and a name are joined as text."""
+    here = plane.section
+    ca_folder = section[plane.ca_folder]
+    yield _certificate((*here, plane.certificate), section[plane.certificate], home)
+    yield _certificate((*here, plane.key), section[plane.key], home)
+    yield _certificate((*here, plane.ca_folder), ca_folder, home, kind="folder")
+    for name in section[plane.ca_files]:
+        yield _certificate((*here, plane.ca_files), ca_folder + name, home)
+    single = plane.crl_folder.removesuffix("Path")  # 1.0 names one file
+    if section.get(single):
+        yield _certificate((*here, single), section[single], home, is_revocation=True)
+    folder, files = section.get(plane.crl_folder), section.get(plane.crl_files)
+    if folder and files:  # else none is read
+        yield _certificate((*here, plane.crl_folder), folder, home, is_revocation=True, kind=plane.crl_folder_kind)
+        for name in files:
+            yield _certificate((*here, plane.crl_files), folder + name, home, is_revocation=True)
+
+
+def _certificate(
+    location: Location, file: str, home: Path | None, *, is_revocation: bool = False, kind: Kind = "file"
+) -> Certificate:
+    there = None if home is None else place(home, file)
+    present = None if there is None else there.is_file() if kind == "file" else there.is_dir()
+    return Certificate(json_path(location), file, present, is_revocation, kind)
+
+
+def place(home: Path, file: str) -> Path:
+    """Where MindIE looks for a file of its home."""
+    return Path(f"{home}/{file}")
+
+
+def fault(certificate: Certificate, home: Path, uid: int) -> tuple[str, str] | None:
+    """What MindIE has against a file, and what to do about it; None where it takes it.
+
+    The rules of ParamChecker::CheckPath (param_checker.cpp:321-351, file_utils.cpp:175-351). Neither is root exempt
+    from them, nor does MINDIE_CHECK_INPUTFILES_PERMISSION=0 help.
+
+    Args:
+        home: MindIE's home.
+        uid: of the user that MindIE runs as.
+    """
+    path = place(home, certificate.file)
+    if not certificate.present:
+        if certificate.file.startswith("/"):
+            return f"which is not in {home}: MindIE looks for {path}", f"Write the path relative to {home}."
+        return f"which is not in {home}", "Put it there, or set httpsEnabled to false where the network is trusted."
+    bare = Path(str(path).rstrip("/"))  # a slash at the end would follow a link
+    status = bare.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        advice = f"Copy what it points to: cp -rL {bare} {bare}.copy && rm {bare} && mv {bare}.copy {bare}"
+        return "which is a symbolic link", advice
+    real = bare.resolve()
+    if not real.is_relative_to(home.resolve()) or real == home.resolve():
+        return f"which is outside {home}", "Copy it there; MindIE takes no file from elsewhere."
+    if certificate.kind == "folder":
+        return None
+    if certificate.kind == "file" and not 0 < status.st_size <= MAX_BYTES:
+        return f"which has {status.st_size} bytes", f"Put a PEM file of at most {MAX_BYTES} bytes there."
+    if status.st_uid != uid:
+        return f"which belongs to uid {status.st_uid}, and MindIE runs as {uid}", f"As root: chown {uid} {bare}"
+    if (mode := stat.S_IMODE(status.st_mode)) & ~FILE_MODE & 0o777:
+        advice = f"chmod 640 {bare}"
+        if certificate.kind == "locked folder":  # which only root could then enter
+            advice = f'Set {certificate.path} to "": MindIE judges this folder as if it were a file.'
+        return f"which has mode {mode:04o}, over {FILE_MODE:04o}; root is not exempt", advice
+    return None

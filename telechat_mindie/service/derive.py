@@ -12,6 +12,7 @@ from telechat_mindie.mindie import SERVER_PORTS
 from telechat_mindie.service import ports
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
+from telechat_mindie.service.schema.rules_generation import missing_keys
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, SERVER
 from telechat_mindie.service.schema.violations import Location
 
@@ -77,6 +78,8 @@ def derive(
     max_seq_len = _lengths(ledger, facts, options)
     block_size = _model(ledger, facts)
     _memory(ledger, facts, options, max_seq_len, block_size)
+    for location, value in missing_keys(options.generation, base):
+        ledger.settle(location, value, "MindIE default", "absent before, and missed by this MindIE")
     return ledger.close()
 
 

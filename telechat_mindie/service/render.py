@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from telechat_mindie import templates
+from telechat_mindie.errors import ConfigError
+from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import Certificate, https_certificates
 from telechat_mindie.service.derive import Derived, derive
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.overrides import set_value
 from telechat_mindie.service.patch import patch
+from telechat_mindie.service.schema.rules_generation import older_layout
+from telechat_mindie.service.schema.settings import READ_FROM_HOME
+from telechat_mindie.service.schema.violations import warning
 
 TEMPLATE = "conf_config.json.j2"
 
@@ -27,7 +33,7 @@ class RenderedConfig:
         base: the content it was rendered over: MindIE's default, or the user's template.
         options: what was asked for.
         derived: the values decided on, in the order of decision.
-        warnings: rules of MindIE that it only warns about.
+        warnings: rules of MindIE that it only warns about, and settings that count in one place only.
         certificates: the files that HTTPS needs.
     """
 
@@ -63,10 +69,25 @@ def render_service_config(
     else:
         base_text = schema.read_text(template)
         base = schema.parse(base_text, where=template)
+        if older := older_layout(base):
+            raise ConfigError(
+                "has the layout of another MindIE", where=template, found=older.found, advice=older.repair
+            )
         derived = derive(facts, options, base, is_free)
         text = patch(base_text, {entry.location: entry.value for entry in derived}, where=template)
     where = template or "the rendered file"
     config = schema.parse(text, where)
-    warnings = schema.accept(config, generation, where)
+    warnings = (*schema.accept(config, generation, where), *_without_effect(derived, generation))
     certificates = https_certificates(config, generation, options.mindie_home)
     return RenderedConfig(text, config, base, options, derived, warnings, certificates)
+
+
+def _without_effect(derived: tuple[Derived, ...], generation: str) -> Iterator[schema.Violation]:
+    """What the user set and MindIE reads elsewhere, unless the file becomes its home's conf/config.json."""
+    if not GENERATIONS[generation].is_public:
+        return
+    for entry in derived:
+        if entry.location[:1] in READ_FROM_HOME and entry.origin == "flag":
+            repair = "`launch`, MIES_CONFIG_JSON_PATH and --config-file name another, where it has no effect."
+            expected = "it in the conf/config.json of MindIE's home, which alone is read for it"
+            yield warning(entry.location, "other-file", expected, entry.value, repair)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from telechat_mindie.findings import Report
+from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.parts import Parts
@@ -130,7 +131,8 @@ def test_nano_in_a_clean_process(tmp_path):
     write_checkpoint(tmp_path / "ckpt")
     build(tmp_path / "telechat2-nano", tmp_path / "ckpt")
     config = write_config(tmp_path / "telechat2-nano", tmp_path / "config.json", devices="0")
-    chosen = CheckOptions(service_config=config, full=True, uid=0, environment={"PATH": os.environ["PATH"]})
+    user = os.geteuid() or OWNER
+    chosen = CheckOptions(service_config=config, full=True, uid=user, environment={"PATH": os.environ["PATH"]})
     report = check(tmp_path / "telechat2-nano", chosen)
     assert report.exit_code == 0, report
     tokenizer = next(finding for finding in report.findings if finding.id == "tokenizer")
@@ -194,8 +196,35 @@ class TestFiles:
         assert "link" in ids(report)
         subprocess.run(["bash", "-c", advice(report, "link").partition(": ")[2]], check=True)
         assert check(model, options).exit_code == 0
-        (tmp_path / "snapshot").symlink_to(model)
-        assert "link" in ids(check(tmp_path / "snapshot", options))
+
+    def test_a_linked_directory_is_judged_by_what_it_names(self, model, options, tmp_path):
+        """MindIE resolves modelWeightPath first: safe_path.cpp."""
+        link = tmp_path / "模型"  # a name that MindIE takes in a link alone
+        link.symlink_to(model)
+        assert check(link, options).exit_code == 0
+        model.chmod(0o755)
+        assert ids(check(link, options)) == {"folder-mode"}
+        assert check(link, replace(options, fix=True)).exit_code == 0
+        model.rename(tmp_path / "模")
+        link.unlink()
+        link.symlink_to(tmp_path / "模")
+        assert ids(check(link, options)) == {"path"}
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+    def test_a_linked_json_is_judged_by_what_it_names(self, model, options, tmp_path, name):
+        file = model / name
+        file.rename(tmp_path / name)
+        file.symlink_to(tmp_path / name)
+        assert check(model, options).exit_code == 0
+        (tmp_path / name).chmod(0o644)
+        assert ids(check(model, options)) == {"file-mode"}
+        (tmp_path / name).unlink()
+        assert "link" in ids(check(model, options))
+
+    def test_what_is_too_deep_is_dropped(self, model, options):
+        edit(model / "config.json", lambda data: data.update(extra=[[[[[[[[[[[1]]]]]]]]]]]))
+        report = check(model, options)
+        assert not ids(report) and "config-depth" in ids(report, "warning")
 
     def test_foreign_owner(self, model, options):
         report = check(model, replace(options, uid=options.uid + 1))
@@ -250,7 +279,6 @@ class TestContents:
             (lambda data: data.pop("vocab_size"), "config-field"),
             (lambda data: data.update(vocab_size=-1), "config-field"),
             (lambda data: data.update(torch_dtype="float32"), "dtype"),
-            (lambda data: data.update(extra=[[[[[[[[[[[1]]]]]]]]]]]), "config-depth"),
         ],
     )
     def test_config_json(self, model, options, change, id):
@@ -524,7 +552,7 @@ class TestServiceConfig:
         assert check(model, replace(options, service_config=config, environment=environment)).exit_code == 0
 
     def test_certificates(self, model, config, options, tmp_path):
-        """Pitfall 15: https without certificates."""
+        """Pitfall 15: https without certificates. `test_certificates.py` has each rule."""
         self.set(config, "ServerConfig.httpsEnabled", True)
         chosen = replace(options, service_config=config, mindie_home=tmp_path)
         report = check(model, chosen)
@@ -533,7 +561,8 @@ class TestServiceConfig:
             if finding.id == "certificate":
                 file = tmp_path / finding.message.split()[1].rstrip(",")
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
+                file.write_text("PEM")
+                file.chmod(0o640)
         assert check(model, chosen).exit_code == 0
 
     def test_the_file_itself(self, model, config, options):
@@ -547,7 +576,95 @@ class TestServiceConfig:
         config.unlink()
         assert "service-config" in ids(check(model, chosen))
 
-    @pytest.mark.parametrize("generation", schema.GENERATIONS)
+    def test_root_is_not_exempt(self, model, config, options, monkeypatch):
+        """Of the model directory it is; conf/config.json is judged by older code."""
+        root = replace(options, uid=0, environment={**options.environment, "MINDIE_CHECK_INPUTFILES_PERMISSION": "0"})
+        found = {finding.id: finding for finding in check(model, replace(root, service_config=config)).findings}
+        assert found["owner"].severity == "error" and "not even root" in found["owner"].message  # OWNER's
+        config.chmod(0o660)
+        assert {"owner", "file-mode"} <= ids(check(model, replace(root, service_config=config)))
+        closed = replace(root, service_config=config, generation="2.3")
+        assert not {"owner", "file-mode"} & ids(check(model, closed))
+
+    def test_its_path_may_hold_any_characters(self, model, config, options, tmp_path):
+        odd = tmp_path / "配置 (1).json"
+        config.rename(odd)
+        assert check(model, replace(options, service_config=odd)).exit_code == 0
+
+    def test_a_link_is_refused_by_the_environment_alone(self, model, config, options, tmp_path):
+        link = tmp_path / "link.json"
+        link.symlink_to(config)
+        chosen = replace(options, service_config=link)
+        report = check(model, chosen)
+        assert report.exit_code == 1 and "--config-file" in advice(report, "link")
+        named = {**options.environment, "MIES_CONFIG_JSON_PATH": str(link)}
+        assert ids(check(model, replace(chosen, environment=named))) == {"link"}
+        (tmp_path / "home/conf").mkdir(parents=True)
+        own = tmp_path / "home/conf/config.json"
+        own.symlink_to(config)
+        home = replace(options, service_config=own, mindie_home=tmp_path / "home")
+        assert ids(check(model, home)) == {"link"}
+        config.chmod(0o644)  # the rules are for what it names
+        assert ids(check(model, chosen)) == {"file-mode"}
+
+    def test_log_settings_count_in_mindies_own_file_alone(self, model, config, options, tmp_path):
+        own = tmp_path / "home/conf/config.json"
+        own.parent.mkdir(parents=True)
+        chosen = replace(options, service_config=config, mindie_home=tmp_path / "home")
+        self.set(config, "LogConfig.dynamicLogLevel", "debug")
+        report = check(model, chosen)
+        assert ids(report, "warning") == {"other-file"} and not ids(report)
+        shutil.copy(config, own)
+        own.chmod(0o640)
+        assert check(model, replace(chosen, service_config=own)).exit_code == 0
+        self.set(config, "LogConfig.dynamicLogLevel", "")
+        assert check(model, chosen).exit_code == 0
+        for text, faults in (('{"LogConfig": {}}', {"home-log-config"}), ("{}", set()), ("{", set())):
+            own.write_text(text)
+            assert ids(check(model, chosen)) == faults, text
+        own.write_text('{"LogConfig": {"dynamicLogLevel": ""}}')
+        assert "dynamicLogLevelValidHours" in str(check(model, chosen))
+
+    @pytest.mark.parametrize(
+        "content",
+        ["{", "[]", '{"a": 1}', '{"a": "/no/such/folder"}', '{"-a-": "HERE"}', '{"a": "HERE/模型"}'],
+    )
+    def test_a_broken_lora_adapter_json_keeps_the_service_down(self, model, config, options, tmp_path, content):
+        (tmp_path / "模型").mkdir()
+        file = model / "lora_adapter.json"
+        file.write_text(content.replace("HERE", str(tmp_path)))
+        file.chmod(0o640)
+        report = check(model, replace(options, service_config=config))
+        assert "lora-adapter" in ids(report) and "build --adapter" in advice(report, "lora-adapter")
+        # With LoraModules the file is not read.
+        self.set(config, "BackendConfig.ModelDeployConfig.LoraModules", [])
+        assert "lora-adapter" not in ids(check(model, replace(options, service_config=config)))
+
+    def test_adapters_that_are_there_are_loaded_by_nobody(self, model, config, options, tmp_path):
+        folder = tmp_path / "adapter"
+        folder.mkdir(mode=0o750)
+        (model / "lora_adapter.json").write_text(json.dumps({"a": str(folder)}))
+        (model / "lora_adapter.json").chmod(0o640)
+        chosen = replace(options, service_config=config)
+        report = check(model, chosen)
+        assert not ids(report) and "lora-adapter" in ids(report, "warning")
+        folder.chmod(0o777)
+        assert ids(check(model, chosen)) == {"folder-mode"}
+        (model / "lora_adapter.json").unlink()
+        (model / "lora_adapter.json").symlink_to(tmp_path / "elsewhere.json")
+        (tmp_path / "elsewhere.json").write_text("{}")
+        assert "lora-adapter" in ids(check(model, chosen))
+
+    def test_lora_modules(self, model, config, options, tmp_path):
+        entry = {"name": "a", "path": str(tmp_path / "none"), "baseModelName": "telechat"}
+        self.set(config, "BackendConfig.ModelDeployConfig.LoraModules", [entry])
+        chosen = replace(options, service_config=config)
+        assert ids(check(model, chosen)) == {"lora-adapter"}
+        (tmp_path / "none").mkdir(mode=0o750)
+        report = check(model, chosen)
+        assert not ids(report) and ids(report, "warning") == {"ms-lora"}
+
+    @pytest.mark.parametrize("generation", [name for name, row in GENERATIONS.items() if row.ms_backend])
     def test_generations(self, model, config, options, generation):
         write_config(model, config, generation=generation)
         report = check(model, replace(options, service_config=config, generation=generation))
@@ -597,6 +714,41 @@ class TestEnvironment:
         report = check(model, chosen)
         assert id in ids(report, severity), report
         assert advice(report, id)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"BackendConfig.multiNodesInferEnabled": True, "BackendConfig.interNodeTLSEnabled": False},
+            {"BackendConfig.ScheduleConfig.distributedEnable": True},
+            {
+                "ServerConfig.layerwiseDisaggregatedRoleType": "slave",
+                "BackendConfig.layerwiseDisaggregated": {
+                    "layerwiseDisaggregatedMultiNodesInferEnabled": True,
+                    "layerwiseDisaggregatedMultiNodesCtrlPort": 10003,
+                },
+            },
+        ],
+        ids=["multiNodes", "distributed", "layerwise"],
+    )
+    def test_several_machines_need_a_rank_table(self, model, config, options, tmp_path, changes):
+        for location, value in changes.items():
+            TestServiceConfig().set(config, location, value)
+        chosen = replace(options, service_config=config)
+        assert ids(check(model, chosen)) == {"rank-table"}
+        table = tmp_path / "ranks.json"
+        table.write_text('{"server_count": "2", "server_list": []}')
+        table.chmod(0o640)
+        chosen = replace(chosen, environment={**options.environment, "RANK_TABLE_FILE": str(table)})
+        assert not ids(check(model, chosen))
+        table.chmod(0o644)
+        assert ids(check(model, chosen)) == {"file-mode"}
+        table.chmod(0o640)
+        for text in ("{", '{"server_count": 2}', '{"server_count": "1"}', '{"server_count": "61"}'):
+            table.write_text(text)
+            assert ids(check(model, chosen)) == {"rank-table"}, text
+        table.rename(tmp_path / "real.json")
+        table.symlink_to(tmp_path / "real.json")
+        assert ids(check(model, chosen)) == {"rank-table"}
 
     def test_what_launch_would_set_is_clean(self, model, config, options):
         variables = {

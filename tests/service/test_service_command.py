@@ -126,6 +126,21 @@ def test_json_names_the_certificates(model, tmp_path):
     assert "tlsPk" in done.stderr and "--insecure-http" in done.stderr
 
 
+def test_certificates_that_mindie_would_refuse_are_warned_about(model, tmp_path):
+    key = tmp_path / "security/keys/server.key.pem"
+    key.parent.mkdir(parents=True)
+    key.write_text("PEM")
+    key.chmod(0o644)
+    done = run(model, "--json", "--mindie-home", tmp_path, *FREE, cwd=tmp_path)
+    assert "warning: $.ServerConfig.tlsPk: names security/keys/server.key.pem, which has mode 0644" in done.stderr
+    assert "chmod 640" in done.stderr and "server_crl.pem (tlsCrlFiles)" in done.stderr
+
+
+def test_log_settings_are_told_where_they_count(model, tmp_path):
+    done = run(model, "--insecure-http", "--set", "LogConfig.dynamicLogLevel=debug", *FREE, cwd=tmp_path)
+    assert done.returncode == 0 and "warning: $.LogConfig.dynamicLogLevel: other-file" in done.stderr
+
+
 def test_instances(model, tmp_path):
     done = run(model, "--insecure-http", "--instances", 2, "--devices", "0,2,4,6", *FREE, cwd=tmp_path)
     backend = json.loads(done.stdout)["BackendConfig"]
@@ -147,6 +162,8 @@ def test_instances(model, tmp_path):
         (("--template", "nowhere.json"), "nowhere.json"),
         (("-o", "missing/config.json"), "mkdir -p missing"),
         (("-o", "link.json"), "symbolic link"),
+        (("--mindie", "3.0"), "no MindSpore backend"),
+        (("--make-test-certificates", "--mindie-home", "."), "httpsEnabled true"),
     ],
 )
 def test_refusals_are_one_line_and_write_nothing(model, tmp_path, arguments, words):

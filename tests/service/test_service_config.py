@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.explain import Explained, explain
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
@@ -41,6 +42,9 @@ FACTS_115B = replace(
     weight_bytes_per_rank=29_000_000_000,
     kv_bytes_per_token_per_rank=49_152,
 )
+
+
+SERVING = [name for name in schema.GENERATIONS if GENERATIONS[name].ms_backend]
 
 
 def all_free(port: int) -> bool:
@@ -136,7 +140,7 @@ class TestReadmeExample:
         assert readme_example.text.endswith("}\n")
 
 
-@pytest.mark.parametrize("generation", schema.GENERATIONS)
+@pytest.mark.parametrize("generation", SERVING)
 @pytest.mark.parametrize("facts", [FACTS_7B, FACTS_115B], ids=["7B", "115B"])
 def test_every_generation_renders_without_a_warning(generation: str, facts: ModelFacts) -> None:
     rendered = render(facts, generation=generation)
@@ -304,12 +308,26 @@ class TestPorts:
         assert ports.is_free(port)
 
 
+class TestWhereASettingCounts:
+    """LogConfig is read from the conf/config.json of MindIE's home alone."""
+
+    @pytest.mark.parametrize("override", ["LogConfig.dynamicLogLevel=debug", "EnableDynamicAdjustTimeoutConfig=true"])
+    def test_a_warning_names_the_place(self, override: str) -> None:
+        (warning,) = render(overrides=(override,)).warnings
+        assert warning.rule == "other-file" and "MindIE's home" in warning.expected and "launch" in warning.repair
+        assert render(overrides=(override,), generation="2.3").warnings == ()  # closed: not known
+
+
 class TestCertificates:
     def test_named_and_looked_up(self, tmp_path: Path) -> None:
         (tmp_path / "security/ca").mkdir(parents=True)
         (tmp_path / "security/ca/ca.pem").write_text("x")
         certificates = {entry.file: entry for entry in render(mindie_home=tmp_path).certificates}
-        assert len(certificates) == 9
+        assert len(certificates) == 12
+        assert {entry.file for entry in certificates.values() if entry.is_revocation} == {
+            *("security/certs/server_crl.pem", "security/management/certs/server_crl.pem"),
+            "security/metrics/certs/server_crl.pem",
+        }
         assert certificates["security/ca/ca.pem"].present is True
         assert certificates["security/keys/server.key.pem"].present is False
         assert certificates["security/ca/metrics_ca.pem"].path == "$.ServerConfig.metricsTlsCaFile"
@@ -320,9 +338,10 @@ class TestCertificates:
     def test_one_plane_needs_one_set(self) -> None:
         merged = ("ServerConfig.managementIpAddress=127.0.0.1", "managementPort=1025", "metricsPort=1025")
         assert [entry.path.rpartition(".")[2] for entry in render(overrides=merged).certificates] == [
-            "tlsCaFile",
             "tlsCert",
             "tlsPk",
+            "tlsCaFile",
+            "tlsCrlFiles",
         ]
 
 
@@ -413,7 +432,8 @@ TEMPLATE = """\
 
 \t\t\t"maxIterTimes" : 512, "supportSelectBatch" : false, "maxQueueDelayMicroseconds" : 5000
 \t\t}
-\t}
+\t},
+\t"EnableDynamicAdjustTimeoutConfig":false
 }
 """
 
@@ -424,6 +444,24 @@ class TestTemplate:
         path = tmp_path / "config.json"
         path.write_text(TEMPLATE, encoding="utf-8")
         return path
+
+    def test_a_key_that_mindie_misses_is_written(self, template: Path) -> None:
+        """2.3 and later complain of it each second."""
+        text = template.read_text(encoding="utf-8").replace(',\n\t"EnableDynamicAdjustTimeoutConfig":false', "")
+        template.write_text(text, encoding="utf-8")
+        for generation, is_missed in (("2.0", False), ("2.3", True), ("3.0.0.beta", True)):
+            config = render(template=template, insecure_http=True, generation=generation).config
+            assert config.get("EnableDynamicAdjustTimeoutConfig") == (False if is_missed else None), generation
+
+    def test_a_template_of_1_0_rc1(self, tmp_path: Path) -> None:
+        path = tmp_path / "old.json"
+        path.write_text('{"OtherParam": {"ServeParam": {"port": 1025}}, "ModelDeployParam": {"maxSeqLen": 2560}}')
+        with pytest.raises(ConfigError, match=r"1\.0\.RC1 or 1\.0\.RC2.*service-config MODEL_PATH"):
+            render(template=path, generation="1.0")
+
+    def test_3_0_cannot_serve_the_directory(self) -> None:
+        with pytest.raises(ConfigError, match=r"no MindSpore backend.*telechat-mindie serve"):
+            render(generation="3.0", insecure_http=True)
 
     def test_nothing_else_changes(self, template: Path) -> None:
         text = render(template=template, overrides=("ModelConfig.npuMemSize=8",)).text

@@ -12,6 +12,7 @@ from telechat_mindie.model_dir.inspect import inspect
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.modes import fix_modes
 from telechat_mindie.model_dir.parts import Parts
+from telechat_mindie.service.check.adapters import check_adapters
 from telechat_mindie.service.check.environment import check_environment
 from telechat_mindie.service.check.isolated import check_by_running
 from telechat_mindie.service.check.options import CheckOptions
@@ -43,7 +44,7 @@ def check(
     path = Path(os.path.abspath(model_path))  # noqa: PTH100 - resolve() would follow a link
     repairs: list[str] = []
     if options.fix:
-        repairs += fix_modes(path)
+        repairs += fix_modes(path.resolve())
         if options.service_config is not None:
             repairs += fix_modes(options.service_config)
     seen = inspect(path, options.user, full=options.full, on_hash=on_hash)
@@ -54,6 +55,8 @@ def check(
     if options.service_config is not None:
         of_config, config = check_service_file(options.service_config, _facts(seen.parts), options)
         findings += of_config
+    if path.is_dir():
+        findings += check_adapters(path, config, options)
     findings += check_environment(config, seen.parts.tp, options)
     return Report.of(findings, repairs)
 

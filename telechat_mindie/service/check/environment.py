@@ -8,18 +8,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.mindie import BACKEND_VARIABLE, RANK_PORTS, SCHEDULER_HOST, SERVER_PORTS, exported_homes
-from telechat_mindie.model_dir.modes import SKIP_VARIABLE
+from telechat_mindie.errors import ConfigError
+from telechat_mindie.findings import Finding, Severity, error, ok, warning
+from telechat_mindie.mindie import (
+    BACKEND_VARIABLE,
+    GENERATIONS,
+    RANK_PORTS,
+    SCHEDULER_HOST,
+    SERVER_PORTS,
+    exported_homes,
+)
+from telechat_mindie.model_dir.modes import SKIP_VARIABLE, permission_findings
+from telechat_mindie.reading import read_json
 from telechat_mindie.service import ports
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.check.service_file import device_rows, is_local
 from telechat_mindie.service.port_holder import port_holder
-from telechat_mindie.service.schema.settings import SERVER
-from telechat_mindie.service.schema.violations import typed_at
+from telechat_mindie.service.schema.files import MAX_BYTES
+from telechat_mindie.service.schema.settings import BACKEND, SCHEDULE, SERVER
+from telechat_mindie.service.schema.violations import Location, json_path, typed_at, value_at
 
 NUMBERS: dict[str, tuple[float, float]] = {
     "NPU_MEMORY_FRACTION": (0.0, 1.0),  # mindie_llm/utils/env.py:117
@@ -27,6 +38,12 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "POST_PROCESSING_SPEED_MODE_TYPE": (0, 3),  # mindie_llm/utils/env.py
     "TOKENIZER_ENCODE_TIMEOUT": (5, 300),  # environment_variable.md
 }
+
+SEVERAL_MACHINES: tuple[Location, ...] = ((*BACKEND, "multiNodesInferEnabled"), (*SCHEDULE, "distributedEnable"))
+LAYERWISE_NODES: Location = (*BACKEND, "layerwiseDisaggregated", "layerwiseDisaggregatedMultiNodesInferEnabled")
+"""What makes a rank table compulsory; the last for slaves alone."""
+
+MAX_MACHINES = 60  # src/config_manager/ranktable_config.cpp:28
 
 LEFTOVERS = ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID")
 """mindformers' ModelRunner sets these itself for its ranks; a shell that ran msrun may still have them."""
@@ -46,6 +63,7 @@ def check_environment(config: Mapping[str, Any] | None, tp: int | None, options:
         *_rank_ports(config, tp, options.environment),
         *_instances(config),
         *_files(options),
+        *_rank_table(config, options),
         *_devices(config, options.environment),
     ]
     yield from found
@@ -67,7 +85,10 @@ def _backend(config: Mapping[str, Any] | None, options: CheckOptions) -> Iterato
         yield error("async-scheduling", name, "is 1, which MindSpore workers refuse", f"unset {name}")
     if options.environment.get(SKIP_VARIABLE) == "0":
         yield warning(
-            "permission-check", SKIP_VARIABLE, "is 0: MindIE passes over owners and modes", f"unset {SKIP_VARIABLE}"
+            "permission-check",
+            SKIP_VARIABLE,
+            "is 0: MindIE passes over owners and modes of the model",
+            f"unset {SKIP_VARIABLE}",
         )
     for name in LEFTOVERS:
         if name in options.environment:
@@ -135,9 +156,39 @@ def _files(options: CheckOptions) -> Iterator[Finding]:
             f"is {named}, so MindIE would not read {given}",
             f"export MIES_CONFIG_JSON_PATH={given}",
         )
-    table = options.environment.get("RANK_TABLE_FILE")
-    if table and not Path(table).is_file():
-        yield warning("rank-table", "RANK_TABLE_FILE", f"names {table}, which is no file", "unset RANK_TABLE_FILE")
+
+
+def _rank_table(config: Mapping[str, Any] | None, options: CheckOptions) -> Iterator[Finding]:
+    """Several machines find each other by it (src/config_manager/config_manager_impl.cpp:145-153,
+    ranktable_config.cpp:31-85)."""
+    table, advice = options.environment.get("RANK_TABLE_FILE"), "unset RANK_TABLE_FILE"
+    reasons = [location for location in SEVERAL_MACHINES if value_at(config, location) is True]
+    layerwise = typed_at(config, (*SERVER, "layerwiseDisaggregatedRoleType"), str) == "slave"
+    if layerwise and value_at(config, LAYERWISE_NODES) is True:
+        reasons.append(LAYERWISE_NODES)
+    severity: Severity = "error" if reasons else "warning"  # nobody reads it on one machine
+    if not table:
+        if reasons:
+            name = json_path(reasons[0])
+            advice = "export RANK_TABLE_FILE=PATH of the rank table, or set that to false on a single machine."
+            yield error("rank-table", "RANK_TABLE_FILE", f"is not set, and MindIE needs it for {name}", advice)
+        return
+    path = Path(table)
+    if path.is_symlink() or not path.is_file():
+        kind = "a symbolic link, which MindIE refuses" if path.is_symlink() else "no file"
+        yield Finding("rank-table", severity, "RANK_TABLE_FILE", f"names {table}, which is {kind}", advice)
+        return
+    if reasons:
+        user = replace(options.user, strict=GENERATIONS[options.generation].is_public)
+        yield from permission_findings([path], user)
+        try:
+            count = read_json(path, MAX_BYTES).get("server_count")
+        except ConfigError as failure:
+            yield error("rank-table", "RANK_TABLE_FILE", str(failure), "Make it anew.")
+            return
+        if not isinstance(count, str) or not count.isdecimal() or not 2 <= int(count) <= MAX_MACHINES:
+            message = f'{table}: server_count is {count!r}, expected text, "2" to "{MAX_MACHINES}"'
+            yield error("rank-table", "RANK_TABLE_FILE", message, "Make it anew.")
 
 
 def _devices(config: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Iterator[Finding]:

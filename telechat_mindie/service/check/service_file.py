@@ -13,10 +13,11 @@ from typing import Any
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, Severity, error, ok, warning
 from telechat_mindie.kv_budget import CacheShape, CardBudget
-from telechat_mindie.mindie import SERVER_PORTS
-from telechat_mindie.model_dir.modes import findings as file_findings
+from telechat_mindie.mindie import GENERATIONS, SERVER_PORTS
+from telechat_mindie.model_dir.modes import permission_findings
 from telechat_mindie.service import ports, schema
-from telechat_mindie.service.certificates import https_certificates
+from telechat_mindie.service.certificates import fault, tls_paths
+from telechat_mindie.service.check.home_file import CONFIG, check_home_file
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.options import ModelFacts
 from telechat_mindie.service.port_holder import port_holder
@@ -35,9 +36,7 @@ def check_service_file(
         facts: of the model directory; None where it cannot be opened, which is told elsewhere.
         options: of the check.
     """
-    files = list(file_findings([path], options.user))
-    if any(finding.id in ("link", "special-file") for finding in files):
-        return files, None
+    files = list(_file_rules(path, options))
     try:
         config = schema.load(path)
     except ConfigError as failure:
@@ -46,6 +45,23 @@ def check_service_file(
     found = [*files, *check_config(config, path, facts, options)]
     fits = f"fits MindIE {options.generation}, the model directory and this host"
     return found or [ok("service-config", path, fits)], config
+
+
+def _file_rules(path: Path, options: CheckOptions) -> Iterator[Finding]:
+    """Owner and mode, and no link where one is refused (src/utils/common_util.cpp:269-303, file_utils.cpp:213-248). Its
+    path may hold any characters."""
+    if path.is_symlink():
+        names = [options.environment.get("MIES_CONFIG_JSON_PATH"), options.home and options.home / CONFIG]
+        is_refused = any(name and os.path.abspath(name) == os.path.abspath(path) for name in names)  # noqa: PTH100
+        yield Finding(
+            "link",
+            "error" if is_refused else "warning",
+            str(path),
+            "is a symbolic link, which MindIE refuses in MIES_CONFIG_JSON_PATH and as its home's conf/config.json",
+            f"Name the real file, or start the daemon with --config-file {path}.",
+        )
+    user = replace(options.user, strict=GENERATIONS[options.generation].is_public)
+    yield from permission_findings([path.resolve()], user)
 
 
 def check_config(
@@ -57,19 +73,27 @@ def check_config(
         if violation.rule == "ms-npu-mem" and violation.severity == "warning":
             continue  # -1 is right for the runner of this package, which is what serves the directory
         yield replace(violation, where=f"{where}: {violation.where}")
+    yield from check_home_file(config, where, options)
     if facts is not None:
         yield from _model(config, where, facts)
         yield from _memory(config, where, facts, options.device_mem_gb)
-    if not any(violation.severity == "error" for violation in violations):
-        for certificate in https_certificates(config, options.generation, options.home):
-            if certificate.present is False:
-                yield error(
-                    "certificate",
-                    f"{where}: {certificate.path}",
-                    f"names {certificate.file}, which is not in {options.home}",
-                    "Put it there, or set httpsEnabled to false where the network is trusted.",
-                )
+    if options.home is not None and not any(violation.severity == "error" for violation in violations):
+        yield from _certificates(config, where, options.home, options)
     yield from _addresses(config, where, options)
+
+
+def _certificates(config: Mapping[str, Any], where: Path, home: Path, options: CheckOptions) -> Iterator[Finding]:
+    """The files for TLS. Of closed generations only one thing is known: a certificate, key or CA file must be there."""
+    strict = GENERATIONS[options.generation].is_public
+    for item in tls_paths(config, options.generation, home):
+        if item.kind != "file" and not item.present:
+            continue  # its files tell it
+        if reason := fault(item, home, options.uid):
+            must = strict or not (item.present or item.is_revocation)
+            severity: Severity = "error" if must else "warning"
+            yield Finding(
+                "certificate", severity, f"{where}: {item.path}", f"names {item.file}, {reason[0]}", reason[1]
+            )
 
 
 def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterator[Finding]:

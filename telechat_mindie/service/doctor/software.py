@@ -7,7 +7,16 @@ import sys
 from collections.abc import Iterator
 
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.mindie import DAEMON, DEFAULT_HOME, MS_WRAPPER, SERVER, exported_homes, find_home, recorded_version
+from telechat_mindie.mindie import (
+    DAEMON,
+    DEFAULT_HOME,
+    MS_WRAPPER,
+    SERVER,
+    exported_homes,
+    find_home,
+    generation_of,
+    recorded_version,
+)
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import release_of, same_version, stack_with, stacks, working_releases
 
@@ -125,7 +134,7 @@ def check_mindie(machine: Machine) -> Iterator[Finding]:
     elif release is not None and not release.ms_backend:
         yield error("ms-wrapper", where, f"MindIE {version} has no MindSpore backend ({release.source})", advice)
     elif release is not None:
-        yield ok("mindie", where, f"{version}: its conf/config.json is of the generation {release.config}")
+        yield ok("mindie", where, f"{version}: its conf/config.json is of the generation {generation_of(version)}")
     else:
         yield warning("mindie", where, f"is of a version that is not known ({version or 'none recorded'})", advice)
     if daemon is None:

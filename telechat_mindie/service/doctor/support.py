@@ -17,7 +17,7 @@ class MindieRelease:
     versions: str
     pattern: str
     ms_backend: bool
-    config: str | None  # generation of conf/config.json, a key of `schema.GENERATIONS`
+    config: str  # what `--mindie` calls them
     source: str
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.mindie import DAEMON, MS_WRAPPER, SERVER, find_home, recorded_version
+from telechat_mindie.mindie import DAEMON, MS_WRAPPER, SERVER, find_home, generation_of, recorded_version
 from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.doctor.support import release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
@@ -101,7 +101,7 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
                 where=python,
                 advice=f"{python} -m pip install {package}",
             )
-    generation = release.config if release is not None and release.config else DEFAULT_GENERATION
+    generation = generation_of(version) or DEFAULT_GENERATION
     return Installation(found, command, python, version, generation, folders["mindformers"] is not None)
 
 

@@ -5,8 +5,9 @@ Importable on its own: pydantic and the standard library, no framework.
 What is known of each generation, and from where:
 
 - `3.0.0.beta`: everything, from the C++ of MindIE-LLM v3.0.0.beta.2 (v3.0.0.beta.1 differs in a few ATB features).
-- `2.0`: the default file, from a public project that embeds it. The source is closed; rules are those of 3.0.0.beta
-  where both have the field. Later 2.x releases add fields of 3.0.0.beta one by one, all of which are accepted.
+- `3.0`: likewise, from v3.0.0 (v3.0.0.beta.3 has the same file).
+- `2.0` to `2.3`: files that public projects embed, and MindIE 2.3's parameter reference. The source is closed; rules
+  are those of 3.0.0.beta where both have the field, and errors only where a document or its own file has them too.
 - `1.0`: the files that the MindSpore project documents for 1.0.RC3 and 1.0.0. The source is closed here too.
 
 `docs/mindie-conf.md` says the same for users, with the differences in a table.
@@ -17,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from telechat_mindie import mindie
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.service import DEFAULT_GENERATION
-from telechat_mindie.service.schema import rules_backend, rules_model, rules_plugin, rules_server
+from telechat_mindie.service.schema import rules_backend, rules_generation, rules_model, rules_plugin, rules_server
 from telechat_mindie.service.schema.files import default_config, json_schema, load, parse, read_text
-from telechat_mindie.service.schema.service import GENERATIONS, model_of
+from telechat_mindie.service.schema.service import model_of
 from telechat_mindie.service.schema.settings import Settings
 from telechat_mindie.service.schema.structure import check_structure
 from telechat_mindie.service.schema.violations import Violation, json_path
@@ -40,7 +42,16 @@ __all__ = [
     "validate",
 ]
 
-RULES = (*rules_server.RULES, *rules_backend.RULES, *rules_model.RULES, *rules_plugin.RULES)
+GENERATIONS = tuple(mindie.GENERATIONS)
+"""The names that `--mindie` takes, oldest first."""
+
+RULES = (
+    *rules_generation.RULES,
+    *rules_server.RULES,
+    *rules_backend.RULES,
+    *rules_model.RULES,
+    *rules_plugin.RULES,
+)
 
 
 SHOWN_ERRORS = 5
@@ -56,12 +67,16 @@ def validate(data: Mapping[str, Any], generation: str) -> list[Violation]:
         InputError: the generation is not one of GENERATIONS.
     """
     model_of(generation)
+    if older := rules_generation.older_layout(data):
+        return [older]
     by_location = check_structure(generation, data, default_config(generation))
     violations = [violation for found in by_location.values() for violation in found]
     unsound = {location for location, found in by_location.items() if any(v.rule != "unknown-key" for v in found)}
     settings = Settings.of(generation, data, unsound)
     for rule in RULES:
         violations.extend(rule(settings))
+    if not mindie.GENERATIONS[generation].is_public:
+        violations = [rules_generation.as_far_as_known(violation, generation) for violation in violations]
     return sorted(violations, key=lambda violation: violation.severity)
 
 

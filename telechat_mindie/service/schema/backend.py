@@ -22,8 +22,15 @@ class KvPoolConfig(MindieObject):
     configPath: StrictStr = Field(default="", max_length=500)  # param_checker.cpp:400-407
 
 
+class KvPoolConfig30(KvPoolConfig):
+    """BackendConfig.kvPoolConfig of 3.0 (v3.0.0 src/config_manager/backend_config.cpp:40-58)."""
+
+    asyncWrite: StrictBool = False
+
+
 class LayerwiseNodes(MindieObject):
-    """BackendConfig.layerwiseDisaggregated (:138-147), ATB only."""
+    """BackendConfig.layerwiseDisaggregated (:138-147), ATB only. Where the switch is given, false as well, the port is
+    read without a test for its presence: `rules_backend.layerwise_nodes`."""
 
     layerwiseDisaggregatedMultiNodesInferEnabled: StrictBool = False
     layerwiseDisaggregatedMultiNodesCtrlPort: Port = 10003  # :229-232
@@ -66,6 +73,14 @@ class BackendConfig(_Backend, _NodeLists):
     layerwiseDisaggregated: LayerwiseNodes = LayerwiseNodes()
     ModelDeployConfig: deploy.ModelDeployConfig
     ScheduleConfig: schedule.ScheduleConfig
+
+
+class BackendConfig30(BackendConfig):
+    """BackendConfig of 3.0."""
+
+    kvPoolConfig: KvPoolConfig30 = KvPoolConfig30()
+    ModelDeployConfig: deploy.ModelDeployConfig30
+    ScheduleConfig: schedule.ScheduleConfig30
 
 
 class BackendConfig20(BackendConfig, _NodePasswords):

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from telechat_mindie.model_dir.modes import path_fault
 from telechat_mindie.service.ports import HIGHEST, LOWEST
-from telechat_mindie.units import UINT32_MAX
+from telechat_mindie.units import INT32_MAX, UINT32_MAX
 
 MAX_INPUT_TOKENS = 4 * 1024 * 1024  # schedule_config.cpp:22, model_deploy_config.cpp:31
 
@@ -68,12 +68,12 @@ def _check_model_path(value: str) -> str:
 Address = Annotated[StrictStr, AfterValidator(_check_address)]
 ModelPath = Annotated[StrictStr, AfterValidator(_check_model_path)]
 Port = Annotated[StrictInt, Field(ge=LOWEST, le=HIGHEST)]
+Int32 = Annotated[StrictInt, Field(ge=-INT32_MAX - 1, le=INT32_MAX)]
 UInt32 = Annotated[StrictInt, Field(ge=0, le=UINT32_MAX)]
 Policy = Annotated[
     StrictInt, Field(ge=0, le=3, description="0 FCFS, 1 STATE, 2 PRIORITY, 3 MLFQ")
 ]  # param_checker.cpp:356-364
 FileNames = Annotated[list[StrictStr], Field(description="1 to 3 file names")]
 
-ModelName = Annotated[
-    StrictStr, Field(pattern=r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,254}[a-zA-Z0-9])?$")
-]  # model_deploy_config.cpp:438-448
+MODEL_NAME = r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,254}[a-zA-Z0-9])?$"  # model_deploy_config.cpp:438-448
+ModelName = Annotated[StrictStr, Field(pattern=MODEL_NAME)]

@@ -5,13 +5,31 @@ A bare `:line` is in model_deploy_config.cpp.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from telechat_mindie.service.schema import model
 from telechat_mindie.service.schema.base import FORGIVEN, MAX_INPUT_TOKENS, MindieObject, ModelName, ModelPath, UInt32
 from telechat_mindie.units import UINT32_MAX
+
+TRUNCATIONS = (False, True, -1, 0, 1)
+
+
+def _check_truncation(value: Any) -> Any:
+    if not isinstance(value, int) or value not in TRUNCATIONS:
+        raise PydanticCustomError("choice", "true, false, -1, 0 or 1")
+    return value
+
+
+Truncation = Annotated[
+    Any,
+    AfterValidator(_check_truncation),
+    WithJsonSchema({"enum": list(TRUNCATIONS)}),
+    FORGIVEN,
+    Field(description="-1 or true: longer prompts are cut at their end; 1: at their begin; 0 or false: refused"),
+]  # v3.0.0 param_checker.cpp:215-230, and its service_parameter_configuration.md:116
 
 
 class LoraModule(MindieObject):
@@ -37,6 +55,12 @@ class ModelDeployConfig(_Deployment):
     """ModelDeployConfig of 2.x and 3.0.0.beta."""
 
     ModelConfig: list[model.ModelConfig]  # :390
+
+
+class ModelDeployConfig30(ModelDeployConfig):
+    """ModelDeployConfig of 3.0."""
+
+    truncation: Truncation = 0
 
 
 class ModelDeployConfig10(_Deployment):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, Rule, Settings, model_location
-from telechat_mindie.service.schema.violations import Location, Violation, Words, error, warning
+from telechat_mindie.service.schema.violations import NOTHING, Location, Violation, Words, error, warning
 
 BATCH: Location = (*SCHEDULE, "maxBatchSize")
 PREFILL_TOKENS: Location = (*SCHEDULE, "maxPrefillTokens")
@@ -22,6 +22,7 @@ class AtMost(NamedTuple):
     repair: str
     report: Callable[..., Violation] = error
     less: int = 0  # how far it must stay below the bound
+    given: bool = False  # only where the file names it; MindIE lowers its own default
 
 
 AT_MOST = (
@@ -36,6 +37,7 @@ AT_MOST = (
         "partial-prefills",
         "Set both, this one not above the other.",
     ),
+    AtMost((*SCHEDULE, "maxN"), BATCH, "answers-batch", "Lower it.", given=True),  # v3.0.0 schedule_config.cpp
     # Prompts end one token before maxSeqLen (src/llm_manager_v2/impl/llm_manager_impl.cpp:1535, doc:113).
     AtMost(
         (*DEPLOY, "maxInputTokenLen"),
@@ -54,6 +56,8 @@ def at_most(settings: Settings) -> Iterator[Violation]:
     """The rows of AT_MOST."""
     for row in AT_MOST:
         value, bound = settings.get(row.field), settings.get(row.bound)
+        if row.given and not settings.given(*row.field):
+            continue
         if value is not None and bound is not None and value > bound - row.less:
             name = f"{row.bound[-1]} - {row.less}" if row.less else row.bound[-1]
             yield row.report(row.field, row.rule, f"at most {bound - row.less}, which is {name}", value, row.repair)
@@ -88,6 +92,15 @@ def devices(settings: Settings) -> Iterator[Violation]:
                 # MindIE does not compare the lists; two instances then load their weights onto one card.
                 repair = "Give each instance devices of its own."
                 yield warning(here, "device-shared", f"no device of instance {other}", shared, repair)
+
+
+def layerwise_nodes(settings: Settings) -> Iterator[Violation]:
+    """The switch makes the port compulsory, even where it is false (backend_config.cpp:147-150)."""
+    here = (*BACKEND, "layerwiseDisaggregated")
+    switch, port = "layerwiseDisaggregatedMultiNodesInferEnabled", "layerwiseDisaggregatedMultiNodesCtrlPort"
+    if settings.given(*here, switch) and not settings.given(*here, port):
+        repair = f'Add "{port}": 10003, or remove {switch}.'
+        yield error((*here, port), "compulsory", f"a port, since {switch} is there", NOTHING, repair)
 
 
 def one_model(settings: Settings) -> Iterator[Violation]:
@@ -147,6 +160,7 @@ RULES: tuple[Rule, ...] = (
     at_most,
     instances,
     devices,
+    layerwise_nodes,
     one_model,
     preemption,
     prefill_tokens,

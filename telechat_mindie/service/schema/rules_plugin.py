@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from telechat_mindie.backend.plugins import MAX_LENGTH, PARAMETERS, plugin_names, read_plugin_params
 from telechat_mindie.errors import InputError
+from telechat_mindie.mindie import is_since
 from telechat_mindie.service.schema.settings import DEPLOY, SCHEDULE, SERVER, Rule, Settings, model_location
 from telechat_mindie.service.schema.violations import NOTHING, Location, Violation, Words, error, warning
 
@@ -129,7 +130,7 @@ def _switches(settings: Settings, names: Collection[str]) -> Iterator[Violation]
     for switch, plugin in (("enablePrefixCache", "prefix_cache"), ("enableSplit", "splitfuse")):
         here, given = (*SCHEDULE, switch), settings.given(*SCHEDULE, switch)
         value = settings.get(here)
-        if settings.generation == "3.0.0.beta":
+        if is_since(settings.generation, "3.0.0.beta"):
             if given:
                 repair = f"Remove it: {plugin} is turned on in plugin_params alone."
                 yield warning(here, "ignored-switch", f"{plugin} in plugin_params", value, repair)

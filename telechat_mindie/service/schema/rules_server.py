@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from telechat_mindie.mindie import is_since
 from telechat_mindie.service.ports import HIGHEST, LOWEST
 from telechat_mindie.service.schema.base import is_address
 from telechat_mindie.service.schema.settings import BACKEND, SERVER, Rule, Settings
@@ -69,7 +70,8 @@ def https_fields(server: Mapping[str, Any], generation: str) -> list[str]:
     address, port, management, management_port, metrics_port = _planes(server)
     if address != management or not port == management_port == metrics_port:
         needed += ["managementTlsCaFile", "managementTlsCert", "managementTlsPk"]
-        if generation == "3.0.0.beta":  # 2.0 ships without certificates for the metrics
+        # 2.0 ships without certificates for the metrics; of 2.1 and 2.2 it is not known.
+        if is_since(generation, "2.3") or "metricsTlsCert" in server:
             needed += ["metricsTlsCaFile", "metricsTlsCert", "metricsTlsPk"]
     if generation == "1.0":
         needed += ["kmcKsfMaster", "kmcKsfStandby"]  # doc:50-51; a later 2.x dropped them, which one is not known

@@ -85,3 +85,12 @@ class ScheduleConfig(ScheduleConfig10):
     longPrefillTokenThreshold: StrictInt = Field(default=1024, ge=1, le=8192, description="tokens")  # :285
 
     layerwiseDisaggregated: LayerwiseSchedule = LayerwiseSchedule()  # :93-108
+
+
+class ScheduleConfig30(ScheduleConfig):
+    """ScheduleConfig of 3.0 (v3.0.0 src/config_manager/schedule_config.cpp)."""
+
+    maxBatchSize: StrictInt = Field(ge=1, le=819_200, description="requests of a decode batch")
+    maxN: StrictInt = Field(
+        default=128, ge=1, le=8192, description="answers of a request; absent: at most maxBatchSize"
+    )

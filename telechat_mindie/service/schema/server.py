@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from telechat_mindie.service.schema.base import Address, FileNames, MindieObject, Port
+from telechat_mindie.service.schema.base import Address, FileNames, Int32, MindieObject, Port
 
 
 class HealthCheck(MindieObject):
@@ -20,7 +20,7 @@ class HealthCheck(MindieObject):
 
 
 class _Common(MindieObject):
-    """What all three generations have."""
+    """What all generations have."""
 
     ipAddress: Address = Field(description="business plane; the environment's MIES_CONTAINER_IP wins")  # c, :375, :623
     # :376, :633
@@ -97,16 +97,27 @@ class ServerConfig(_Common, _RevocationLists):
     layerwiseDisaggregatedRoleType: StrictStr = Field(default="", description="master or slave")
     layerwiseDisaggregatedMasterIpAddress: StrictStr = "127.0.0.3"
     layerwiseDisaggregatedSlaveIpAddress: list[StrictStr] = Field(default=["127.0.0.4"])
-    layerwiseDisaggregatedDataPort: StrictInt = 10024
+    layerwiseDisaggregatedDataPort: Int32 = 10024
     layerwiseDisaggregatedCrtlPort: list[StrictInt] = Field(default=[10001, 10002])  # MindIE's spelling
+
+
+class ServerConfig30(ServerConfig):
+    """ServerConfig of 3.0 (v3.0.0 src/config_manager/server_config.cpp:325-331)."""
+
+    maxJsonDepth: StrictInt = Field(default=10, ge=10, le=100, description="levels of a request's body")
 
 
 class ServerConfig20(ServerConfig, _KeyPasswords):
     """ServerConfig of 2.x: every field of 3.0.0.beta, and the passwords of encrypted keys.
 
     The source of 2.x is not public. Its field set is taken from the default file that gpustack/gpustack embeds
-    (gpustack/worker/backends/ascend_mindie.py) and from doc, whose later fields are allowed here as well.
+    (gpustack/worker/backends/ascend_mindie.py) and from doc, whose later fields are allowed here as well. 2.0.RC1 has
+    no time limits and no distDPServerEnabled; of the later ones `rules_generation.EXPECTED` asks for them.
     """
+
+    tokenTimeout: StrictInt = Field(default=600, ge=1, le=3600, description="seconds for one token")
+    e2eTimeout: StrictInt = Field(default=600, ge=1, le=65535, description="seconds for one request")
+    distDPServerEnabled: StrictBool = Field(default=False, description="large-scale expert parallelism only")
 
 
 class ServerConfig10(_Common, _RevocationLists, _KeyPasswords):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool
 
-from telechat_mindie.errors import InputError
+from telechat_mindie.mindie import generation_named
 from telechat_mindie.service.schema import backend, log, server
 from telechat_mindie.service.schema.base import FORGIVEN, MindieObject
 
@@ -25,6 +25,13 @@ class ServiceConfig(MindieObject):
     EnableDynamicAdjustTimeoutConfig: Annotated[StrictBool, FORGIVEN] = Field(
         default=False, description="true: tokenTimeout and e2eTimeout rise to their maxima while the daemon runs"
     )
+
+
+class ServiceConfig30(ServiceConfig):
+    """conf/config.json of 3.0."""
+
+    ServerConfig: server.ServerConfig30
+    BackendConfig: backend.BackendConfig30
 
 
 class ServiceConfig20(MindieObject):
@@ -48,12 +55,11 @@ class ServiceConfig10(MindieObject):
 
 MODELS: dict[str, type[MindieObject]] = {
     "1.0": ServiceConfig10,
-    "2.0": ServiceConfig20,
+    **dict.fromkeys(("2.0", "2.1", "2.2", "2.3"), ServiceConfig20),
     "3.0.0.beta": ServiceConfig,
+    "3.0": ServiceConfig30,
 }
-"""The top object of each supported generation, oldest first."""
-
-GENERATIONS = tuple(MODELS)
+"""The top object of each of `GENERATIONS`."""
 
 
 def model_of(generation: str) -> type[MindieObject]:
@@ -62,12 +68,5 @@ def model_of(generation: str) -> type[MindieObject]:
     Raises:
         InputError: the generation is not one of GENERATIONS.
     """
-    try:
-        return MODELS[generation]
-    except KeyError:
-        raise InputError(
-            "is not a MindIE generation that this schema knows",
-            where=generation,
-            expected=" or ".join(GENERATIONS),
-            advice="Take the one nearest to the installed MindIE; 2.0 stands for all of 2.x.",
-        ) from None
+    generation_named(generation)
+    return MODELS[generation]

@@ -16,6 +16,13 @@ BACKEND: Location = ("BackendConfig",)
 DEPLOY: Location = (*BACKEND, "ModelDeployConfig")
 SCHEDULE: Location = (*BACKEND, "ScheduleConfig")
 
+READ_FROM_HOME: tuple[Location, ...] = (("LogConfig",), ("EnableDynamicAdjustTimeoutConfig",))
+"""What 3.0.0.beta and later read of their home's own conf/config.json, whatever file the daemon was started with.
+
+Both are polled there: src/utils/log/log_level_dynamic_handler.cpp:25-38 and src/config_manager/
+config_dynamic_handler.cpp:84-128 of MindIE-LLM v3.0.0.beta.2. Of closed generations it is not known.
+"""
+
 
 def model_location(index: int, *rest: str | int) -> Location:
     """Where the ModelConfig entry `index`, or something in it, stands."""

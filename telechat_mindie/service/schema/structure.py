@@ -151,7 +151,8 @@ def _unknown(generation: str, location: Location, value: Any) -> Violation:
     elsewhere = [json_path(place) for place, _ in walk_fields(root) if place[-1] == name]
     similar = difflib.get_close_matches(name, owner.model_fields if owner else (), n=1, cutoff=0.8)
     if readers:
-        repair = f"Remove it: only MindIE {' and '.join(readers)} would read it."
+        listed = ", ".join(readers[:-1]) + " and " if readers[1:] else ""
+        repair = f"Remove it: only MindIE {listed}{readers[-1]} would read it."
     elif elsewhere:
         repair = f"Move it to {elsewhere[0]}."
     elif similar:
