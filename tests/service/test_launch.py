@@ -593,6 +593,7 @@ def test_the_options_of_a_launch_reach_it(run_command, model, mindie, state):
 
 def test_a_name_is_held_while_its_run_is_active(run_command, begin, model, mindie, state):
     launch, _ = begin()
+    launch.wait_until_up(20)
     arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--name", launch.run.name)
     done = run_command(*arguments)
     assert done.returncode == 2 and "is the name of a run that is active" in done.stderr

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from telechat_mindie.service.certificates import BUSINESS, MANAGEMENT, Plane, place
 from telechat_mindie.service.launch.errors import LaunchError
 
 MAX_ANSWER_BYTES = 1 << 20
 
-Plane = Literal["business", "management"]
+Listener = Literal["business", "management"]
+_PLANES: dict[Listener, Plane] = {"business": BUSINESS, "management": MANAGEMENT}
 
 _REFUSALS = {
     "CERTIFICATE_REQUIRED": "asks for a client certificate, and was shown none",
@@ -114,7 +116,9 @@ def is_healthy(url: str, timeout: float = 2, tls: ssl.SSLContext | None = None) 
     return response.status == 200
 
 
-def tls_context(config: Mapping[str, Any], home: Path, files: ClientFiles, plane: Plane = "business") -> ssl.SSLContext:
+def tls_context(
+    config: Mapping[str, Any], home: Path, files: ClientFiles, listener: Listener = "business"
+) -> ssl.SSLContext:
     """A client's side of the daemon's HTTPS, which always asks for the client's certificate as well.
 
     This process only ever speaks to the daemon on its own host, so the name in the daemon's certificate is not compared
@@ -124,21 +128,21 @@ def tls_context(config: Mapping[str, Any], home: Path, files: ClientFiles, plane
         config: the daemon's conf/config.json.
         home: what the paths in it are relative to.
         files: the client's own; what it does not name is taken from the config.
-        plane: the listener, as each has files of its own.
+        listener: each has files of its own.
 
     Raises:
         ClientRefusedError: a file cannot be read, or the key has a password.
     """
-    server = config["ServerConfig"]
-    prefix = "tls" if plane == "business" else "managementTls"
+    server, plane = config["ServerConfig"], _PLANES[listener]
     try:
-        authorities = [files.ca_cert] if files.ca_cert else _paths(home, server["tlsCaPath"], server[f"{prefix}CaFile"])
-        if files.cert is not None:
-            cert, key = files.cert, files.key
-        else:
-            cert, key = str(home / server[f"{prefix}Cert"]), str(home / server[f"{prefix}Pk"])
+        authorities = [place(home, server[plane.ca_folder] + name) for name in server[plane.ca_files]]
+        cert, key = place(home, server[plane.certificate]), place(home, server[plane.key])
     except (KeyError, TypeError) as failure:
         raise ClientRefusedError(f"lacks a field that HTTPS needs: {failure}", where="ServerConfig") from None
+    if files.ca_cert is not None:
+        authorities = [Path(files.ca_cert)]
+    if files.cert is not None:
+        cert, key = Path(files.cert), Path(files.key or files.cert)
     context = ssl.create_default_context()
     context.check_hostname = False
     for path in authorities:
@@ -149,12 +153,8 @@ def tls_context(config: Mapping[str, Any], home: Path, files: ClientFiles, plane
     return context
 
 
-def _paths(home: Path, folder: str, names: list[str]) -> list[str]:
-    return [str(home / (folder + name)) for name in names]
-
-
 @contextlib.contextmanager
-def _usable(path: str, advice: str) -> Iterator[None]:
+def _usable(path: Path, advice: str) -> Iterator[None]:
     """Turn what OpenSSL says of a file into a sentence that names it."""
     try:
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.reading import read_json
-from telechat_mindie.service.launch.client import ClientFiles, Plane, tls_context
+from telechat_mindie.service.launch.client import ClientFiles, Listener, tls_context
 from telechat_mindie.service.launch.rundir import RunDirectory, all_runs
 
 
@@ -26,7 +26,7 @@ def client_files(ca_cert: Path | None, cert: Path | None, key: Path | None) -> C
     return ClientFiles(*(None if path is None else str(path.absolute()) for path in named.values()))
 
 
-def client_tls(run: RunDirectory, plane: Plane = "business") -> ssl.SSLContext | None:
+def client_tls(run: RunDirectory, listener: Listener = "business") -> ssl.SSLContext | None:
     """For one of a run's listeners; None without HTTPS.
 
     Raises:
@@ -34,9 +34,9 @@ def client_tls(run: RunDirectory, plane: Plane = "business") -> ssl.SSLContext |
         ConfigError: the run's config cannot be read.
     """
     plan = run.plan()
-    if not plan.urls[plane].startswith("https:"):
+    if not plan.urls[listener].startswith("https:"):
         return None
-    return tls_context(read_json(run.config), Path(plan.tls_home or "/"), plan.client, plane)
+    return tls_context(read_json(run.config), Path(plan.tls_home or "/"), plan.client, listener)
 
 
 def remembered_tls(home: Path, url: str) -> ssl.SSLContext | None:

@@ -34,6 +34,7 @@ from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_de
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.service.schema.settings import SERVER
 from telechat_mindie.service.schema.violations import typed_at
+from telechat_mindie.service.trial_certificates import OPTION as TRIAL_OPTION
 
 MAX_NAME = 200  # characters of a run's name, which is a folder's; MindIE takes 256 of a model's, a file system 255
 
@@ -217,24 +218,25 @@ def check_prepared(prepared: Prepared) -> list[Finding]:
         mindie_home=prepared.installation.home if prepared.installation else None,
     )
     report = check(Path(prepared.plan.model_path), options)
-    config = check_config(prepared.rendered.config, prepared.run.config, prepared.facts, options)
-    own = [finding for finding in config if finding.id != "certificate"]
-    found = (*report.findings, *_https(prepared), *own, *_log_config(prepared), *prepared.cards)
+    config = list(check_config(prepared.rendered.config, prepared.run.config, prepared.facts, options))
+    if missing := list(_https(prepared, config)):
+        config = [*missing, *(finding for finding in config if finding.id != "certificate")]
+    found = (*report.findings, *config, *_log_config(prepared), *prepared.cards)
     return [finding for finding in found if finding.severity != "ok"]
 
 
-def _https(prepared: Prepared) -> Iterator[Finding]:
-    """Certificates that are missing: the first thing that HTTPS, MindIE's default, meets."""
+def _https(prepared: Prepared, config: list[Finding]) -> Iterator[Finding]:
+    """Certificates that are missing, in one finding: what HTTPS, MindIE's default, meets first."""
+    refused = any(finding.id == "certificate" and finding.severity == "error" for finding in config)
     missing = dict.fromkeys(item.file for item in prepared.rendered.certificates if item.present is False)
-    if missing and prepared.installation is not None:
-        home = prepared.installation.home
+    if refused and missing and prepared.installation is not None:
+        home, model_path = prepared.installation.home, prepared.plan.model_path
         yield error(
             "certificate",
             "HTTPS",
             f"is on, as MindIE has it by default, and {home} lacks {', '.join(missing)}",
             "Launch with --insecure-http where the network is trusted; or put them there; or try it with a set of your "
-            f"own making: telechat-mindie service-config {prepared.plan.model_path} --mindie-home {home} "
-            "--make-test-certificates",
+            f"own making: telechat-mindie service-config {model_path} --mindie-home {home} {TRIAL_OPTION}",
         )
 
 
