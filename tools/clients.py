@@ -14,8 +14,13 @@ BEGIN = "生抽和老抽都是酱油"  # of telechat2-nano's answer
 
 
 def langchain(url: str, model: str) -> None:
-    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-    from langchain_openai import ChatOpenAI
+    from langchain_core.messages import (  # type: ignore[import-not-found]
+        AIMessage,
+        HumanMessage,
+        SystemMessage,
+        ToolMessage,
+    )
+    from langchain_openai import ChatOpenAI  # type: ignore[import-not-found]
 
     chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_retries=0)
     answer = chat.invoke([HumanMessage(QUESTION)])
@@ -39,7 +44,7 @@ def langchain(url: str, model: str) -> None:
 
 
 def litellm(url: str, model: str) -> None:
-    import litellm
+    import litellm  # type: ignore[import-not-found]
 
     litellm.telemetry = False
     to_server = {"model": f"openai/{model}", "api_base": f"{url}/v1", "api_key": "none", "num_retries": 0}

@@ -9,8 +9,10 @@ import re
 import httpx
 import pytest
 from helpers.scripted import Scripted
-from helpers.server import Server, shared_server, special_server
+from helpers.server import Server, nano_directory, shared_server, special_server
 
+from telechat_mindie.commands.serve import serve
+from telechat_mindie.errors import InputError
 from telechat_mindie.server.fields import validate
 from telechat_mindie.server.formats.mindie import NativeRequest
 from telechat_mindie.server.formats.openai_requests import ChatRequest, CompletionRequest, Message
@@ -19,6 +21,8 @@ from telechat_mindie.server.formats.triton import StopInfer, TritonText
 from telechat_mindie.server.formats.vllm import VllmRequest
 from telechat_mindie.server.http.errors import ApiError
 from telechat_mindie.server.models import TokenizerRequest
+from telechat_mindie.server.settings import checked_origin
+from telechat_mindie.service import DEFAULT_GENERATION
 
 CHAT = {"model": "nano", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 1}
 TOOL = {"type": "function", "function": {"name": "天气", "parameters": {"type": "object", "properties": {}}}}
@@ -415,3 +419,30 @@ class TestOrigins:
     def test_its_own_page_goes_on(self):
         own = {"Origin": "http://127.0.0.1", "Sec-Fetch-Site": "same-origin"}
         assert self.ask((self.PAGE,), "GET", "/v1/models", own).status_code == 200
+
+    def test_the_commands_option(self, monkeypatch):
+        found = []
+        monkeypatch.setattr("telechat_mindie.server.run.serve", lambda _, settings, __: found.append(settings))
+        for origins in ([], [self.PAGE, "https://App.example:8443/"]):
+            serve(
+                nano_directory(),
+                None,
+                None,
+                None,
+                mindie=DEFAULT_GENERATION,
+                mindie_home=None,
+                kv_gb=None,
+                model_name=None,
+                prefix_cache=False,
+                chunked_prefill=False,
+                allow_origin=origins,
+                drain=1.0,
+            )
+        assert [settings.allowed_origins for settings in found] == [(), (self.PAGE, "https://app.example:8443")]
+
+    @pytest.mark.parametrize(
+        "text", ["null", "localhost:5173", "http://a.example/page", "file:///x", "http://u@a.b", ""]
+    )
+    def test_what_is_no_origin(self, text):
+        with pytest.raises(InputError, match="--allow-origin"):
+            checked_origin(text)
