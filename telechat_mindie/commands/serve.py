@@ -28,6 +28,12 @@ def serve(
     model_name: str = typer.Option(None, "--model-name", help="Name that requests use; default: the directory's."),
     prefix_cache: bool = typer.Option(False, "--prefix-cache", help="Share equal beginnings of prompts."),
     chunked_prefill: bool = typer.Option(False, "--chunked-prefill", help="Cut long prompts beside running answers."),
+    allow_origin: list[str] = typer.Option(
+        [],
+        "--allow-origin",
+        metavar="<str>",
+        help="Page of another site that may use the server, as https://host[:port]; repeatable.",
+    ),
     drain: float = typer.Option(30, "--drain", min=0, help="Seconds for unfinished answers when it is stopped."),
 ) -> None:
     """Serve a model directory on the CPU with MindIE's HTTP API, and a chat page at /.
@@ -45,7 +51,7 @@ def serve(
         from telechat_mindie.server.app import Plane
         from telechat_mindie.server.host import EngineHost
         from telechat_mindie.server.run import serve as run
-        from telechat_mindie.server.settings import plain_settings, read_settings
+        from telechat_mindie.server.settings import checked_origin, plain_settings, read_settings
     except ModuleNotFoundError as missing:
         raise MissingExtraError(missing.name or "fastapi", "serve") from None
 
@@ -64,6 +70,7 @@ def serve(
     settings = dataclasses.replace(
         settings,
         model_name=model_name or settings.model_name,
+        allowed_origins=tuple(map(checked_origin, allow_origin)),
         limits=dataclasses.replace(settings.limits, drain_seconds=drain),
     )
 

@@ -53,6 +53,7 @@ class EngineCore:
         self.requests: dict[str, Request] = {}
         self.outbox: deque[tuple[Request, Output]] = deque()
         self._in_flight: list[Request] = []
+        self._began = 0.0  # when the batch was chosen
         self._deadlines: list[tuple[float, str]] = []  # a heap of requests by their ids
         self._num_generated = 0
 
@@ -87,6 +88,7 @@ class EngineCore:
                 self._end(request, FinishReason.DEADLINE)
         batch = self.scheduler.schedule()
         self._in_flight = [self.requests[sequence.id] for sequence in batch.sequences]
+        self._began = self._clock()
         return batch
 
     def compute(self, batch: Batch) -> list[Sampled | None] | Exception:
@@ -118,13 +120,14 @@ class EngineCore:
                 self._end(request, FinishReason.ERROR, _sentence(results))
             return
         self.scheduler.complete(batch)
+        size = sum(isinstance(result, tuple) for result in results)
         for request, result in zip(in_flight, results, strict=True):
             if request.is_cancelled:
                 self._end(request, FinishReason.CANCELLED)
             elif isinstance(result, Exception):
                 self._end(request, FinishReason.ERROR, _sentence(result))
             elif result is not None:
-                self._accept(request, *result)
+                self._accept(request, *result, size)
 
     def abandon(self, batch: Batch) -> None:
         """Forget a batch that was not computed to its end; the next step chooses its sequences again."""
@@ -162,9 +165,9 @@ class EngineCore:
         moved = dict.fromkeys(batch.swapped)  # one may have been moved back and forth
         return [self.requests[sequence.id] for sequence in moved if sequence.id in self.requests]
 
-    def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _accept(self, request: Request, token: int, logprobs: TokenLogprobs | None, batch_size: int) -> None:
         try:
-            output = request.accept(token, logprobs, self._clock())
+            output = request.accept(token, logprobs, self._clock(), self._began, batch_size)
         except Exception as error:
             log_fault(f"token {token} of request {request.id} cannot be taken", error)
             self._end(request, FinishReason.ERROR, _sentence(error))

@@ -48,6 +48,8 @@ class Output:
         generated_tokens: length of the answer so far.
         seed: of the request's draws.
         timings: when it came, and when its first token was there.
+        batch_size: answers that got a token in the same step.
+        wait: seconds from its arrival, or its last token, to the step that computed this one.
     """
 
     request_id: str
@@ -61,6 +63,8 @@ class Output:
     generated_tokens: int
     seed: int
     timings: Timings
+    batch_size: int = 0
+    wait: float = 0.0
 
 
 class OutputStream:

@@ -46,6 +46,7 @@ class Request:
         self.arrival = arrival
         self.first_token: float | None = None
         self.cached_tokens = 0
+        self._idle_since = arrival
         self.is_cancelled = False  # while its batch is being computed
         self._text = text
         self._eos_ids = () if params.ignore_eos else eos_ids
@@ -61,8 +62,8 @@ class Request:
         """Seconds on the engine's clock."""
         return None if self.params.timeout is None else self.arrival + self.params.timeout
 
-    def accept(self, token: int, logprobs: TokenLogprobs | None, now: float) -> Output:
-        """Add a token to the answer."""
+    def accept(self, token: int, logprobs: TokenLogprobs | None, now: float, began: float, batch_size: int) -> Output:
+        """Add a token to the answer, one of `batch_size` of a step that began and ended when it says."""
         if self.first_token is None:
             self.first_token = now
             self.cached_tokens = self.sequence.num_cached
@@ -77,7 +78,10 @@ class Request:
             reason = FinishReason.STOP_STRING
         if reason is not None:
             text += self._text.flush()
-        return self._output((token,), text, reason, now, () if logprobs is None else (logprobs,))
+        wait, self._idle_since = began - self._idle_since, now
+        return self._output(
+            (token,), text, reason, now, () if logprobs is None else (logprobs,), None, batch_size, wait
+        )
 
     def end(self, reason: FinishReason, now: float, error: str | None = None) -> Output:
         """End the answer without another token. Held back text goes out if the answer stands as it is."""
@@ -97,6 +101,8 @@ class Request:
         now: float,
         logprobs: tuple[TokenLogprobs, ...] = (),
         error: str | None = None,
+        batch_size: int = 0,
+        wait: float = 0.0,
     ) -> Output:
         return Output(
             request_id=self.id,
@@ -110,4 +116,6 @@ class Request:
             generated_tokens=self.sequence.num_generated,
             seed=self.sampling.seed,
             timings=Timings(self.arrival, self.first_token, now),
+            batch_size=batch_size,
+            wait=wait,
         )

@@ -22,6 +22,9 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     intervals: list[float] = field(default_factory=list)  # seconds between tokens
+    batch_sizes: list[int] = field(default_factory=list)  # answers that got a token in the same step
+    waits: list[float] = field(default_factory=list)  # seconds before each step, in which nothing was done for it
+    lengths: list[int] = field(default_factory=list)  # characters of the text with each token
     last: Output | None = None
 
     def add(self, output: Output) -> None:
@@ -30,7 +33,10 @@ class Answer:
                 self.intervals.append(output.timings.now - self.last.timings.now)
             self.token_ids += output.token_ids
             self.logprobs += output.logprobs
+            self.batch_sizes.append(output.batch_size)
+            self.waits.append(output.wait)
         self.text += output.text
+        self.lengths += [len(self.text)] * len(output.token_ids)
         self.last = output
 
     @property
@@ -78,12 +84,14 @@ class Renderer(ABC):
 
     Args:
         full_text: each event of a stream repeats the whole text (fullTextEnabled).
+        id: the client's own name of the request. By its id another request can stop this one.
     """
 
     media_type = "text/event-stream"  # of a stream, also of vLLM's, which is none
     end: bytes = b""  # behind the last event of a stream
 
-    def __init__(self, full_text: bool = False) -> None:
+    def __init__(self, full_text: bool = False, id: str | None = None) -> None:
+        self.id = id or f"endpoint_common_{uuid.uuid4().hex}"
         self._full_text = full_text
 
     @abstractmethod
@@ -101,8 +109,3 @@ class Renderer(ABC):
     def piece(self, answer: Answer, output: Output) -> str:
         """The text that a stream shows of an output: the new one, or all so far."""
         return answer.text if self._full_text else output.text
-
-
-def request_id() -> str:
-    """The `id` of an answer whose request brought none."""
-    return f"endpoint_common_{uuid.uuid4().hex}"

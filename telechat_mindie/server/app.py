@@ -7,10 +7,13 @@ from enum import Enum
 from importlib import resources
 
 from fastapi import APIRouter, FastAPI, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from telechat_mindie import __version__
 from telechat_mindie.server.formats.routes import format_routes
 from telechat_mindie.server.http.errors import ApiError
+from telechat_mindie.server.http.library import LibraryRules
 from telechat_mindie.server.http.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
 from telechat_mindie.server.http.openapi import document
 from telechat_mindie.server.management import management_routes, metrics_routes
@@ -32,7 +35,7 @@ class Plane(Enum):
     METRICS = "metrics"
 
 
-def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> FastAPI:
+def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> ASGIApp:
     """The routes of the planes that share a port, which `is_local` to this machine or is not."""
     planes = set(planes)
     app = FastAPI(
@@ -52,8 +55,16 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> FastA
         app.include_router(management_routes(service))
     if Plane.METRICS in planes:
         app.include_router(metrics_routes(service))
-    app.add_middleware(BrowserGuard, is_local=is_local)
-    return app
+    if origins := service.settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["RequestUUID", "Retry-After"],
+        )
+    app.add_middleware(BrowserGuard, is_local=is_local, allowed_origins=origins)
+    return LibraryRules(app)
 
 
 def page_routes() -> APIRouter:

@@ -53,7 +53,6 @@ class Job:
         stream: answer token by token.
         count: sequences; several whole answers come best first.
         timed_by_client: the request brought the time-out in `params`.
-        name: the client's own id of the request, by which another request can stop it.
     """
 
     prompt_ids: NDArray[np.int64]
@@ -62,7 +61,6 @@ class Job:
     stream: bool
     count: int = 1
     timed_by_client: bool = False
-    name: str | None = None
 
 
 class Generation:

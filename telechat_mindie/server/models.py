@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from telechat_mindie import __version__
 from telechat_mindie.errors import InputError
@@ -23,7 +23,9 @@ class TokenizerRequest(RequestBody):
     """POST /v1/tokenizer."""
 
     inputs: str = Field(min_length=1, examples=["生抽与老抽的区别？"])
-    do_decode: bool = Field(default=True, description="false: only count")
+    do_decode: Annotated[bool, BeforeValidator(lambda value: value is not False)] = Field(
+        default=True, description="false: only count; MindIE takes all else for true"
+    )
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -69,8 +71,8 @@ def model_routes(service: Service) -> APIRouter:
         service.check_model(model)
         return {
             "model_name": model,
-            "input_datatype": "UINT32",
-            "output_datatype": "UINT32",
+            "input_datatype": "INT64",
+            "output_datatype": "INT64",
             "max_seq_len": engine.max_seq_len,
             "npu_mem_size": settings.npu_mem_size,
             "cpu_mem_size": settings.host_cache_gb,
@@ -93,5 +95,7 @@ def _tokenize(service: Service, raw: bytes) -> dict[str, Any]:
         ids = service.encode(body.inputs, "inputs").tolist()
     except InputError as error:
         raise invalid(str(error)) from None
-    texts = [service.token_text(token, ids, place) for place, token in enumerate(ids)] if body.do_decode else []
-    return {"token_number": len(ids), "tokens": [text for text in texts if text]}
+    # Special tokens have no text, as in MindIE (TokenizerProcessPool::TikToken, infer_tokenizer.cpp:735).
+    places = enumerate(ids) if body.do_decode else ()
+    texts = [service.token_text(token, ids, place, skip_special_tokens=True) for place, token in places]
+    return {"token_number": len(ids), "tokens": texts}

@@ -24,6 +24,7 @@ from telechat_mindie.server.sampling import generation_params
 from telechat_mindie.server.settings import ServerSettings
 from telechat_mindie.text.detokenizer import CONTEXT
 from telechat_mindie.text.input_builder import InputBuilder
+from telechat_mindie.text.vocabulary import UNKNOWN_ID
 
 Result = TypeVar("Result")
 TokenText = Callable[[int, Sequence[int], int], str]
@@ -47,7 +48,7 @@ class Service:
         self.is_forced = False  # to stop without waiting for answers
         self.stop_wanted = asyncio.Event()  # a route asks the process to end
         self.running: dict[str, Generation] = {}  # by id
-        self.named: dict[str | None, Generation] = {}  # by the client's own id
+        self.named: dict[str, Generation] = {}  # by the id that the client knows
         self.in_flight = 0  # requests for an answer, from their first byte to their last
         self._threads = ThreadPoolExecutor(settings.threads, "telechat-request")
 
@@ -65,8 +66,7 @@ class Service:
         if self.is_stopping:
             generation.cancel(Ended.SHUTDOWN)
         self.running[generation.id] = generation
-        if generation.job.name is not None:
-            self.named[generation.job.name] = generation
+        self.named[generation.job.renderer.id] = generation
         return generation
 
     def _prepare(
@@ -84,8 +84,8 @@ class Service:
         """Forget a request that was answered, or whose client left."""
         generation.cancel(by)
         self.running.pop(generation.id, None)
-        if self.named.get(generation.job.name) is generation:
-            del self.named[generation.job.name]
+        if self.named.get(generation.job.renderer.id) is generation:
+            del self.named[generation.job.renderer.id]
 
     def check_model(self, name: str) -> None:
         """Refuse a path that names another model than the one that is served."""
@@ -123,18 +123,23 @@ class Service:
         return self.cut(InputBuilder(self.tokenizer).make_context(0, messages, **options))
 
     def cut(self, ids: ArrayLike) -> NDArray[np.int64]:
-        """The prompt; with `truncation` the beginning of one that is too long (llm_manager_impl.cpp:1526)."""
+        """The prompt; with `truncation` the beginning of one that is too long (llm_manager_impl.cpp:1526).
+
+        MindIE's check of the vocabulary lets negative ids pass (llm_manager_impl.cpp:1507); they are unknown tokens.
+        """
         prompt = np.asarray(ids, np.int64)
+        prompt = np.where(prompt < 0, UNKNOWN_ID, prompt)
         return prompt[: self.engine.config.longest_prompt] if self.settings.truncation else prompt
 
-    def token_text(self, token: int, ids: Sequence[int], place: int) -> str:
+    def token_text(self, token: int, ids: Sequence[int], place: int, skip_special_tokens: bool = False) -> str:
         """What `token` adds to the text of `ids[:place]`, so that the texts of all tokens are that of the answer.
 
         A character of several tokens belongs to the last of them; the others have no text.
         """
         context = ids[max(0, place - CONTEXT) : place]
         # A slice of an array is read as a window of it: `Detokenizer.decode`.
-        return self.tokenizer.decode(np.array([*context, token], np.int64)[len(context) :])
+        window = np.array([*context, token], np.int64)[len(context) :]
+        return self.tokenizer.decode(window, skip_special_tokens=skip_special_tokens)
 
     def job(
         self,
@@ -145,7 +150,6 @@ class Service:
         stream: bool,
         count: int = 1,
         logprobs: int | None = None,
-        name: str | None = None,
         kept_tokens: tuple[str, ...] = (),
     ) -> Job:
         """What to do for a body, or its `parameters`, which may have a `timeout` of their own."""
@@ -160,7 +164,7 @@ class Service:
             logprobs=logprobs,
             kept_tokens=kept_tokens,
         )
-        return Job(prompt_ids, params, renderer, stream, count, timeout is not None, name)
+        return Job(prompt_ids, params, renderer, stream, count, timeout is not None)
 
     @cached_property
     def _longest_token(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from telechat_mindie.backend.plugins import parse_plugin_params, plugin_names
 from telechat_mindie.engine.config import EngineConfig
@@ -52,6 +53,7 @@ class ServerSettings:
         truncation: cut prompts that are too long, at their end, instead of refusing them.
         full_text: a stream repeats the whole text each time (fullTextEnabled).
         prefill_policy, decode_policy: as GET /v2 reports them; the engine has one policy, by priority and arrival.
+        allowed_origins: of pages of other sites that browsers may use the server from; `*` for all.
     """
 
     model_name: str
@@ -68,6 +70,7 @@ class ServerSettings:
     full_text: bool = False
     prefill_policy: int = 0
     decode_policy: int = 0
+    allowed_origins: tuple[str, ...] = ()
 
     def with_flags(self, host: str | None, port: int | None, cache_gb: float | None) -> ServerSettings:
         """What the command line says wins; one address or port means one listener."""
@@ -80,6 +83,25 @@ class ServerSettings:
             )
             settings = replace(settings, business=business, management=business, metrics=business)
         return settings if cache_gb is None else replace(settings, cache_gb=cache_gb)
+
+
+def checked_origin(text: str) -> str:
+    """An origin as browsers write it, or `*`.
+
+    Raises:
+        InputError: another text, such as a whole URL.
+    """
+    origin = text.rstrip("/").lower()
+    parts = urlsplit(origin)
+    if origin != "*" and (not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}" or "@" in parts.netloc):
+        raise InputError(
+            "is not the origin of a page",
+            where="--allow-origin",
+            expected="scheme://host[:port] as in the browser's address bar, or *",
+            found=text,
+            advice="A page from a file has none: serve its folder with python -m http.server --bind 127.0.0.1",
+        )
+    return origin
 
 
 def plain_settings(directory: ModelDir, *, prefix_cache: bool = False, chunked_prefill: bool = False) -> ServerSettings:

@@ -66,19 +66,24 @@ class Scripted:
         self.runner.after_forward = write
 
     def send(
-        self, *requests: tuple[str, str, object], prepare: Callable[[Service], object] = lambda service: None
+        self,
+        *requests: tuple[str, str, object],
+        prepare: Callable[[Service], object] = lambda service: None,
+        headers: Mapping[str, str] | None = None,
     ) -> list[httpx.Response]:
         """The answers to requests (method, path, body), one after the other.
 
         Args:
             prepare: called with the service before the first of them, when the model is warm.
+            headers: of all of them.
         """
 
         async def run() -> list[httpx.Response]:
             service = Service(self.settings, self.host)
             prepare(service)
             transport = httpx.ASGITransport(make_app(service, Plane, is_local=True), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            address = "http://127.0.0.1"
+            async with httpx.AsyncClient(transport=transport, base_url=address, headers=headers) as client:
                 answers = [await client.request(method, path, json=body) for method, path, body in requests]
             service.close()
             return answers

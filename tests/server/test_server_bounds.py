@@ -84,7 +84,7 @@ class TestDisconnects:
         with special_server(delay=0.01) as server, ThreadPoolExecutor(1) as pool:
             body = {"id": "mine", "text_input": "说", "parameters": {"max_new_tokens": 1000, "details": True}}
             future = pool.submit(server.post, "/v2/models/null/generate", body)
-            while server.post("/v2/models/null/stopInfer", {"id": "mine"}).status_code == 404:
+            while server.post("/v2/models/null/stopInfer", {"id": "mine"}).status_code == 500:
                 time.sleep(0.01)
             assert future.result().json()["details"]["finish_reason"] == "stop_sequence"
 
@@ -261,10 +261,10 @@ def test_the_loop_answers_while_the_engine_computes():
     with special_server(delay=0.5) as server:
         worker = threading.Thread(target=lambda: server.post("/generate", {"prompt": "x", "max_tokens": 3}))
         worker.start()
-        time.sleep(0.1)
+        while server.resources()["runningRequestNum"] == 0:
+            time.sleep(0.01)
         begin = time.monotonic()
         assert server.get("/health").status_code == 200
-        assert server.resources()["runningRequestNum"] == 1
         assert time.monotonic() - begin < 0.4
         worker.join()
 

@@ -142,9 +142,12 @@ class TestBodies:
         def nested(levels):
             return b'{"a":' * (levels - 1) + b"{}" + b"}" * (levels - 1)
 
-        assert parse(nested(MAX_JSON_DEPTH))
-        with pytest.raises(ApiError, match="deeper"):
-            parse(nested(MAX_JSON_DEPTH + 1))
+        assert parse(nested(MAX_JSON_DEPTH)) == json.loads(nested(MAX_JSON_DEPTH))
+        # Deeper levels are dropped: {"a": {}} at the bottom becomes {}.
+        assert parse(nested(MAX_JSON_DEPTH + 1)) == parse(nested(MAX_JSON_DEPTH + 100)) == parse(nested(MAX_JSON_DEPTH))
+        assert parse(b'{"a": ' + b"[" * 11 + b"]" * 11 + b', "b": [1]}')["b"] == [1]
+        with pytest.raises(ApiError, match="nested too deeply"):
+            parse(nested(100_000))
 
     def test_a_byte_order_mark_is_no_fault(self):
         assert parse(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from telechat_mindie.server.formats.tool_calls import TAGS as CALL_TAGS
 from telechat_mindie.server.formats.tool_calls import ToolCallParser
+from telechat_mindie.text.thoughts import END as END_OF_THOUGHT
 from telechat_mindie.text.thoughts import TAGS as THOUGHT_TAGS
 from telechat_mindie.text.thoughts import ThoughtParser
 
@@ -24,11 +25,17 @@ class ChatParts:
     def __init__(self, thoughts: ThoughtParser, calls: ToolCallParser | None) -> None:
         self._thoughts = thoughts
         self._calls = calls
+        self._has_thought = False
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the answer may begin with a thought."""
+        return self._thoughts.expected
 
     @property
     def may_wait(self) -> bool:
         """Whether text may be held back."""
-        return self._thoughts.expected or self._calls is not None
+        return self.may_think or self._calls is not None
 
     @property
     def kept_tokens(self) -> tuple[str, ...]:
@@ -39,10 +46,23 @@ class ChatParts:
     def has_called(self) -> bool:
         return self._calls is not None and self._calls.found
 
+    def thought_tokens(self, lengths: Sequence[int], text: str) -> int:
+        """Tokens of the whole answer before the tag that ends its thought.
+
+        Args:
+            lengths: characters of the answer with each of its tokens.
+            text: the answer.
+        """
+        if not self._has_thought:
+            return 0
+        end = text.find(END_OF_THOUGHT)
+        return len(lengths) if end < 0 else sum(length <= end for length in lengths)
+
     def put(self, text: str, *, is_last: bool) -> Iterator[Fields]:
         """The deltas that these characters let go: {reasoning_content}, {content} or {tool_calls}."""
         for piece in (*self._thoughts.put(text), *(self._thoughts.flush() if is_last else ())):
             if piece.is_thought:
+                self._has_thought = True
                 yield {"reasoning_content": piece.text}
             elif self._calls is None:
                 yield {"content": piece.text}

@@ -49,7 +49,7 @@ class NativeParameters(Parameters):
 class NativeRequest(RequestBody):
     """POST /infer: a text, or tokens."""
 
-    inputs: str | list[dict[str, Any]] | None = Field(default=None, examples=["生抽与老抽的区别？"])
+    inputs: str | None = Field(default=None, examples=["生抽与老抽的区别？"])
     input_id: TokenIds | None = None
     stream: bool = False
     parameters: NativeParameters = NativeParameters()
@@ -77,23 +77,14 @@ class NativeRenderer(Renderer):
         yield {**answer.step_times(), **event, "token": {"id": output.token_ids, "text": text}}
 
 
-def text_of(value: str | list[dict[str, Any]], where: str) -> str:
-    """A text, or the text parts of a list as multimodal models take it.
-
-    MindIE hands the list as JSON text to the tokenizer; for a model of texts alone, only its texts make sense.
-    """
-    if isinstance(value, str):
-        return value
-    if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in value):
-        raise invalid(f"Parameter {where} holds something else than text, which TeleChat2 does not take.")
-    return "".join(part["text"] for part in value)
-
-
 def read_native(service: Service, data: dict[str, Any]) -> Job:
+    """The one of `inputs` and `input_id` that is there; as in MindIE, one that is null is there, and is refused."""
+    if ("inputs" in data) == ("input_id" in data):
+        raise invalid("The request must have either inputs or input_id, and not both.")
     body = validate(NativeRequest, data)
-    if (body.inputs is None) == (body.input_id is None):
-        raise invalid("The request must have either inputs or input_id.")
+    if body.inputs is None and body.input_id is None:
+        raise invalid(f"Parameter {'inputs' if 'inputs' in data else 'input_id'} must not be null.")
     text, parameters = body.inputs, body.parameters
-    prompt = service.cut(body.input_id or []) if text is None else service.encode(text_of(text, "inputs"), "inputs")
+    prompt = service.cut(body.input_id or []) if text is None else service.encode(text, "inputs")
     renderer = NativeRenderer(service, parameters.details)
     return service.job(prompt, parameters, parameters.max_new_tokens, renderer, body.stream)

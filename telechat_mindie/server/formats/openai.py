@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from telechat_mindie.engine.output import Output
 from telechat_mindie.engine.sampler import TokenLogprobs
-from telechat_mindie.server.answers import Answer, Renderer, request_id
+from telechat_mindie.server.answers import Answer, Renderer
 from telechat_mindie.server.fields import validate
 from telechat_mindie.server.formats.chat_parts import ChatParts, message
 from telechat_mindie.server.formats.logprobs import chat_content, completion_lists
@@ -44,25 +44,16 @@ class OpenAIRenderer(Renderer):
 
     def __init__(self, service: Service, with_logprobs: bool) -> None:
         super().__init__(service.settings.full_text)
-        self._head: Fields = {"id": request_id(), "object": self.kind, "created": int(time.time())}
+        self._head: Fields = {"id": self.id, "object": self.kind, "created": int(time.time())}
         self._head["model"] = service.settings.model_name
-        self._show_cached = service.engine.config.prefix_cache
         self._token_text = service.token_text if with_logprobs else None
 
-    def _body(self, choices: Sequence[Fields], counted: Sequence[Answer] = ()) -> Fields:
-        """The whole answer, or an event; with the `usage` of the answers that are counted."""
+    def _body(
+        self, choices: Sequence[Fields], counted: Sequence[Answer] = (), thought_tokens: int | None = None
+    ) -> Fields:
+        """The whole answer, or an event; with the `usage` of the answers that are counted, and of their thoughts."""
         body = {**self._head, "choices": choices}
-        return {**body, "usage": self._usage(counted)} if counted else body
-
-    def _usage(self, answers: Sequence[Answer]) -> Fields:
-        """The count of tokens; `cached_tokens` only where there is a prefix cache, as in MindIE."""
-        last = answers[0].last
-        prompt = 0 if last is None else last.prompt_tokens
-        generated = sum(len(answer.token_ids) for answer in answers)
-        usage: Fields = {"prompt_tokens": prompt}
-        if self._show_cached:
-            usage["prompt_tokens_details"] = {"cached_tokens": 0 if last is None else last.cached_tokens}
-        return {**usage, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return {**body, "usage": _usage(counted, thought_tokens)} if counted else body
 
 
 class ChatRenderer(OpenAIRenderer):
@@ -87,7 +78,7 @@ class ChatRenderer(OpenAIRenderer):
             content = message(parts, answer.text)
             logprobs = self._logprobs(answer, answer.logprobs)
             choices.append(_choice(index, "message", content, logprobs, _reason(answer, parts.has_called)))
-        return self._body(choices, answers)
+        return self._body(choices, answers, self._thought_tokens(self._parts, answers))
 
     def events(self, index: int, output: Output, answers: Sequence[Answer]) -> Iterator[object]:
         if self._is_first:  # of all choices, as MindIE opens them together
@@ -107,7 +98,7 @@ class ChatRenderer(OpenAIRenderer):
         if not answer.is_finished:
             yield self._chunk(index, last, logprobs)
             return
-        event = self._chunk(index, last, logprobs, _reason(answer, parts.has_called), [answer])
+        event = self._chunk(index, last, logprobs, _reason(answer, parts.has_called), answer)
         yield event | {"full_text": answer.text} if self._full_text else event
 
     def _shown(self, index: int, delta: Fields) -> Fields:
@@ -125,9 +116,20 @@ class ChatRenderer(OpenAIRenderer):
         delta: Fields,
         logprobs: object = None,
         reason: str | None = None,
-        counted: Sequence[Answer] = (),
+        counted: Answer | None = None,
     ) -> Fields:
-        return self._body([_choice(index, "delta", {"role": "assistant", **delta}, logprobs, reason)], counted)
+        choices = [_choice(index, "delta", {"role": "assistant", **delta}, logprobs, reason)]
+        if counted is None:
+            return self._body(choices)
+        return self._body(choices, [counted], self._thought_tokens([self._parts[index]], [counted]))
+
+    @staticmethod
+    def _thought_tokens(parts: Sequence[ChatParts], answers: Sequence[Answer]) -> int | None:
+        """As MindIE counts those of the models whose thoughts it parses; None where no thought is expected."""
+        if not parts[0].may_think:
+            return None
+        pairs = zip(parts, answers, strict=True)
+        return sum(part.thought_tokens(answer.lengths, answer.text) for part, answer in pairs)
 
     def _logprobs(self, answer: Answer, reports: Sequence[TokenLogprobs]) -> Fields | None:
         """Of the answer's last tokens, as many as there are reports."""
@@ -162,6 +164,19 @@ class CompletionRenderer(OpenAIRenderer):
         return _choice(index, "text", text, logprobs, _reason(answer), stop_reason=None)
 
 
+def _usage(answers: Sequence[Answer], thought: int | None) -> Fields:
+    last = answers[0].last
+    prompt, cached = (0, 0) if last is None else (last.prompt_tokens, last.cached_tokens)
+    generated = sum(len(answer.token_ids) for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": generated,
+        **({} if thought is None else {"completion_tokens_details": {"reasoning_tokens": thought}}),
+        "total_tokens": prompt + generated,
+    }
+
+
 def _choice(index: int, name: str, content: object, logprobs: object, reason: str | None, **more: object) -> Fields:
     return {"index": index, name: content, "logprobs": logprobs, **more, "finish_reason": reason}
 
@@ -182,11 +197,13 @@ def _check(service: Service, body: ChatRequest | CompletionRequest) -> None:
 
 
 def read_chat(service: Service, data: Fields) -> Job:
+    if "chat_template_kwargs" in data and data["chat_template_kwargs"] is None:
+        raise invalid("Parameter chat_template_kwargs must be an object, got null.")
     body = validate(ChatRequest, data)
     _check(service, body)
     tools = offered_tools(body, data.get("tools") or [])
     template = service.tokenizer.template_for(tools)
-    turns = conversation(body.messages)
+    turns = conversation(body.messages, with_tools=bool(body.tools))
     count = count_sequences(body, equal_in_streams=True)
     top_logprobs = check_logprobs(body)
     options: Fields = {"chat_template_kwargs": body.chat_template_kwargs.model_dump(exclude_unset=True)}

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from telechat_mindie.server.fields import RequestBody, TokenIds, utf16_length
+from telechat_mindie.server.fields import AnyTokens, RequestBody, by_kind, utf16_length
 from telechat_mindie.server.formats.vllm import VllmSampling
 from telechat_mindie.server.http.errors import invalid
+from telechat_mindie.text.conversation import ANSWER_ROLES
 
 MAX_TOP_LOGPROBS = 20
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\u4e00-\u9fa5-]{1,64}$")]
@@ -18,9 +20,11 @@ Filled = Annotated[str, Field(min_length=1)]
 
 
 class Function(RequestBody):
+    """Of an offered tool. All but its name goes to the prompt as it is."""
+
     name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    description: Any = None
+    parameters: Any = None
 
 
 class Tool(RequestBody):
@@ -31,6 +35,11 @@ class Tool(RequestBody):
 class CalledFunction(RequestBody):
     name: ToolName
     arguments: str = Field(description="JSON text")
+
+
+def _empty_list(value: object) -> object:
+    """MindIE iterates, so that an empty object is as good as an empty list."""
+    return [] if value == {} else value
 
 
 class ToolCall(RequestBody):
@@ -53,12 +62,28 @@ class TextPart(RequestBody):
     text: str
 
 
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<parts>")],
+    by_kind("a text or a list of text parts", text=str, parts=list),
+]
+TOOLS_ROLES = ("system", "user", "assistant", "tool")
+"""Beside tools MindIE takes these roles (ValidMessagesArray), else what the tokenizer and its template take."""
+
+
 class Message(RequestBody):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    role: str = Field(examples=["user"], description="system, developer, user, assistant or tool")
+    content: Content | None = None
     reasoning_content: str | None = Field(default=None, description="an assistant's thought; for the chat template")
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], BeforeValidator(_empty_list)] | None = None
     tool_call_id: Filled | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_far_as_read(cls, data: Any) -> Any:
+        """Of other roles MindIE reads neither calls nor their ids."""
+        role = data.get("role") if isinstance(data, dict) else None
+        unread = {*(() if role in ANSWER_ROLES else ("tool_calls",)), *(() if role == "tool" else ("tool_call_id",))}
+        return {key: data[key] for key in data if key not in unread} if isinstance(role, str) else data
 
     @property
     def text(self) -> str | None:
@@ -67,19 +92,25 @@ class Message(RequestBody):
         return "".join(part.text for part in self.content)
 
 
-class TemplateVariables(RequestBody):
-    """For the chat template; MindIE looks at the one that is named here."""
+class TemplateVariables(BaseModel):
+    """For the chat template; MindIE looks at the one that is named here, which may be absent, but not null."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow")
 
-    enable_thinking: bool | None = Field(default=None, description="for templates that can open or omit a thought")
+    enable_thinking: bool = Field(default=False, description="for templates that open or omit a thought as this says")
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[ToolChoice, Tag("<tool>")],
+    by_kind("'none', 'auto', 'required' or a tool", word=str, tool=dict),
+]
 
 
 class ChatRequest(VllmSampling):
     model: Filled
     messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+    tools: Annotated[list[Tool], BeforeValidator(_empty_list)] = Field(default_factory=list)
+    tool_choice: Choice | None = Field(
         default=None, description="a named function alone is offered; that it is called cannot be enforced"
     )
     logprobs: bool | None = None
@@ -88,15 +119,28 @@ class ChatRequest(VllmSampling):
     chat_template_kwargs: TemplateVariables = TemplateVariables()
 
 
+def _one_prompt(value: object) -> object:
+    if isinstance(value, list) and any(isinstance(item, (str, list)) for item in value):
+        raise PydanticCustomError("prompt", "must be one text or one list of tokens, since MindIE takes one prompt")
+    return value
+
+
 class CompletionRequest(VllmSampling):
     model: Filled
-    prompt: Filled | TokenIds = Field(examples=["生抽与老抽的区别？"])
+    prompt: Annotated[
+        Annotated[Filled, Tag("<text>")] | Annotated[AnyTokens, Tag("<tokens>")],
+        by_kind("one text or one list of tokens", text=str, tokens=list),
+        BeforeValidator(_one_prompt),
+    ] = Field(examples=["生抽与老抽的区别？"])
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     use_beam_search: bool = Field(default=False, description="refused: the engine has no beam search")
 
 
-def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+def conversation(messages: list[Message], *, with_tools: bool) -> list[dict[str, Any]]:
     """The messages as the chat template takes them.
+
+    Args:
+        with_tools: the request has tools, be they offered or not, for which MindIE's rules are stricter.
 
     Raises:
         ApiError: 422, a rule between a message's fields is broken.
@@ -106,11 +150,12 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
         where, text = f"Parameter messages.{index}", message.text
         if message.role == "tool" and message.tool_call_id is None:
             raise invalid(f"{where}.tool_call_id is missing, which the role tool needs.")
-        has_more = message.role == "assistant" and (message.tool_calls or message.reasoning_content)
-        if not has_more and (text is None or (message.role == "assistant" and not text)):
-            raise invalid(f"{where}.content is missing or empty.")
         # OpenAI's clients have another name for the system's role, which templates do not know.
         role = "system" if message.role == "developer" else message.role
+        if with_tools and role not in TOOLS_ROLES:
+            raise invalid(f"{where}.role must be one of {', '.join(TOOLS_ROLES)} beside tools, got {role}.")
+        if not _is_filled(message, text, with_tools):
+            raise invalid(f"{where}.content is missing or empty.")
         turn: dict[str, Any] = {"role": role, "content": text or ""}
         if message.reasoning_content is not None:
             turn["reasoning_content"] = message.reasoning_content
@@ -120,6 +165,15 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
             turn["tool_call_id"] = message.tool_call_id
         turns.append(turn)
     return turns
+
+
+def _is_filled(message: Message, text: str | None, with_tools: bool) -> bool:
+    """Whether a message has what its role needs (ParseTextInput, ValidMessagesArray and ValidAssistantMessage)."""
+    if message.role == "assistant":
+        if message.tool_calls or message.reasoning_content:
+            return True
+        return text is not None and (text != "" or message.tool_calls is not None)
+    return text is not None and (text != "" or message.role == "tool" or not with_tools)
 
 
 def offered_tools(body: ChatRequest, raw_tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from telechat_mindie.server.formats.mindie import NativeRequest, read_native
 from telechat_mindie.server.formats.openai import read_chat, read_completion
 from telechat_mindie.server.formats.openai_requests import ChatRequest, CompletionRequest
-from telechat_mindie.server.formats.tgi import TgiRequest, read_generate, read_tgi
+from telechat_mindie.server.formats.tgi import GeneralRequest, TgiRequest, read_general, read_generate, read_tgi
 from telechat_mindie.server.formats.triton import (
     StopInfer,
     TritonText,
@@ -34,7 +34,7 @@ _ROUTES: tuple[tuple[str, str, str, Read, tuple[type[BaseModel], ...]], ...] = (
     # group and name in the OpenAPI document, path, reader, bodies that it takes
     ("native", "infer", "/infer_token", read_native, (NativeRequest,)),
     ("native", "infer", "/infer", read_native, (NativeRequest,)),
-    ("TGI and vLLM", "general", "/", partial(read_tgi, stream=None, as_list=True), (TgiRequest,)),
+    ("TGI and vLLM", "general", "/", read_general, (GeneralRequest,)),
     ("TGI and vLLM", "generate", "/generate", read_generate, (TgiRequest, VllmRequest)),
     ("TGI and vLLM", "generate_stream", "/generate_stream", partial(read_tgi, stream=True), (TgiRequest,)),
     ("OpenAI", "chat_completions", "/v1/chat/completions", read_chat, (ChatRequest,)),

@@ -11,18 +11,18 @@ from pydantic import Field
 
 from telechat_mindie.engine.output import Output
 from telechat_mindie.server.answers import Answer, Renderer
-from telechat_mindie.server.fields import RequestBody, Stop, Tokens, validate
-from telechat_mindie.server.formats.mindie import Parameters, text_of
-from telechat_mindie.server.formats.vllm import read_vllm
+from telechat_mindie.server.fields import RequestBody, TgiStop, Tokens, validate
+from telechat_mindie.server.formats.mindie import Parameters
+from telechat_mindie.server.formats.vllm import NO_ADAPTER, read_vllm
 from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import invalid
 from telechat_mindie.server.service import Service
 
 
 class TgiParameters(Parameters):
-    stop: Stop = None
+    stop: TgiStop | None = None
     adapter_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_./-]{1,256}$")] | None = Field(
-        default=None, description="no adapter is loaded: refused"
+        default=None, description="no adapter is loaded, so only `None`, the word, is accepted"
     )
     decoder_input_details: bool = False
     return_full_text: bool = False
@@ -30,11 +30,16 @@ class TgiParameters(Parameters):
 
 
 class TgiRequest(RequestBody):
-    """POST /generate and /generate_stream, and with `stream` POST /."""
+    """POST /generate and /generate_stream, where the path says whether the answer is a stream."""
 
-    inputs: str | list[dict[str, Any]] = Field(examples=["生抽与老抽的区别？"])
-    stream: bool = Field(default=False, description="only read by POST /")
+    inputs: str = Field(examples=["生抽与老抽的区别？"])
     parameters: TgiParameters = TgiParameters()
+
+
+class GeneralRequest(TgiRequest):
+    """POST /."""
+
+    stream: bool = False
 
 
 class TgiRenderer(Renderer):
@@ -89,18 +94,23 @@ def _token(index: int) -> dict[str, object]:
     return {"id": index, "logprob": None, "special": None, "text": None}
 
 
-def read_tgi(service: Service, data: dict[str, Any], *, stream: bool | None, as_list: bool = False) -> Job:
-    """The job of a TGI request; `stream` None: as the body says."""
-    body = validate(TgiRequest, data)
+def read_tgi(service: Service, data: dict[str, Any], *, stream: bool) -> Job:
+    return _job(service, validate(TgiRequest, data), stream)
+
+
+def read_general(service: Service, data: dict[str, Any]) -> Job:
+    body = validate(GeneralRequest, data)
+    return _job(service, body, body.stream, as_list=True)
+
+
+def _job(service: Service, body: TgiRequest, stream: bool, as_list: bool = False) -> Job:
     parameters = body.parameters
-    stream = body.stream if stream is None else stream
-    if parameters.adapter_id is not None:
+    if parameters.adapter_id not in (None, NO_ADAPTER):
         raise invalid(f"Adapter {parameters.adapter_id} is not loaded.")
     if stream and parameters.decoder_input_details:
         raise invalid("Parameter decoder_input_details must not be true in a stream.")
-    prompt = text_of(body.inputs, "inputs")
-    ids = service.encode(prompt, "inputs", keep=parameters.truncate)
-    renderer = TgiRenderer(service, parameters, prompt, ids, as_list)
+    ids = service.encode(body.inputs, "inputs", keep=parameters.truncate)
+    renderer = TgiRenderer(service, parameters, body.inputs, ids, as_list)
     return service.job(ids, parameters, parameters.max_new_tokens, renderer, stream)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from telechat_mindie.engine.output import Output
@@ -23,7 +23,6 @@ from telechat_mindie.server.fields import (
     Tokens,
     validate,
 )
-from telechat_mindie.server.formats.mindie import text_of
 from telechat_mindie.server.generation import Job
 from telechat_mindie.server.http.errors import dump, invalid
 from telechat_mindie.server.service import Service
@@ -35,6 +34,9 @@ def _not_zero(value: int) -> int:
         raise PydanticCustomError("top_k", f"must be -1, or 1 to {INT32_MAX}")
     return value
 
+
+NO_ADAPTER = "None"
+"""The word by which clients ask for the model itself."""
 
 TopK = Annotated[int, Field(ge=-1, le=INT32_MAX, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
 
@@ -51,17 +53,26 @@ class VllmSampling(RequestBody):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
-    stop: Stop = None
-    stop_token_ids: StopTokens = None
+    stop: Stop | None = None
+    stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = False
     ignore_eos: bool = False
     n: Sequences | None = None
     best_of: Sequences | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_far_as_read(cls, data: Any) -> Any:
+        """MindIE reads `include_stop_str_in_output` only beside something to stop at, be that null
+        (utils/infer_param.cpp:414-429)."""
+        if isinstance(data, dict) and not {"stop", "stop_token_ids"} & data.keys():
+            return {key: value for key, value in data.items() if key != "include_stop_str_in_output"}
+        return data
+
 
 class VllmRequest(VllmSampling):
-    prompt: str | list[dict[str, Any]] = Field(examples=["生抽与老抽的区别？"])
+    prompt: str = Field(examples=["生抽与老抽的区别？"])
     repetition_penalty: Positive | None = None
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="an adapter; none is loaded, so only the model's own name is accepted"
@@ -109,9 +120,8 @@ def count_sequences(body: VllmSampling, *, equal_in_streams: bool) -> int:
 
 def read_vllm(service: Service, data: dict[str, Any]) -> Job:
     body = validate(VllmRequest, data)
-    if body.model not in (None, "None", service.settings.model_name):
+    if body.model not in (None, NO_ADAPTER, service.settings.model_name):
         raise invalid(f"Adapter {body.model} is not loaded.")
     count = count_sequences(body, equal_in_streams=False)
-    prompt = text_of(body.prompt, "prompt")
-    renderer = VllmRenderer(service, prompt)
-    return service.job(service.encode(prompt, "prompt"), body, body.max_tokens, renderer, body.stream, count)
+    renderer = VllmRenderer(service, body.prompt)
+    return service.job(service.encode(body.prompt, "prompt"), body, body.max_tokens, renderer, body.stream, count)

@@ -14,7 +14,7 @@ from telechat_mindie.server.http.errors import ApiError, invalid
 from telechat_mindie.server.http.limits import Limits
 
 MAX_JSON_DEPTH = 11
-"""Objects and lists within each other. MindIE drops, silently, what is nested deeper (src/utils/safe_io.cpp:20-52)."""
+"""Objects and lists within each other. What is nested deeper is dropped, as in MindIE (src/utils/safe_io.cpp:20-52)."""
 
 
 class BodyReader:
@@ -62,23 +62,38 @@ def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body, whatever its Content-Type says.
 
     Raises:
-        ApiError: 422 for what is not UTF-8, not JSON, not an object, or nested too deeply.
+        ApiError: 422 for what is not UTF-8, not JSON, not an object, or nested more deeply than Python can read.
     """
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")  # a byte order mark, which MindIE's parser skips too
         data = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise invalid("The body is not valid JSON in UTF-8.") from None
+    except RecursionError:
+        raise invalid("The body is nested too deeply.") from None
     if not isinstance(data, dict):
         raise invalid("The body is not a JSON object.")
     if depth(data) > MAX_JSON_DEPTH:
-        raise invalid(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+        data = dict(_shallow(data, MAX_JSON_DEPTH))
     if "\\u" in text:
         try:
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise invalid("The body holds half of a surrogate pair, which is no character.") from None
     return data
+
+
+def _shallow(value: Any, levels: int) -> Any:
+    """The value without objects and lists that are nested in more than `levels`."""
+
+    def is_kept(item: object) -> bool:
+        return levels > 1 or not isinstance(item, (dict, list))
+
+    if isinstance(value, dict):
+        return {key: _shallow(item, levels - 1) for key, item in value.items() if is_kept(item)}
+    if isinstance(value, list):
+        return [_shallow(item, levels - 1) for item in value if is_kept(item)]
+    return value
 
 
 def _finite(text: str) -> float:

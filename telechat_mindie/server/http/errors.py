@@ -12,12 +12,13 @@ ERROR_TYPES = {
     404: "NotFoundError",
     408: "Request Timeout",
     413: "Payload Too Large",
+    415: "Unsupported Media Type",
     422: "Input Validation Error",
     424: "Generation Error",
     500: "Incomplete Generation",
     503: "Service Unavailable",
 }
-"""Status -> `error_type`: utils/http_rest_resource.h:33-39, and for 403, 408 and 413, which have none there, the
+"""Status -> `error_type`: utils/http_rest_resource.h:33-39, and for 403, 408, 413 and 415, which have none there, the
 status's own name."""
 
 STOPPED = "The service has been stopped."

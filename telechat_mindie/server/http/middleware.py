@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from telechat_mindie.server.http.errors import ApiError, error_response
 
 _log = logging.getLogger(__name__)
+
+ANY_ORIGIN = "*"
 
 
 class BrowserGuard:
@@ -26,15 +29,17 @@ class BrowserGuard:
     Args:
         app: what it guards.
         is_local: the server listens on a loopback address only.
+        allowed_origins: of other pages that may use it; `*` for all.
     """
 
-    def __init__(self, app: ASGIApp, is_local: bool) -> None:
+    def __init__(self, app: ASGIApp, is_local: bool, allowed_origins: Collection[str] = ()) -> None:
         self._app = app
         self._is_local = is_local
+        self._allowed_origins = allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._is_foreign(Headers(scope=scope)):
-            refusal = ApiError(403, "A page of another site may not use this server.")
+            refusal = ApiError(403, "A page of another site may not use this server: serve --allow-origin lets it.")
             await error_response(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -43,12 +48,12 @@ class BrowserGuard:
         site, origin = headers.get("sec-fetch-site"), headers.get("origin")
         if site is None and origin is None:
             return False
-        if site in ("cross-site", "same-site"):
-            return True
         host = headers.get("host", "")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if self._is_local and not _is_loopback(host):
             return True
-        return self._is_local and not _is_loopback(host)
+        if origin is not None and not {origin, ANY_ORIGIN}.isdisjoint(self._allowed_origins):
+            return False
+        return site in ("cross-site", "same-site") or (origin is not None and urlsplit(origin).netloc != host)
 
 
 def _is_loopback(host: str) -> bool:
