@@ -132,10 +132,11 @@ class ModelRunner:
         ignore_adapters(adapter_ids)
         limits, caches = self._limits, None
         if key_cache is not None or value_cache is not None:
+            # Raises for caches that MindIE made otherwise than this runner said, before its first request.
             caches, blocks = self._device.external(key_cache, value_cache)
             # MindIE keeps the last block for dummy batches, so its last slot holds nothing.
             limits = replace(limits, num_blocks=blocks, scratch_row=blocks * limits.block_size - 1)
-        elif not self.npu_num_blocks:  # MindIE passes its caches to every call or to none (adapter/generator_ms.py)
+        elif not self.npu_num_blocks:  # MindIE passes its caches to every call (text_generator/adapter/generator_ms.py)
             raise InputError("is missing", where="key_cache", advice="With npu_mem_size -1 each call brings its own.")
         batch = ragged_batch(
             limits,
@@ -159,7 +160,8 @@ class ModelRunner:
             swap_type: True: from the device to the host, False: back.
 
         Raises:
-            InputError: not such pairs, or a block out of range.
+            InputError: not such pairs, or a block out of range: the blocks are those of MindIE's scheduler, out of as
+                many as this runner has, and no request names one.
         """
         self._device.swap(block_tables, bool(swap_type))
 

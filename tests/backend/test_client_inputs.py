@@ -18,7 +18,11 @@ VOCAB, LONGEST = 512, 64
 PLUGINS = ([], ["prefix_cache"], ["splitfuse"], ["la"], ["memory_decoding"], ["prefix_cache", "memory_decoding"])
 INT64 = st.integers(-(2**63), 2**63 - 1)
 ODD_IDS = st.one_of(st.sampled_from([-1, -5, VOCAB, VOCAB + 1, 2**31, 2**32 + 5, 2**63 - 1, -(2**63)]), INT64)
-PROMPTS = st.lists(st.one_of(st.integers(0, 5), st.integers(0, VOCAB - 1), ODD_IDS), max_size=LONGEST + 8)
+IDS = st.one_of(st.integers(0, 5), st.integers(0, VOCAB - 1), ODD_IDS)
+PROMPTS = st.one_of(
+    st.lists(IDS, max_size=LONGEST + 8),
+    st.builds(lambda ids, times: ids * times, st.lists(IDS, min_size=1, max_size=3), st.integers(8, 24)),  # over blocks
+)
 REQUESTS = st.builds(
     Request, ids=PROMPTS, max_tokens=st.integers(1, 90), adapter=st.sampled_from([None, "", "telechat2", "../../etc"])
 )

@@ -76,7 +76,7 @@ class Batching:
 
     def step(self, simulate: bool = False) -> tuple[np.ndarray, int]:
         """One call: its logits, and how many rows MindIE's sampler would look for."""
-        chosen = [r for r in self.waiting[:3] if self._allocate(r, len(r.ids))]
+        chosen = [r for r in self.waiting[:2] if self._allocate(r, len(r.ids))]
         if "splitfuse" in self.plugins and chosen:
             return self._mixed(chosen)
         if chosen:
@@ -98,7 +98,7 @@ class Batching:
             triangle = np.where(np.tri(width, dtype=bool), 0.0, MASKED)
             rows = [triangle[hit : len(r.ids)] for r, hit in zip(requests, hits, strict=True)]
             arguments |= {"q_seq_lens": lengths, "spec_mask": np.concatenate(rows)}
-            if self.rng.integers(4) == 0:  # hits that only the local cache knows: prefix_cache_plugin.py:180-181
+            if self.rng.integers(2):  # hits that only the local cache knows: prefix_cache_plugin.py:180-181
                 whole = [len(r.ids) for r in requests]
                 arguments |= self._span(requests, [0] * len(requests), whole)
                 arguments |= {"q_seq_lens": [1] * len(requests), "spec_mask": [[0]] * len(requests)}
