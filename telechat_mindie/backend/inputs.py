@@ -1,19 +1,30 @@
-"""MindIE's numpy arguments checked and read as one ragged batch.
+"""MindIE's numpy arguments read as one ragged batch: T new tokens of B sequences.
 
-Shapes and dtypes are those that MindIE-LLM v3.0.0.beta.2 delivers (mf_model_wrapper.py, plugin_manager.py): T new
-tokens of B sequences, flat or in the legacy shapes (1, T) and (B, 1), int32 or int64.
+MindIE ends its whole service where `forward` raises (plugins/plugin_manager.py:236-245), so nothing that a client
+chooses is refused here: such values are mended, and the log says so once. What still raises is a fault of MindIE
+itself, or of whoever else calls; each place says why no request leads there. Shapes and dtypes are those that
+MindIE-LLM v3.0.0.beta.2 delivers (mf_model_wrapper.py, plugin_manager.py): flat or in the legacy shapes (1, T) and
+(B, 1), int32 or int64. Its paths are given below mindie_llm/text_generator where they do not begin with src.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.batch import RaggedBatch
+from telechat_mindie.text.vocabulary import UNKNOWN_ID
+
+_log = logging.getLogger(__name__)
+
+NO_SLOT = -1
+"""A token with this slot is computed, but its key and value are not kept."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,22 @@ class BatchLimits:
     block_size: int
     max_seq_len: int
     scratch_row: int | None = None  # see RaggedBatch
+
+
+@cache
+def mention(message: str) -> None:
+    """Warn of something that was mended, the first time in this process. Only of fixed texts: each is remembered."""
+    _log.warning(message)
+
+
+def ignore_adapters(adapter_ids: Sequence[str | None] | None) -> None:
+    """Answer a request that names an adapter as if it named none.
+
+    Any client can name one: `model` of vLLM's /generate and TGI's `parameters.adapter_id` are passed on unchecked
+    (src/server/endpoint/single_req_infer_interface/single_req_vllm_infer_interface.cpp:39-58).
+    """
+    if adapter_ids is not None and any(adapter is not None for adapter in adapter_ids):
+        mention("a request names a LoRA adapter; it is answered by the model alone, and so are all such requests")
 
 
 def ragged_batch(
@@ -43,81 +70,105 @@ def ragged_batch(
     """Read the arguments of `ModelRunner.forward`; see there for their meaning.
 
     Raises:
-        InputError: a wrong dtype or shape, an id, block or slot out of range, or lengths that do not fit together.
+        InputError: a wrong dtype or shape, a block or slot out of range, or lengths that do not fit together.
     """
     token_ids = _integers("input_ids", input_ids).reshape(-1)
     context_lens = _integers("valid_length_each_example", valid_length_each_example).reshape(-1)
     slots = _integers("slot_mapping", slot_mapping).reshape(-1)
     tables = _integers("block_tables", block_tables)
     total, count = len(token_ids), len(context_lens)
+    # These lengths are MindIE's own: its lists are as long as its batch, whoever is in it, and it runs no empty one.
     if not count:
         raise InputError("is empty", where="valid_length_each_example")
-    query_lens = _query_lens(q_seq_lens, context_lens, prefill, total)
+    query_lens = _query_lens(prefill, prefill_head_indices, q_seq_lens, context_lens, total)
     _check_length("slot_mapping", slots, total)
     if tables.ndim != 2 or len(tables) != count:
         raise InputError(
             "has the wrong shape", where="block_tables", expected=f"[{count}, blocks]", found=list(tables.shape)
         )
-    _check_range("input_ids", token_ids, 0, limits.vocab_size)
-    _check_range("slot_mapping", slots, -1, limits.num_blocks * limits.block_size)
-    _check_range("block_tables", tables, -1, limits.num_blocks)
-    if (context_lens < query_lens).any():
-        raise InputError("context is shorter than the new tokens", where="valid_length_each_example")
+    # Ids of blocks are the scheduler's, out of as many as this runner said it has; a request cannot name one.
+    _check_below("block_tables", tables, limits.num_blocks)
+    _check_below("slot_mapping", slots, limits.num_blocks * limits.block_size)
+    # A simulated request that is not the batch's first has context 0 (plugins/plugin_manager.py:481-486 mends the
+    # first alone).
+    context_lens = np.maximum(context_lens, query_lens)
     # Drafts may reach beyond the longest sequence: MindIE ends a request by the tokens that it keeps, after the call
     # (la and memory_decoding clip no draft by maxSeqLen), and it has blocks for them.
     drafts = np.zeros_like(query_lens) if prefill else query_lens - 1
-    _check_range("valid_length_each_example", context_lens - drafts, 1, limits.max_seq_len + 1)
-    # Only a context with history is read through its block table.
-    _check_tables(tables, np.where(context_lens > query_lens, context_lens, 0), limits.block_size)
+    if (context_lens - drafts > limits.max_seq_len).any():
+        mention(
+            f"sequences grow beyond the {limits.max_seq_len} tokens that this directory is built for, where answers "
+            "lose their sense: lower maxSeqLen in MindIE's config, or build with a larger --max-seq-len"
+        )
     starts = np.cumsum(query_lens) - query_lens
+    last = starts + query_lens - 1
     if position_ids is None:
         positions = np.arange(total) - np.repeat(starts - (context_lens - query_lens), query_lens)
     else:
         positions = _integers("position_ids", position_ids).reshape(-1)
-        _check_length("position_ids", positions, total)
-        _check_range("position_ids", positions, 0, limits.max_seq_len + int(drafts.max()))
+        _check_length("position_ids", positions, total)  # MindIE's, as above
     return RaggedBatch(
-        token_ids=token_ids.astype(np.int32),
-        positions=positions.astype(np.int32),
-        slots=slots.astype(np.int32),
+        token_ids=_known_ids(token_ids, limits.vocab_size),
+        # MindIE only warns of a maxSeqLen above the model's (mindie_llm/connector/request_router/router_impl.py:193).
+        positions=positions.clip(0, limits.max_seq_len - 1 + drafts.max()).astype(np.int32),
+        slots=_writable(slots, limits).astype(np.int32),
         query_lens=query_lens.astype(np.int32),
         context_lens=context_lens.astype(np.int32),
-        block_tables=tables.astype(np.int32),
-        logits_rows=_logits_rows(prefill, prefill_head_indices, starts + query_lens - 1, total),
-        # After a prefix hit the mask only says what causality says anyway; it matters for drafts that form a tree.
-        mask=None if spec_mask is None or prefill else _visible(spec_mask, total),
+        # Only a context with history is read through its block table.
+        block_tables=_readable(tables, np.where(context_lens > query_lens, context_lens, 0), limits).astype(np.int32),
+        logits_rows=(last if prefill else np.arange(total)).astype(np.int32),
+        # A mask matters for drafts that form a tree. After a prefix hit it says what causality says anyway, and so it
+        # does where every sequence has one new token.
+        mask=None if spec_mask is None or prefill or total == count else _visible(spec_mask, total),
         scratch_row=limits.scratch_row,
     )
 
 
+def _known_ids(token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[T] int32, with the unknown token where there is no such id.
+
+    Clients send ids: /v1/completions and Triton's /infer let negative ones through, and MindIE's C++ refuses large ones
+    by config.json's vocab_size alone (src/llm_manager_v2/impl/llm_manager_impl.cpp:1500-1513).
+    """
+    known = (token_ids >= 0) & (token_ids < vocab_size)
+    if not known.all():
+        mention("a prompt holds token ids that the vocabulary does not; they are read as the unknown token")
+        token_ids = np.where(known, token_ids, UNKNOWN_ID)
+    return token_ids.astype(np.int32)
+
+
 def _query_lens(
-    q_seq_lens: Sequence[int] | np.ndarray | None, context_lens: np.ndarray, prefill: bool, total: int
+    prefill: bool,
+    head_indices: np.ndarray | None,
+    q_seq_lens: Sequence[int] | np.ndarray | None,
+    context_lens: np.ndarray,
+    total: int,
 ) -> np.ndarray:
-    if q_seq_lens is not None:
-        lens = _integers("q_seq_lens", q_seq_lens).reshape(-1)
-        _check_length("q_seq_lens", lens, len(context_lens))
-    elif prefill:
-        lens = context_lens
+    """[B] new tokens of each sequence.
+
+    In prefill MindIE says it by where each prompt ends. What its plug-ins say beside that is not always of this call:
+    for hits that only the local cache knows it is a list of ones (prefix_cache/prefix_cache_plugin.py:180-181).
+    """
+    if prefill and head_indices is not None:
+        heads = _integers("prefill_head_indices", head_indices).reshape(-1)
+        _check_length("prefill_head_indices", heads, len(context_lens))  # MindIE's, as above
+        name, lens = "prefill_head_indices", np.diff(heads, prepend=-1)
+    elif q_seq_lens is not None:
+        name, lens = "q_seq_lens", _integers("q_seq_lens", q_seq_lens).reshape(-1)
+        _check_length("q_seq_lens", lens, len(context_lens))  # MindIE's, as above
     else:
-        lens = np.ones_like(context_lens)
+        name, lens = "valid_length_each_example", context_lens if prefill else np.ones_like(context_lens)
+    # MindIE's server refuses empty prompts in every format (single_req_*_infer_interface.cpp, "must be in (0, "),
+    # computes the last block of a prompt that is cached as a whole (prefix_cache/prefix_cache_preprocess.py:85-87), and
+    # begins drafts with the last token.
     if (lens < 1).any():
-        raise InputError("every sequence needs a new token", where="q_seq_lens", found=lens.tolist())
+        raise InputError("every sequence needs a new token", where=name, found=lens.tolist())
+    # Tokens and lengths come out of one loop over the batch there (utils/tg_infer_context_store.py:524-540).
     if lens.sum() != total:
         raise InputError(
             "token count does not fit the sequences' lengths", where="input_ids", expected=int(lens.sum()), found=total
         )
     return lens
-
-
-def _logits_rows(prefill: bool, head_indices: np.ndarray | None, last: np.ndarray, total: int) -> np.ndarray:
-    if not prefill:
-        return np.arange(total, dtype=np.int32)
-    if head_indices is None:
-        return last.astype(np.int32)
-    rows = _integers("prefill_head_indices", head_indices).reshape(-1)
-    _check_length("prefill_head_indices", rows, len(last))
-    _check_range("prefill_head_indices", rows, 0, total)
-    return rows.astype(np.int32)
 
 
 def _visible(spec_mask: Any, total: int) -> np.ndarray:
@@ -127,6 +178,8 @@ def _visible(spec_mask: Any, total: int) -> np.ndarray:
     ml_dtypes' own.
     """
     mask = np.asarray(spec_mask.asnumpy() if hasattr(spec_mask, "asnumpy") else spec_mask)
+    # The plug-ins make it in the same loop as the drafts (la/decoding_policy.py:554-606,
+    # memory_decoding/memory_decoding_plugin.py:71-97), which are as many and as long as the deployment's settings say.
     if mask.ndim != 2 or len(mask) != total or not (mask.dtype.kind == "f" or mask.dtype.name == "bfloat16"):
         raise InputError(
             "has the wrong shape or dtype",
@@ -139,6 +192,7 @@ def _visible(spec_mask: Any, total: int) -> np.ndarray:
 
 def _integers(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value.asnumpy() if hasattr(value, "asnumpy") else value)
+    # A request's numbers are integers in MindIE's C++ already, and its arrays have a dtype of their own.
     if array.dtype.kind not in "iu":
         raise InputError("must hold integers", where=name, expected="int32 or int64", found=array.dtype)
     return array
@@ -149,14 +203,28 @@ def _check_length(name: str, array: np.ndarray, expected: int) -> None:
         raise InputError("has the wrong length", where=name, expected=expected, found=len(array))
 
 
-def _check_range(name: str, array: np.ndarray, low: int, high: int) -> None:
-    if array.size and not (low <= array.min() and array.max() < high):
-        odd = array[(array < low) | (array >= high)].flat[0]
-        raise InputError("holds a value out of range", where=name, expected=f"{low} to {high - 1}", found=int(odd))
+def _check_below(name: str, array: np.ndarray, high: int) -> None:
+    if array.size and array.max() >= high:
+        raise InputError("holds a value out of range", where=name, expected=f"-1 to {high - 1}", found=int(array.max()))
 
 
-def _check_tables(tables: np.ndarray, context_lens: np.ndarray, block_size: int) -> None:
-    needed = -(-context_lens // block_size)
+def _writable(slots: np.ndarray, limits: BatchLimits) -> np.ndarray:
+    """The slots, those of drafts for which MindIE has no block in the last one; see `_readable`.
+
+    memory_decoding takes block -1 for a number, which makes slots of less than -1 (decoding_policy.py:232-238).
+    """
+    return np.where(slots < NO_SLOT, slots + limits.num_blocks * limits.block_size, slots).clip(NO_SLOT)
+
+
+def _readable(tables: np.ndarray, context_lens: np.ndarray, limits: BatchLimits) -> np.ndarray:
+    """The tables, with a block wherever the context needs one.
+
+    Where MindIE has no block for the last drafts it indexes its slots with -1, which is the last block, so that is
+    where their keys are (la/decoding_policy.py:511-531). No request owns that block.
+    """
+    needed = -(-context_lens // limits.block_size)
+    # MindIE takes the slots of these very tokens from the table, and would have failed on a narrower one
+    # (utils/batch_context.py:839-841, la/decoding_policy.py:511-531).
     if needed.max() > tables.shape[1]:
         raise InputError(
             "has too few blocks for the context",
@@ -164,6 +232,5 @@ def _check_tables(tables: np.ndarray, context_lens: np.ndarray, block_size: int)
             expected=int(needed.max()),
             found=tables.shape[1],
         )
-    used = np.arange(tables.shape[1]) < needed[:, None]
-    if (tables[used] < 0).any():
-        raise InputError("has no block where the context needs one", where="block_tables")
+    missing = (np.arange(tables.shape[1]) < needed[:, None]) & (tables < 0)
+    return np.where(missing, limits.num_blocks - 1, tables)

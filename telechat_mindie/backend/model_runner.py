@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 
 from telechat_mindie.backend.device import Rank, open_device_model
-from telechat_mindie.backend.inputs import BatchLimits, ragged_batch
+from telechat_mindie.backend.inputs import BatchLimits, ignore_adapters, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
 from telechat_mindie.backend.plugins import parse_plugin_params
 from telechat_mindie.errors import InputError, ModelDirError
@@ -109,32 +109,34 @@ class ModelRunner:
         """Logits for the new tokens of B sequences; their keys and values go into the cache.
 
         Args:
-            input_ids: [T] new tokens, one sequence after the other.
+            input_ids: [T] new tokens, one sequence after the other; ids outside the vocabulary are read as unknown.
             valid_length_each_example: [B] tokens of each sequence with the new ones.
             block_tables: [B, W] cache blocks of each sequence, -1 where unused.
             slot_mapping: [T] where to write each token: block * block_size + offset, or -1 for nowhere.
             prefill: logits of each sequence's last token, rather than of every token.
             position_ids: [T] positions; by default each sequence's go on where its cache ends.
-            adapter_ids: LoRA adapters; only None is supported.
+            adapter_ids: LoRA adapters; ignored, and the log says so once.
             prefill_head_indices: [B] index in T of each sequence's last token.
             key_cache, value_cache: with npu_mem_size -1, a tensor [blocks, block_size, kv heads, head_size] a layer.
             spec_mask: [T, C] 0 where a draft token may look, else a large negative number.
-            q_seq_lens: [B] new tokens of each sequence; by default all of it (prefill) or one.
+            q_seq_lens: [B] new tokens of each sequence, where prefill_head_indices does not tell; by default all of
+                it (prefill) or one.
 
         Returns:
             float32 [B, vocabulary] with prefill, else [T, vocabulary].
 
         Raises:
-            InputError: arguments that do not fit together, the directory or the cache. Nothing was computed.
+            InputError: arguments that do not fit together, the directory or the cache, which no client can bring
+                about; see `inputs`. Nothing was computed.
         """
-        if adapter_ids is not None and any(adapter is not None for adapter in adapter_ids):
-            raise InputError("LoRA adapters are not supported", where="adapter_ids", found=list(adapter_ids))
+        ignore_adapters(adapter_ids)
         limits, caches = self._limits, None
         if key_cache is not None or value_cache is not None:
+            # Raises for caches that MindIE made otherwise than this runner said, before its first request.
             caches, blocks = self._device.external(key_cache, value_cache)
             # MindIE keeps the last block for dummy batches, so its last slot holds nothing.
             limits = replace(limits, num_blocks=blocks, scratch_row=blocks * limits.block_size - 1)
-        elif not self.npu_num_blocks:
+        elif not self.npu_num_blocks:  # MindIE passes its caches to every call (text_generator/adapter/generator_ms.py)
             raise InputError("is missing", where="key_cache", advice="With npu_mem_size -1 each call brings its own.")
         batch = ragged_batch(
             limits,
@@ -158,7 +160,8 @@ class ModelRunner:
             swap_type: True: from the device to the host, False: back.
 
         Raises:
-            InputError: not such pairs, or a block out of range.
+            InputError: not such pairs, or a block out of range: the blocks are those of MindIE's scheduler, out of as
+                many as this runner has, and no request names one.
         """
         self._device.swap(block_tables, bool(swap_type))
 

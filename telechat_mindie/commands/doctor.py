@@ -28,25 +28,33 @@ def _print_matrix(as_json: bool) -> None:
     from dataclasses import asdict
 
     from telechat_mindie.commands.output import print_json, print_table
-    from telechat_mindie.service.doctor.support import mindie_releases, stacks, stacks_source
+    from telechat_mindie.service.doctor import support
 
     if as_json:
         print_json(
             {
-                "mindie": [asdict(release) for release in mindie_releases()],
-                "mindspore": [asdict(stack) for stack in stacks()],
-                "mindspore_source": stacks_source(),
+                "matrix": [asdict(row) for row in support.matrix()],
+                "mindie": [asdict(release) for release in support.mindie_releases()],
+                "mindspore": [asdict(stack) for stack in support.stacks()],
+                "mindspore_source": support.stacks_source(),
             }
         )
         return
+    print_table("Support", [support.cells(row) for row in support.matrix()], support.cells(support.HEADINGS["en"]))
     print_table(
         "MindIE",
-        [(row.versions, "yes" if row.ms_backend else "no", row.config or "-", row.source) for row in mindie_releases()],
+        [
+            (row.versions, "yes" if row.ms_backend else "no", row.config or "-", row.source)
+            for row in support.mindie_releases()
+        ],
         ("MindIE", "backendType ms", "--mindie", "source"),
     )
     print_table(
         "MindSpore",
-        [(row.mindformers, row.mindspore, row.cann, row.driver or "?", row.telechat_mindie) for row in stacks()],
+        [
+            (row.mindformers, row.mindspore, row.cann, row.driver or "?", row.telechat_mindie)
+            for row in support.stacks()
+        ],
         ("mindformers", "MindSpore", "CANN", "driver", "telechat-mindie"),
     )
-    print(f"source: {stacks_source()}")
+    print(f"source: {support.stacks_source()}")

@@ -54,11 +54,12 @@ def rows_of(tensor: Tensor, width: int, dtype: np.dtype) -> np.ndarray:
 def address_of(array: Tensor | np.ndarray) -> int:
     """Where the memory that operators use begins, of an array or of a tensor on the CPU.
 
-    MindSpore 2.10 gives it by data_ptr and asnumpy alike. In 2.7 data_ptr is null until an operator has used the
-    tensor, and asnumpy then gives the memory that operators will use; of what operators have made it gives a copy.
+    MindSpore 2.10 gives it by data_ptr and asnumpy alike. In 2.7 data_ptr, which 2.6 calls _data_ptr, is null until an
+    operator has used the tensor, and asnumpy then gives the memory that operators will use; of what operators have made
+    it gives a copy.
     """
     if not isinstance(array, np.ndarray):
-        address = int(array.data_ptr())
+        address = int(array.data_ptr() if hasattr(array, "data_ptr") else array._data_ptr())
         if address:
             return address
         array = array.asnumpy()

@@ -82,8 +82,8 @@ def test_what_is_refused_leaves_the_ranks_in_step(two_ranks):
     driver = Driver(two_ranks, BLOCK, NUM_BLOCKS)
     table = driver.table(16)
     before = driver.prefill([np.arange(4, 12)], [table])
-    with pytest.raises(InputError, match="input_ids"):
-        driver.prefill([np.array([9999])], [table])
+    with pytest.raises(InputError, match="slot_mapping"):
+        driver.prefill([np.array([9])], [table], slot_mapping=np.array([NUM_BLOCKS * BLOCK]))
     np.testing.assert_array_equal(driver.prefill([np.arange(4, 12)], [table]), before)
     assert two_ranks.npu_num_blocks == NUM_BLOCKS
 

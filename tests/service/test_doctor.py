@@ -150,7 +150,15 @@ class TestMindie:
 class TestFrameworks:
     @pytest.mark.parametrize(
         ("version", "severity"),
-        [("2.6.0", "error"), ("2.7.0", "ok"), ("2.10.0", "ok"), ("2.11.0", "error"), ("3.0", "error"), ("", "warning")],
+        [
+            ("2.5.0", "error"),
+            ("2.6.0rc1", "warning"),
+            ("2.7.0", "ok"),
+            ("2.10.0", "ok"),
+            ("2.11.0", "error"),
+            ("3.0", "error"),
+            ("", "warning"),
+        ],
     )
     def test_mindspore(self, stage, version, severity):
         stage.package("mindspore", version)
@@ -158,14 +166,15 @@ class TestFrameworks:
 
     def test_no_mindspore(self, stage):
         found = list(software.check_mindspore(stage.machine()))
-        assert severities(found) == {"mindspore": "error"} and "pip install 'mindspore>=2.7,<2.11'" in text(found)
+        assert severities(found) == {"mindspore": "error"} and "pip install 'mindspore>=2.6,<2.11'" in text(found)
 
     @pytest.mark.parametrize(
         ("mindformers", "mindspore", "severity"),
         [
             ("1.6.0", "2.7.0", "ok"),
             ("1.6.0", "2.10.0", "warning"),
-            ("1.5.0", "2.7.0", "error"),
+            ("1.3.0", "2.7.0", "error"),
+            ("1.5.0", "2.7.0", "warning"),
             ("0.1", "2.7.0", "warning"),
             ("2.0.0", "2.10.0", "ok"),
         ],
@@ -328,7 +337,7 @@ def test_support_matrix():
 def test_the_range_of_mindspore_is_the_packages_own():
     setup = (ROOT / "setup.cfg").read_text()
     oldest, newest = (".".join(map(str, end)) for end in (software.OLDEST_MINDSPORE, software.NEWEST_MINDSPORE))
-    assert f"mindspore>={oldest},<{newest}\n" in setup
+    assert f"mindspore>={oldest}.0rc1,<{newest}\n" in setup
 
 
 def test_the_whole_diagnosis_of_an_empty_machine(stage):
@@ -346,5 +355,7 @@ def test_the_command():
     report = json.loads(done.stdout)
     assert done.returncode == report["exit_code"] and report["findings"]
     assert "Traceback" not in run().stderr
-    assert "3.0.0.beta.3, 3.0.0 and later" in json.loads(run("--matrix", "--json").stdout)["mindie"][3]["versions"]
-    assert "backendType ms" in run("--matrix").stdout
+    shown = json.loads(run("--matrix", "--json").stdout)
+    assert "3.0.0.beta.3, 3.0.0 and later" == shown["mindie"][-1]["versions"] == shown["matrix"][-1]["mindie"]
+    printed = run("--matrix").stdout
+    assert "backendType ms" in printed and "mindformers" in printed

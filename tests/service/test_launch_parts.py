@@ -132,7 +132,7 @@ def test_an_installed_mindformers_is_found(mindie):
 
 def test_a_mindie_without_the_ms_wrapper_is_refused_with_the_supported_range(tmp_path):
     home = stand_in_daemon.install(tmp_path / "mindie", ms_wrapper=False)
-    with pytest.raises(LaunchError, match=r"no MindSpore backend.*expected MindIE 1\.0.*3\.0\.0\.beta\.2"):
+    with pytest.raises(LaunchError, match=r"no MindSpore backend.*expected MindIE 2\.0.*3\.0\.0\.beta\.2"):
         find_installation(home, {})
 
 

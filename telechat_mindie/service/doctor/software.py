@@ -20,7 +20,8 @@ from telechat_mindie.mindie import (
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import release_of, same_version, stack_with, stacks, working_releases
 
-OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 7), (2, 11)  # as setup.cfg: from, and before
+OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 6), (2, 11)  # as setup.cfg: from its release candidates on, and before
+OLDEST_TESTED = (2, 7)
 DAEMONS = (DAEMON, SERVER)
 
 NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich", "psutil")
@@ -56,6 +57,9 @@ def check_mindspore(machine: Machine) -> Iterator[Finding]:
         yield warning("mindspore", found.folder, "has no recorded version", f"Make sure that it is {wanted}.")
     elif not OLDEST_MINDSPORE <= release < NEWEST_MINDSPORE:
         yield error("mindspore", found.folder, f"is {version}, outside {wanted}", f"pip install '{wanted}'")
+    elif release < OLDEST_TESTED:
+        untested = f"is {version}, with which this package is untested on an NPU and on MindIE"
+        yield warning("mindspore", found.folder, untested, "What goes together: telechat-mindie doctor --matrix")
     else:
         yield ok("mindspore", found.folder, version)
 

@@ -1,23 +1,32 @@
-"""Which versions work together: support.json, with the public source of each row in it."""
+"""Which versions work together: support.json, with the public source of each row in it.
+
+`doctor --matrix` prints the table, and README.md and README_zh.md hold it as `markdown` writes it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
+LANGUAGES = ("en", "zh")
+
 
 @dataclass(frozen=True, slots=True)
 class MindieRelease:
-    """A row of `mindie`: releases of one kind, and whether their workers know backendType ms."""
+    """A row of `mindie`: releases of one kind, what they come with, and whether their workers know backendType ms."""
 
     versions: str
     pattern: str
     ms_backend: bool
     config: str  # what `--mindie` calls them
+    python: str
+    cann: str
+    mindformers: str | None  # the `Stack` made for the same CANN; None where no ms backend needs one
     source: str
 
 
@@ -29,7 +38,27 @@ class Stack:
     mindspore: str
     cann: str
     driver: str | None
+    telechat_mindie: str  # what it means for this package: begins with "no" where it cannot run there
+    telechat_mindie_zh: str
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """A row of the matrix: a MindIE, what it runs on, and what that means for this package."""
+
+    mindie: str
+    cann: str
+    driver: str
+    python: str
+    mindspore: str
+    mindformers: str
     telechat_mindie: str
+
+
+HEADINGS = {
+    "en": Support("MindIE", "CANN", "driver", "Python", "MindSpore", "mindformers", "telechat-mindie"),
+    "zh": Support("MindIE", "CANN", "驱动", "Python", "MindSpore", "mindformers", "telechat-mindie"),
+}
 
 
 @cache
@@ -50,6 +79,33 @@ def stacks_source() -> str:
     return str(_table()["mindspore_source"])
 
 
+def matrix(language: str = "en") -> tuple[Support, ...]:
+    """Each kind of MindIE with the MindSpore made for its CANN, oldest first; the last column in one of LANGUAGES."""
+    column = "telechat_mindie" if language == "en" else f"telechat_mindie_{language}"
+    rows = []
+    for release in mindie_releases():
+        stack = stack_with(mindformers=release.mindformers) if release.mindformers else None
+        driver, mindspore = (stack.driver or "-", stack.mindspore) if stack else ("-", "-")
+        meaning = getattr(stack, column) if stack else _table()["no_ms_backend"][column]
+        named = release.mindformers or "-"
+        rows.append(Support(release.versions, release.cann, driver, release.python, mindspore, named, meaning))
+    return tuple(rows)
+
+
+def cells(row: Support) -> tuple[str, ...]:
+    return tuple(getattr(row, name) for name in Support.__slots__)
+
+
+def markdown(language: str) -> str:
+    """The matrix as README.md ("en") and README_zh.md ("zh") hold it."""
+
+    def line(texts: Sequence[str]) -> str:
+        return f"| {' | '.join(texts)} |"
+
+    heading = cells(HEADINGS[language])
+    return "\n".join([line(heading), "|---" * len(heading) + "|", *(line(cells(row)) for row in matrix(language))])
+
+
 def release_of(version: str | None) -> MindieRelease | None:
     """The row of a MindIE version; None for one that no row knows."""
     rows = (row for row in mindie_releases() if version and re.search(row.pattern, version, re.IGNORECASE))
@@ -57,8 +113,9 @@ def release_of(version: str | None) -> MindieRelease | None:
 
 
 def working_releases() -> str:
-    """`1.0, 2.x and 3.0.0.beta.1`, for advice."""
-    names = [release.versions for release in mindie_releases() if release.ms_backend]
+    """`1.0.0, 2.1.RC1 and 3.0.0.beta.1`, for advice: those on which this package can run."""
+    rows = zip(mindie_releases(), matrix(), strict=True)
+    names = [release.versions for release, row in rows if not row.telechat_mindie.startswith("no")]
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
