@@ -167,7 +167,7 @@ class TestReleasedSizes:
                 expected[f"{name}w_qkv.weight"] = (query[0] + key_value[0], query[1])
         cache = (1024, 128, two.num_kv_heads // case.tp, two.head_dim)
         constants = {
-            "prefill": {"causal_triangle": (128, 128)},
+            "prefill": {"triangle": (128, 128)},
             "decode": {"no_mask": (1, 1)},
             "history": {},
             "drafts": {},
@@ -178,9 +178,9 @@ class TestReleasedSizes:
             assert {value.dtype for value in routers} <= {"float32"} and len(routers) == (2 if two.is_moe else 0)
             assert {value.dtype for value in parameters if value not in routers} == {case.dtype}
             shapes = {value.name: value.shape for value in parameters}
-            tables = dict.fromkeys(("rotary_cos", "rotary_sin"), (8192, two.head_dim))
-            found = {name: shapes.pop(name) for name in list(shapes) if "." not in name}
-            assert found == tables | constants[kind]
+            tables = dict.fromkeys(("cos", "sin"), (8192, two.head_dim))
+            own = {name.partition("kernels.")[2]: shapes.pop(name) for name in list(shapes) if "kernels." in name}
+            assert own == tables | constants[kind]
             caches = {name: shapes.pop(name) for name in list(shapes) if "_cache." in name}
             assert shapes == expected
             assert {name.split("cache.", 1)[1] for name in caches} == {
@@ -259,7 +259,7 @@ class TestExport:
         assert "of base 1,000,000" in given.table()
         for kind, graph in given.graphs.items():
             shapes = {value.name: value.shape for value in read_mindir(Path(graph.path)).parameters}
-            assert shapes["rotary_cos"] == shapes["rotary_sin"] == (100, 16)
+            assert shapes["model.kernels.cos"] == shapes["model.kernels.sin"] == (100, 16)
             assert graph.layer_operators == report.graphs[kind].layer_operators
 
     def test_both_forms_of_a_layer_side_by_side(self, tmp_path: Path) -> None:
