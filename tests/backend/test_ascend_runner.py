@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helpers.driver import Driver
 
 from telechat_mindie.backend import model_runner
 from telechat_mindie.backend.device import AscendModel, device_name
-from telechat_mindie.errors import InputError
+from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model_dir.build import BuildOptions, build
 
 BLOCK, NUM_BLOCKS = 16, 32
@@ -125,6 +127,29 @@ def test_the_first_prompt_with_mindies_caches(ascend, networks):
     assert [run[:2] for run in networks] == [("prefill", True), ("decode", True)]
 
 
+def test_the_form_of_a_layer_is_the_yamls(directory, ascend, tmp_path):
+    """The same logits either way; a directory without the key, as 0.1.0 and 0.2.0 built them, has flat layers."""
+    (name,) = (file.name for file in directory.glob("*.yaml"))
+    line = "    layer_form: 'flat'\n"
+    text = (directory / name).read_text()
+    assert line in text
+    found = {}
+    for form in ("flat", "split", None, "round"):
+        path = tmp_path / str(form)
+        shutil.copytree(directory, path)
+        (path / name).chmod(0o640)
+        (path / name).write_text(text.replace(line, "" if form is None else line.replace("flat", form)))
+        if form == "round":
+            with pytest.raises(ConfigError, match=r"layer_form: is not supported \(expected flat or split"):
+                ascend(path=path)
+        else:
+            runner = ascend(path=path)
+            found[form] = runner.model.kernels.layer_form, conversation(runner)
+    assert [form for form, _ in found.values()] == ["flat", "split", "flat"]
+    np.testing.assert_allclose(found["split"][1], found["flat"][1], atol=5e-3)
+    np.testing.assert_array_equal(found[None][1], found["flat"][1])
+
+
 def one_block():
     return ms.mutable([ms.ops.zeros((1, BLOCK, 2, 16), ms.float16) for _ in range(2)])
 
@@ -182,6 +207,8 @@ def test_caches_that_mindie_allocates(ascend):
         conversation(runner, key_cache=[key.astype(ms.float32) for key in keys], value_cache=values)
     known = runner._device.external(**caches)
     assert runner._device.external(**caches)[0] is known[0]  # neither checked nor wrapped again
+    with pytest.raises(InputError, match="key_cache: comes beside the model's own cache"):
+        conversation(ascend(), **caches)
     fewer = {name: [cache[:4] for cache in side] for name, side in caches.items()}
     assert runner._device.external(**fewer)[1] == 4
 
