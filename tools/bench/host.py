@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,11 +78,12 @@ def measure(calls: int) -> dict[str, dict[str, float]]:
     config = TelechatConfig(VOCABULARY, 4096, 1, 32, 12288)
     cache = AscendCache(1, 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim, "float16", on_device=False)
     known = inspect.signature(AscendKernels.__init__).parameters
-    options = {"max_seq_len": MAX_SEQ_LEN} if "max_seq_len" in known else {}
+    options: dict[str, Any] = {"max_seq_len": MAX_SEQ_LEN} if "max_seq_len" in known else {}
     kernels = AscendKernels(config, 1, cache, RotaryTable(config.head_dim), "float32", **options)
     limits = BatchLimits(VOCABULARY, NUM_BLOCKS, BLOCK_SIZE, MAX_SEQ_LEN)
     device = AscendModel.__new__(AscendModel)
-    device.rank = SimpleNamespace(directory=SimpleNamespace(config=config))
+    rank: Any = SimpleNamespace(directory=SimpleNamespace(config=config))
+    device.rank = rank
     device.kernels, device._to_compile = kernels, set()
     runner = ModelRunner.__new__(ModelRunner)
     runner.npu_num_blocks, runner._limits, runner._device = NUM_BLOCKS, limits, device
@@ -90,15 +92,20 @@ def measure(calls: int) -> dict[str, dict[str, float]]:
         given = arguments(*lens)
         batch = ragged_batch(limits, **given)
         logits = ms.Tensor(np.zeros((len(batch.logits_rows), VOCABULARY), np.float16))
-        device.network = lambda *_, logits=logits: logits
+        nothing: Any = partial(_give, logits)
+        device.network = nothing
         call = kernels.calls(batch)[0]
         tensors = [call.token_ids, call.logits_rows, *(tensor for tensor in call.inputs if tensor is not None)]
         found[name] = {
-            "calls": _median(lambda batch=batch: kernels.calls(batch), calls),
-            "forward": _median(lambda given=given: runner.forward(**given), calls),
+            "calls": _median(partial(kernels.calls, batch), calls),
+            "forward": _median(partial(runner.forward, **given), calls),
             "bytes": float(sum(tensor.nbytes for tensor in tensors)),
         }
     return found
+
+
+def _give(logits: Any, *_: Any) -> Any:
+    return logits
 
 
 def _median(run: Callable[[], object], calls: int) -> float:
