@@ -21,7 +21,7 @@ JIT_CONFIG = {"jit_level": "O0", "infer_boost": "on"}
 (build_context.py:160-183)."""
 
 ENVIRONMENT = {
-    "MS_ALLOC_CONF": "enable_vmm:False",  # memory in blocks of the pool, which swap_cache and HCCL take as they are
+    "MS_ALLOC_CONF": "enable_vmm:False",  # the device's memory pool without virtual addresses
     "RUN_MODE": "predict",  # read by MindSpore's own Parameter and compiler (mindspore/common/parameter.py)
     "CPU_AFFINITY": "True",  # read by `bind_to_share`
 }
@@ -33,7 +33,7 @@ DISABLED_KERNELS = ("PagedAttention",)
 no mask_mode (build_context.py:336-340). The library reads the variable when it makes its first kernel."""
 
 KERNELS_HOME = "ASCEND_HOME_PATH"
-"""CANN's home, under which the kernel library looks for the chip's description; it ends the process without one."""
+"""CANN's home, under which the kernel library looks for the chip's description; it fails without one."""
 
 
 def rank_environment(present: Mapping[str, str]) -> dict[str, str]:
@@ -52,7 +52,7 @@ def prepare_process(rank: int, world_size: int, device_id: int) -> None:
     """
     if not os.environ.get(KERNELS_HOME):
         raise InputError(
-            "is not set, and Ascend's kernel library ends without it",
+            "is not set, and Ascend's kernel library fails without it",
             where=KERNELS_HOME,
             advice="Source CANN's set_env.sh before the service: . /usr/local/Ascend/ascend-toolkit/set_env.sh",
         )
