@@ -1,4 +1,4 @@
-"""Which chips the Ascend path is not made for, by the names that MindSpore, CANN and npu-smi give them.
+"""Which chips the Ascend path is not made for, by the names that MindSpore and CANN give them.
 
 Atlas 300I Duo, 300I Pro and 200I (310 family) and the first Atlas 300T/800 training cards (910 before the A2 series)
 want their key/value cache in the NZ layout, [blocks, ceil(kv heads * head_dim / 16), block_size, 16], and know no
@@ -27,7 +27,7 @@ def refused_family(chip: str) -> str | None:
     """The family of cards with this chip, where the Ascend path cannot run on it, else None.
 
     Args:
-        chip: as CANN or npu-smi name it: "Ascend910B4", "310P3".
+        chip: as CANN names it, and npu-smi mostly: "Ascend910B4", "310P3". npu-smi's bare "Ascend910" is a 910C too.
     """
     found = _REFUSED.fullmatch(chip.strip())
     return _FAMILIES[found[1] or found[2]] if found else None
