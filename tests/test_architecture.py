@@ -17,7 +17,7 @@ PACKAGE = "telechat_mindie"
 
 FLOORS = (
     {"errors"},
-    {"mindie", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign"},
+    {"mindie", "soc", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign"},
     {"config"},
     {"computation", "variants", "kv_budget", "text"},
     {"tokenizer", "checkpoint", "nano"},

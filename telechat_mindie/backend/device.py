@@ -11,6 +11,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
+from telechat_mindie.backend.ascend_process import prepare_process
 from telechat_mindie.backend.caches import AscendHostCache, HostCache, as_rows, block_pairs, external_caches
 from telechat_mindie.backend.ranks import join_ranks, use_device
 from telechat_mindie.errors import InputError
@@ -177,7 +178,10 @@ def device_name() -> str:
 def open_device_model(rank: Rank) -> DeviceModel:
     """The rank's model on this process's device, in graph mode; joins the other ranks first."""
     device = device_name()
-    ms.set_context(mode=ms.GRAPH_MODE)
-    use_device(device, rank.device_id)
+    if device == "ascend":
+        prepare_process(rank.rank, rank.world_size, rank.device_id)
+    else:
+        ms.set_context(mode=ms.GRAPH_MODE)
+        use_device(device)
     join_ranks(rank.rank, rank.world_size, device)
     return AscendModel(rank) if device == "ascend" else CpuModel(rank)
