@@ -19,7 +19,7 @@ from telechat_mindie.errors import ConfigError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
-from telechat_mindie.model.kernels.ascend_graphs import AscendGraphs
+from telechat_mindie.model.kernels.ascend_graphs import FLAT, AscendGraphs
 
 TILED_BY_CANN = ("Add", "Sub", "Mul", "Swish", "Gather", "Transpose")
 """Kernels whose tiling is in CANN's libraries, which are stood in for: their dtypes and shapes are looked at alone."""
@@ -47,7 +47,7 @@ def lines(model: TelechatForCausalLM, batches: Iterable[RaggedBatch]) -> set[str
     graphs = AscendGraphs(model, model.kernels.call_shape())
     calls = [call for one in batches for call in model.kernels.calls(one)]
     with Recorder() as recorder:
-        traces = [recorder.trace(graphs, call.token_ids, call.logits_rows, call.inputs) for call in calls]
+        traces = [recorder.trace(graphs, call) for call in calls]
     return {line for trace in traces for line in kernel_lines(trace)}
 
 
@@ -100,7 +100,7 @@ def test_64_bit_indices_are_refused(
     kernels: HostKernels, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, wide: str
 ) -> None:
     monkeypatch.setattr(AscendKernels, "check_attention", lambda *_: None)  # which says so first
-    model = decoder("7b", 1, "float16")
+    model = decoder("7b", 1, "float16", FLAT)
     right = batch([1, 1], [9, 300])
     wrong = dataclasses.replace(right, **{wide: getattr(right, wide).astype(np.int64)})
     assert not refusals(kernels, sorted(lines(model, [right])), environment)
@@ -111,7 +111,7 @@ def test_64_bit_indices_are_refused(
 def test_the_block_sizes_that_are_let_through(kernels: HostKernels, environment: dict[str, str], block: int) -> None:
     batches = [batch([1, 1], [9, 300], block=block), batch([64], [300], block=block)]
     try:
-        model = decoder("7b", 1, "float16", block)
+        model = decoder("7b", 1, "float16", FLAT, block)
     except ConfigError as error:
         assert "cacheBlockSize" in str(error)
         assert block not in (16, 32, 64, 128)

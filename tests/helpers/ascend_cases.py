@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from telechat_mindie.dtypes import HALF_DTYPES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.export import _decoder
+from telechat_mindie.model.kernels.ascend import first_batch
+from telechat_mindie.model.kernels.ascend_graphs import GRAPHS, PREFILL
+from telechat_mindie.model_dir.serving import LAYER_FORMS
 from telechat_mindie.variants import VARIANTS
 
 BLOCK = 128
 NUM_BLOCKS = 1024
+LONGEST = 32768
 
 
 def batch(queries: Sequence[int], contexts: Sequence[int], *, block: int = BLOCK, tree: bool = False) -> RaggedBatch:
@@ -49,7 +55,8 @@ BATCHES = {
     "decode of 32": batch([1] * 32, [*range(100, 132)]),
     "decode of 200": batch([1] * 200, [*range(300, 500)]),
     "decode at 32,768": batch([1, 1], [32768, 5]),
-    "decode of a dummy": dataclasses.replace(batch([1], [1]), slots=np.array([-1], np.int32)),
+    "dummy": dataclasses.replace(batch([1], [1]), slots=np.array([-1], np.int32)),
+    **{f"the first of {kind}": first_batch(kind) for kind in GRAPHS if kind != PREFILL},
     "chunk": batch([2048], [32768]),
     "decodes and a chunk": batch([1] * 100 + [512], [*range(700, 800), 1024]),
     "prefix hit": batch([2048], [8192]),
@@ -59,14 +66,13 @@ BATCHES = {
 """What MindIE's scheduler makes, by what is odd in it."""
 
 
-def sizes() -> Iterator[tuple[str, int, str]]:
-    """(variant, tensor parallel size, dtype): all that can be served."""
+def sizes() -> Iterator[tuple[str, int, str, str]]:
+    """(variant, tensor parallel size, dtype, form of the layers): all that can be served."""
     for variant, config in VARIANTS.items():
-        for tp in config.allowed_tp():
-            for dtype in ("float16", "bfloat16"):
-                yield variant, tp, dtype
+        yield from itertools.product((variant,), config.allowed_tp(), HALF_DTYPES, LAYER_FORMS)
 
 
-def decoder(variant: str, tp: int, dtype: str, block: int = BLOCK) -> TelechatForCausalLM:
+def decoder(variant: str, tp: int, dtype: str, layer_form: str, block: int = BLOCK) -> TelechatForCausalLM:
     """One layer of rank 0, without data."""
-    return _decoder(dataclasses.replace(VARIANTS[variant], num_layers=1), tp, dtype, NUM_BLOCKS, block)
+    config = dataclasses.replace(VARIANTS[variant], num_layers=1)
+    return _decoder(config, tp, dtype, NUM_BLOCKS, block, LONGEST, layer_form)

@@ -126,6 +126,9 @@ class Trace:
         """`value` with every MindSpore tensor in it as a Traced."""
         if isinstance(value, (tuple, list)):
             return tuple(self.tensors(part) for part in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Traced):
+            parts = {one.name: self.tensors(getattr(value, one.name)) for one in dataclasses.fields(value)}
+            return dataclasses.replace(value, **parts)
         if not isinstance(value, ms.Tensor):
             return value
         # Sequences' lengths: kernels read the graph's inputs of that name on the host.
