@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 from mindspore.common.initializer import Zero
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.kv_cache import KVCache, rows_of
+from telechat_mindie.model.parameters import parameter_over
 
 if TYPE_CHECKING:
     from telechat_mindie.model.kernels.ascend_graphs import AscendCache
@@ -44,7 +45,7 @@ class AscendHostCache:
         # MindSpore refuses an empty tensor; without host memory there is nothing to swap.
         self._keys, self._values = (
             [
-                Parameter(Tensor(shape=shape, dtype=dtype, init=Zero()).init_data(), name=f"{name}_host.{layer}")
+                parameter_over(Tensor(shape=shape, dtype=dtype, init=Zero()).init_data(), f"{name}_host.{layer}")
                 for layer in range(len(device.keys) if num_blocks else 0)
             ]
             for name in ("key", "value")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Rank:
     num_blocks: int  # 0: every call brings its caches
     host_blocks: int
     block_size: int
+    plugins: tuple[str, ...] = ()  # MindIE's, as `plugin_names` gives them
 
 
 class DeviceModel:
@@ -58,7 +59,6 @@ class DeviceModel:
         self.width = config.kv_size // rank.world_size
         self.kernels: Any
         self.decoder: TelechatForCausalLM
-        self.network: Callable[..., ms.Tensor]
         self.host: HostCache | AscendHostCache
 
     def load(self, kernels: Any, cache: Any, weight_dtype: str) -> TelechatForCausalLM:
@@ -72,13 +72,9 @@ class DeviceModel:
         decoder.set_train(False)
         return decoder
 
-    def run(self, batch: RaggedBatch, caches: Any) -> np.ndarray:
-        """Logits [R, vocabulary] float32; `caches` None for the model's own."""
-        logits = np.empty((len(batch.logits_rows), self.rank.directory.config.vocab_size), np.float32)
-        for call in self.kernels.calls(batch):
-            out = self.network(call.token_ids, call.logits_rows, call.inputs, caches)
-            logits[call.rows] = out.astype(ms.float32).asnumpy()[: len(call.rows)]
-        return logits
+    def run(self, batch: RaggedBatch, caches: Any) -> ms.Tensor:
+        """Logits [R, vocabulary] float32; `caches` None for the model's own, else what `external` gave."""
+        raise NotImplementedError
 
     def external(self, key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor]) -> tuple[Any, int]:
         """MindIE's caches, checked, and their number of blocks. Raises InputError for a misfit."""
@@ -113,18 +109,23 @@ class CpuModel(DeviceModel):
         cache = KVCache(config.num_layers, rank.num_blocks, rank.block_size, self.width, self._cache_dtype)
         self.host = HostCache(cache, rank.host_blocks)
         self.kernels = kernels(config, rank.world_size, cache, self.rotary)
-        self.network = self.decoder = self.load(self.kernels, cache, kernels.weight_dtype(self.dtype))
+        self.decoder = self.load(self.kernels, cache, kernels.weight_dtype(self.dtype))
         # The ranks of several exchange sums between operators, which only a graph can.
         self._alone = self.kernels.single_rank_decoder(self.decoder) if rank.world_size == 1 else None
 
-    def run(self, batch: RaggedBatch, caches: Any) -> np.ndarray:
+    def run(self, batch: RaggedBatch, caches: Any) -> ms.Tensor:
         if self._alone is not None:
-            logits: np.ndarray = self._alone.logits(batch, caches)
-            return logits
+            return ms.Tensor.from_numpy(
+                self._alone.logits(batch, caches)
+            )  # the same memory, and asnumpy gives it again
         if caches is not None:  # the CPU's scatter writes rows of a matrix
             keys, values = caches
             caches = as_rows(keys, values, self.width, self._cache_dtype)
-        return super().run(batch, caches)
+        logits = np.empty((len(batch.logits_rows), self.rank.directory.config.vocab_size), np.float32)
+        for call in self.kernels.calls(batch):
+            out = self.decoder(call.token_ids, call.logits_rows, call.inputs, caches)
+            logits[call.rows] = out.astype(ms.float32).asnumpy()[: len(call.rows)]
+        return ms.Tensor.from_numpy(logits)
 
 
 class AscendModel(DeviceModel):
@@ -134,26 +135,54 @@ class AscendModel(DeviceModel):
 
     def __init__(self, rank: Rank) -> None:
         from telechat_mindie.model.kernels.ascend import AscendKernels
-        from telechat_mindie.model.kernels.ascend_graphs import AscendCache, AscendGraphs
+        from telechat_mindie.model.kernels.ascend_graphs import DECODE, PLUGIN_GRAPHS, AscendCache, AscendGraphs
 
         super().__init__(rank)
         config, serving = rank.directory.config, rank.directory.serving
-        weight_dtype = AscendKernels.weight_dtype(self.dtype)
-        kv_heads = config.num_kv_heads // rank.world_size
         cache = AscendCache(
             config.num_layers,
             rank.num_blocks,
             rank.block_size,
-            kv_heads,
+            config.num_kv_heads // rank.world_size,
             config.head_dim,
             self.dtype,
             on_device=self.on_device,
         )
         self.host = AscendHostCache(cache, rank.host_blocks)
-        self.kernels = self.prepare(AscendKernels(config, rank.world_size, cache, self.rotary, serving.rotary_dtype))
-        self.decoder = self.load(self.kernels, cache, weight_dtype)
+        kernels = AscendKernels(
+            config,
+            rank.world_size,
+            cache,
+            self.rotary,
+            serving.rotary_dtype,
+            max_seq_len=serving.max_seq_len,
+            layer_form=serving.layer_form,
+        )
+        self.kernels = self.prepare(kernels)
+        self.decoder = self.load(self.kernels, cache, AscendKernels.weight_dtype(self.dtype))
         external_layers = 0 if rank.num_blocks else config.num_layers
         self.network = AscendGraphs(self.decoder, self.kernels.call_shape(external_layers))
+        self._to_compile = {DECODE, *(graph for name in rank.plugins if (graph := PLUGIN_GRAPHS.get(name)))}
+
+    def run(self, batch: RaggedBatch, caches: Any) -> ms.Tensor:
+        """As the base says; on the device, and neither waited for nor copied."""
+        (call,) = self.kernels.calls(batch)
+        logits = self.network(call, caches)
+        if self._to_compile:
+            self._compile(call.kind, caches)
+        return logits
+
+    def _compile(self, done: str, caches: Any) -> None:
+        """Run the graphs of the calls to come once: MindIE warms up with prompts alone, and the first user would wait.
+
+        Every rank is in the same call of MindIE's here, so that their collectives meet.
+        """
+        from telechat_mindie.model.kernels.ascend import first_batch
+
+        kinds, self._to_compile = self._to_compile - {done}, set()
+        for kind in sorted(kinds):
+            (call,) = self.kernels.calls(first_batch(kind))
+            self.network(call, caches)
 
     @staticmethod
     def prepare(kernels: Any) -> Any:

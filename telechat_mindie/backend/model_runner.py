@@ -13,7 +13,7 @@ import numpy as np
 from telechat_mindie.backend.device import Rank, open_device_model
 from telechat_mindie.backend.inputs import BatchLimits, ragged_batch
 from telechat_mindie.backend.model_config import ModelConfig
-from telechat_mindie.backend.plugins import parse_plugin_params
+from telechat_mindie.backend.plugins import parse_plugin_params, plugin_names
 from telechat_mindie.errors import InputError, ModelDirError
 from telechat_mindie.kv_budget import block_count
 from telechat_mindie.model_dir.layout import ModelDir
@@ -87,7 +87,16 @@ class ModelRunner:
 
         device_id = npu_device_ids[0] if npu_device_ids else 0
         self._device = open_device_model(
-            Rank(directory, rank_id, world_size, device_id, self.npu_num_blocks, self.cpu_num_blocks, block_size)
+            Rank(
+                directory,
+                rank_id,
+                world_size,
+                device_id,
+                self.npu_num_blocks,
+                self.cpu_num_blocks,
+                block_size,
+                plugin_names(self.plugin_params),
+            )
         )
         self.model = self._device.decoder
 
@@ -122,7 +131,7 @@ class ModelRunner:
             q_seq_lens: [B] new tokens of each sequence; by default all of it (prefill) or one.
 
         Returns:
-            float32 [B, vocabulary] with prefill, else [T, vocabulary].
+            float32 [B, vocabulary] with prefill, else [T, vocabulary]; on an NPU in its memory, where MindIE samples.
 
         Raises:
             InputError: arguments that do not fit together, the directory or the cache. Nothing was computed.
@@ -148,7 +157,7 @@ class ModelRunner:
             spec_mask=spec_mask,
             q_seq_lens=q_seq_lens,
         )
-        return ms.Tensor.from_numpy(self._device.run(batch, caches))  # the same memory, and asnumpy gives it again
+        return self._device.run(batch, caches)
 
     def swap(self, block_tables: np.ndarray, swap_type: bool) -> None:
         """Copy cache blocks between device and host memory.

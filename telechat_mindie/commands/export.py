@@ -18,15 +18,17 @@ def export(
     output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
     block_size: BlockSize = 128,
     external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
+    layer_form: str = typer.Option(None, "--layer-form", help="flat or split; default: the directory's, or flat."),
     force: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the prefill and decode graphs for Ascend as MINDIR files, without weights, and report what is in them."""
+    """Write a model's graphs for Ascend as MINDIR files, without weights, and report what is in them."""
     from telechat_mindie import variants
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.model_dir.layout import ModelDir
+    from telechat_mindie.model_dir.serving import LAYER_FORMS
 
     if (model_path is None) == (variant is None):
         raise InputError("name one of the two", where="MODEL_PATH, --variant")
@@ -34,11 +36,15 @@ def export(
         config = variants.named(variant)
         tp = tp or 1
         dtype = choose_dtype(dtype or "auto", "float32", config)
+        max_seq_len, layer_form = config.training_seqlen, layer_form or LAYER_FORMS[0]
     else:
         directory = ModelDir.open(model_path)
         config = directory.config
         tp = tp or directory.tp
         dtype = dtype or directory.serving.dtype
+        max_seq_len, layer_form = directory.serving.max_seq_len, layer_form or directory.serving.layer_form
+    if layer_form not in LAYER_FORMS:
+        raise InputError("is unknown", where="--layer-form", expected=" or ".join(LAYER_FORMS), found=layer_form)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore warns of every shape check that it evaluates again
     from telechat_mindie.model.export import export as run
 
@@ -50,6 +56,8 @@ def export(
         f"telechat2_{variant or variants.label_for(config)}",
         block_size=block_size,
         external_cache=external_cache,
+        max_seq_len=max_seq_len,
+        layer_form=layer_form,
         force=force,
     )
     if as_json:

@@ -14,6 +14,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.kernels.interface import KernelSet
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.layers import Embedding, Parts, RowLinear, Take, Weight
+from telechat_mindie.model.layout import flat
 from telechat_mindie.model.moe import MoE
 from telechat_mindie.model.parallel import TensorParallel
 
@@ -123,7 +124,7 @@ class TelechatForCausalLM(nn.Cell):
             x = self.model(token_ids, self.cache.keys, self.cache.values, inputs)
         else:
             x = self.model(token_ids, caches[0], caches[1], inputs)
-        x = self.gather(x, logits_rows, 0)
+        x = self.gather(flat(x, self.config.hidden_size), logits_rows, 0)
         logits = self.kernels.norm_linear(x, self.model.norm_out.weight, self.lm_head.weight)
         return self.parallel.concatenate_columns(logits)
 

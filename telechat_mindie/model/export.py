@@ -18,7 +18,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import OutputError
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
-from telechat_mindie.model.kernels.ascend_graphs import AscendCache, DecoderGraph
+from telechat_mindie.model.kernels.ascend_graphs import FLAT, GRAPHS, AscendCache, DecoderGraph
 from telechat_mindie.model.mindir import GraphFile, Value, parse_mindir
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
@@ -26,8 +26,6 @@ from telechat_mindie.staging import reporting_os_errors, write_file
 
 WRITTEN_LAYERS = 2
 """Layers of a graph file: all of a model's are alike, and the second is there to show what one adds."""
-
-GRAPHS = ("prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +47,12 @@ class GraphReport:
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
     """What was exported. `parameters_per_rank` counts the elements of all `num_layers` layers and the embeddings;
-    `rope_theta` is the base of the tables that a call's `cos` and `sin` must be."""
+    `rope_theta` is the base of the rotary tables, which are parameters."""
 
     name: str
     tp: int
     dtype: str
+    layer_form: str
     num_layers: int
     written_layers: int
     parameters_per_rank: int
@@ -69,7 +68,7 @@ class ExportReport:
         lines = [
             f"{self.name}, tensor parallel {self.tp}, {self.dtype}: {self.parameters_per_rank:,} parameters a rank",
             f"The files hold {self.written_layers} of {self.num_layers} layers, which are alike, and no weights.",
-            f"cos and sin are arguments: tables of base {self.rope_theta:,.0f}.",
+            f"Layers are {self.layer_form}; the rotary tables are parameters, of base {self.rope_theta:,.0f}.",
             "",
         ]
         names = list(self.graphs)
@@ -99,12 +98,15 @@ def export(
     num_blocks: int = 1024,
     block_size: int = 128,
     external_cache: bool = False,
+    max_seq_len: int | None = None,
+    layer_form: str = FLAT,
     force: bool = False,
 ) -> ExportReport:
-    """Write `name`_tp`tp`_{prefill,decode}.mindir of rank 0 into `out_dir`, and report what the files hold.
+    """Write `name`_tp`tp`_`graph`.mindir of rank 0 for each of GRAPHS into `out_dir`, and report what the files hold.
 
     The graphs are the decoder's own, with dynamic shapes and two layers. Parameters are in the files by name, shape
-    and dtype only; none is allocated here.
+    and dtype only; no weight is allocated here. Files of another form than the flat one have its name before the
+    graph's.
 
     Args:
         config: the model's shape.
@@ -115,6 +117,8 @@ def export(
         num_blocks: blocks of the key/value cache.
         block_size: tokens of a block.
         external_cache: keys and values come in with every call, as MindIE's npu_mem_size -1 has it.
+        max_seq_len: tokens of the longest sequence, which the rotary tables go up to; by default the training length.
+        layer_form: "flat" or "split", see AscendKernels.
         force: replace files that exist.
 
     Raises:
@@ -122,14 +126,17 @@ def export(
         InputError: another dtype.
         OutputError: a file exists or cannot be written.
     """
-    paths = {kind: out_dir / f"{name}_tp{tp}_{kind}.mindir" for kind in GRAPHS}
+    stem = f"{name}_tp{tp}" if layer_form == FLAT else f"{name}_tp{tp}_{layer_form}"
+    paths = {kind: out_dir / f"{stem}_{kind}.mindir" for kind in GRAPHS}
     for path in paths.values():
         if path.exists() and not force:
             raise OutputError("exists already", where=path, advice="Use --force to replace it.")
     ms.set_context(mode=ms.GRAPH_MODE)
     written = min(WRITTEN_LAYERS, config.num_layers)
     decoders = [
-        _decoder(dataclasses.replace(config, num_layers=layers), tp, dtype, num_blocks, block_size)
+        _decoder(
+            dataclasses.replace(config, num_layers=layers), tp, dtype, num_blocks, block_size, max_seq_len, layer_form
+        )
         for layers in (1, written)
     ]
     compiled = {kind: [_mindir(decoder, kind, external_cache) for decoder in decoders] for kind in GRAPHS}
@@ -143,7 +150,7 @@ def export(
         math.prod(target.rank_shape(tp))
         for target in mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
     )
-    return ExportReport(name, tp, dtype, config.num_layers, written, parameters, config.rope_theta, graphs)
+    return ExportReport(name, tp, dtype, layer_form, config.num_layers, written, parameters, config.rope_theta, graphs)
 
 
 class NamedCollectives(TensorParallel):
@@ -166,13 +173,21 @@ def _collective(name: str, **attributes: Any) -> ops.Primitive:
     return primitive
 
 
-def _decoder(config: TelechatConfig, tp: int, dtype: str, num_blocks: int, block_size: int) -> TelechatForCausalLM:
+def _decoder(
+    config: TelechatConfig,
+    tp: int,
+    dtype: str,
+    num_blocks: int,
+    block_size: int,
+    max_seq_len: int | None = None,
+    layer_form: str = FLAT,
+) -> TelechatForCausalLM:
     """Rank 0's decoder whose parameters have a name, shape and dtype but no data."""
-    kind = getattr(ms, AscendKernels.weight_dtype(dtype))
+    AscendKernels.weight_dtype(dtype)
     config.check_tp(tp)
 
-    def take(name: str, shape: tuple[int, ...]) -> Parameter:
-        return Parameter(Tensor(None, kind, shape, Zero()), requires_grad=False)
+    def take(name: str, shape: tuple[int, ...], dtype: str = dtype) -> Parameter:
+        return Parameter(Tensor(None, getattr(ms, dtype), shape, Zero()), requires_grad=False)
 
     kv_heads = config.num_kv_heads // tp
     with no_init_parameters():
@@ -180,15 +195,15 @@ def _decoder(config: TelechatConfig, tp: int, dtype: str, num_blocks: int, block
             config.num_layers, num_blocks, block_size, kv_heads, config.head_dim, dtype, on_device=False
         )
         rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen, theta=config.rope_theta)
-        kernels = AscendKernels(config, tp, cache, rotary)
+        kernels = AscendKernels(config, tp, cache, rotary, max_seq_len=max_seq_len, layer_form=layer_form)
         return TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
 
 
 def _mindir(model: TelechatForCausalLM, kind: str, external_cache: bool) -> bytes:
     """The compiled graph, serialised. mindspore.export does the same and then writes every parameter's data."""
-    graph, kernels = DecoderGraph(model), cast(AscendKernels, model.kernels)
+    graph, kernels = DecoderGraph(model, kind), cast(AscendKernels, model.kernels)
     shape = kernels.call_shape(external_layers=len(model.cache.keys) if external_cache else 0)
-    inputs = shape.inputs(history=kind == "decode")
+    inputs = shape.inputs(kind)
     graph.set_inputs(*inputs)
     compiled, _ = _cell_graph_executor.compile(graph, *inputs, phase="export.mindir", do_convert=False)
     data: bytes = _cell_graph_executor._get_func_graph_proto(graph, compiled, "mind_ir")

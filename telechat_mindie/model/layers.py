@@ -10,10 +10,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from telechat_mindie.checkpoint.sharding import Role, rank_shape
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.kernels.interface import KernelSet
+from telechat_mindie.model.layout import flat, laid_out
 from telechat_mindie.model.parallel import TensorParallel
 
-Take = Callable[[str, tuple[int, ...]], Parameter]
-"""Gives the parameter of a name and shape: from a model directory, or empty ones for an export."""
+Take = Callable[..., Parameter]
+"""(name, shape) -> the parameter: from a model directory, or empty ones for an export. A keyword `dtype` comes along
+where it is not the dtype of the other weights."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,17 @@ class Parts:
 class Weight(nn.Cell):
     """The weight of one linear layer or norm: this rank's part of `shape`, cut as `role` says."""
 
-    def __init__(self, parts: Parts, name: str, shape: tuple[int, ...], role: Role = Role.REPLICATED) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        name: str,
+        shape: tuple[int, ...],
+        role: Role = Role.REPLICATED,
+        dtype: str | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = parts.take(f"{name}.weight", rank_shape(shape, role, parts.parallel.size))
+        other = {} if dtype is None else {"dtype": dtype}
+        self.weight = parts.take(f"{name}.weight", rank_shape(shape, role, parts.parallel.size), **other)
 
 
 class RowLinear(Weight):
@@ -46,7 +56,10 @@ class RowLinear(Weight):
     def construct(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.parallel.size == 1:
             return self.kernels.linear_add(x, self.weight, self.bias, residual)
-        return self.parallel.sum(self.kernels.linear(x, self.weight)) + self.bias + residual
+        # The sum follows its MatMul at once, for MindSpore to fuse them.
+        width = self.weight.shape[0]
+        total = self.parallel.sum(self.kernels.linear(flat(x, self.weight.shape[1]), self.weight)) + self.bias
+        return laid_out(total, residual, width) + residual
 
 
 class Embedding(nn.Cell):

@@ -13,6 +13,7 @@ from telechat_mindie.checkpoint.mapping import Target, differences, mindformers_
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import ModelDirError, name_some
+from telechat_mindie.model.parameters import parameter_over
 
 _REBUILD = "Build the directory again with `telechat-mindie build --force`."
 
@@ -45,8 +46,8 @@ class RankWeights:
     def __exit__(self, *_: object) -> None:
         self._reader.__exit__()
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Parameter:
-        """The parameter called `name`; each weight is given once.
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str = "") -> Parameter:
+        """The parameter called `name`, over the memory that its file was read into; each weight is given once.
 
         Raises:
             ModelDirError: there is no such weight, or its shape is another.
@@ -54,7 +55,7 @@ class RankWeights:
         array = self._load(name)
         if array.shape != shape:
             raise ModelDirError("has the wrong shape", where=name, expected=list(shape), found=list(array.shape))
-        return Parameter(Tensor.from_numpy(np.ascontiguousarray(array, DTYPES[self._dtype].numpy)), requires_grad=False)
+        return parameter_over(Tensor.from_numpy(np.ascontiguousarray(array, DTYPES[dtype or self._dtype].numpy)))
 
     def check_all_taken(self) -> None:
         """Raises ModelDirError where the directory holds weights that the model did not ask for."""

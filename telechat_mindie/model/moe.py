@@ -6,6 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from telechat_mindie.checkpoint.sharding import Role, rank_shape
 from telechat_mindie.model.layers import Parts, Weight
+from telechat_mindie.model.layout import flat, laid_out
 
 
 class Experts(nn.Cell):
@@ -25,7 +26,10 @@ class Experts(nn.Cell):
 class Router(nn.Cell):
     def __init__(self, parts: Parts, name: str) -> None:
         super().__init__()
-        self.dense = Weight(parts, f"{name}.dense", (parts.config.num_experts, parts.config.hidden_size))
+        shape = (parts.config.num_experts, parts.config.hidden_size)
+        # Operators that route take it in float32, whatever the dtype of the others.
+        dtype = "float32" if parts.kernels.routes_experts else None
+        self.dense = Weight(parts, f"{name}.dense", shape, dtype=dtype)
 
 
 class MoE(nn.Cell):
@@ -53,8 +57,9 @@ class MoE(nn.Cell):
         normed = self.kernels.norm(x, norm_weight)
         gate, up, down, bias = self.ffn.w1.weight, self.ffn.w3.weight, self.ffn.w2.weight, self.ffn.w2.bias
         if self.kernels.routes_experts:
-            mixed = self.kernels.routed_experts(normed, self.router.dense.weight, gate, up, down, bias)
-            return x + self.parallel.sum(mixed)
+            tokens = flat(normed, self.hidden)
+            mixed = self.kernels.routed_experts(tokens, self.router.dense.weight, gate, up, down, bias)
+            return x + laid_out(self.parallel.sum(mixed), x, self.hidden)
         gates = self.gates(normed)
         mixed = self.parallel.sum(self.kernels.experts(normed, gates, gate, up, down))
         return x + mixed + ops.matmul(gates, ops.cast(bias, gates.dtype).reshape(self.num_experts, self.hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from functools import lru_cache
 
 import numpy as np
@@ -69,13 +70,16 @@ class RotaryTable:
 
     def _tables(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`tables` of tokens whose sequences all have the extension of `length` tokens."""
-        alpha, scale = self.extension(length)
-        scaled = positions[:, None].astype(np.float32) / self._interpolation
-        angles = scaled * _inverse_frequencies(self._head_dim, self._theta, alpha)
-        cos, sin = np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
+        scale = np.float32(self.extension(length)[1])
         # A copy only where there is something to round.
-        cos, sin = cos.astype(self._round, copy=False), sin.astype(self._round, copy=False)
+        cos, sin = ((part * scale).astype(self._round, copy=False) for part in self.unscaled(positions, length))
         return cos.astype(np.float32, copy=False), sin.astype(np.float32, copy=False)
+
+    def unscaled(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """[T, head_dim / 2] float32 with the alpha of `length` tokens, neither scaled nor rounded."""
+        scaled = positions[:, None].astype(np.float32) / self._interpolation
+        angles = scaled * _inverse_frequencies(self._head_dim, self._theta, self.extension(length)[0])
+        return np.cos(angles), np.sin(angles)
 
     def extension(self, length: int) -> tuple[float, float]:
         """(alpha, scale of the tables) for a sequence of `length` tokens."""
@@ -85,6 +89,60 @@ class RotaryTable:
         alpha = max(2.0 ** math.ceil(math.log(length / self._base_seqlen, 2) + 1) - 1, 1.0)
         scale = 1.0 if length <= self._training_seqlen else 0.1 * math.log(length / self._training_seqlen) + 1
         return alpha, scale
+
+    def bounds(self, longest: int) -> list[int]:
+        """The longest length with each alpha that sequences of up to `longest` tokens have."""
+        found: list[int] = []
+        while not found or found[-1] < longest:
+            alpha = self.extension(found[-1] + 1 if found else 1)[0]
+            lengths = range(1, longest + 1)  # alpha grows with the length
+            found.append(bisect_right(lengths, alpha, key=lambda length: self.extension(length)[0]))
+        return found
+
+
+class ResidentRotary:
+    """The tables of all sequences of up to `max_seq_len` tokens as two matrices that stay on a device.
+
+    A sequence's alpha takes few values, a new one wherever its length passes twice the last bound; each has the rows of
+    the positions below its bound, one after the other: at most twice `max_seq_len` rows, and one table where nothing is
+    stretched. Beyond the training length both tables are scaled by a number for each sequence: then they are kept in
+    float32 and unscaled, and a call brings its tokens' numbers.
+
+    Attributes:
+        cos, sin: [rows, head_dim] float32, both halves alike.
+        has_scale: whether a call's rows are to be scaled.
+    """
+
+    def __init__(self, table: RotaryTable, max_seq_len: int) -> None:
+        self._table = table
+        self.has_scale = table.extension(max_seq_len)[1] != 1.0
+        lasts = table.bounds(max_seq_len)
+        self._bounds = np.array(lasts)
+        self._starts = np.cumsum(self._bounds) - self._bounds
+        made = [
+            table.unscaled(np.arange(last), last) if self.has_scale else table.tables(np.arange(last), np.array([last]))
+            for last in lasts
+        ]
+        self.cos, self.sin = (np.concatenate([np.tile(tables[side], 2) for tables in made]) for side in (0, 1))
+
+    def rows(self, positions: np.ndarray, sequence_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Each token's row [T] int32 and, with `has_scale`, its scale [T] float32.
+
+        A token beyond the longest sequence is a draft that nobody will be given; it has the last row.
+
+        Args:
+            positions: [T] position of each token.
+            sequence_lens: [T] length, in tokens, of the sequence that the token belongs to, the new tokens included.
+        """
+        if len(self._bounds) == 1 and not self.has_scale:
+            return np.minimum(positions, np.int32(self._bounds[0] - 1), dtype=np.int32), None
+        part = np.minimum(np.searchsorted(self._bounds, sequence_lens), len(self._bounds) - 1)
+        found = self._starts[part] + np.minimum(positions, self._bounds[part] - 1)
+        if not self.has_scale:
+            return found.astype(np.int32), None
+        lengths, of_token = np.unique(sequence_lens, return_inverse=True)
+        scales = np.array([self._table.extension(int(length))[1] for length in lengths], np.float32)
+        return found.astype(np.int32), scales[of_token]
 
 
 @lru_cache(maxsize=64)

@@ -17,19 +17,23 @@ from telechat_mindie.reading import read_yaml
 BEYOND_PLAIN = "is beyond max_position_embeddings, where the model's rope_type dynamic, not implemented, begins"
 ONE_YAML = "must hold exactly one yaml, since MindIE takes the first that the file system lists"
 EXTEND_METHODS = ("None", "PI", "NTK", "DYNAMIC_NTK")
+LAYER_FORMS = ("flat", "split")
+"""How an NPU's graphs write a layer: see model/kernels/ascend.py."""
 MAX_SEQ_LEN = 1 << 20
 MAX_BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """What the directory's yaml says beyond the model's shape; a person may edit these. Lengths are tokens."""
+    """What the directory's yaml says beyond the model's shape; a person may edit these. Lengths are tokens.
+
+    A yaml may leave out what has a default: mindformers' have no factor, and those of 0.1.0 and 0.2.0 no form.
+    """
 
     dtype: str
     max_seq_len: int
     block_size: int
     extend_method: str
-    scaling_factor: float
     rotary_dtype: str
     do_sample: bool
     temperature: float
@@ -37,6 +41,8 @@ class ServingConfig:
     top_p: float
     repetition_penalty: float
     max_new_tokens: int
+    scaling_factor: float = 1.0
+    layer_form: str = LAYER_FORMS[0]
 
 
 YAML_KEYS = {
@@ -52,6 +58,7 @@ YAML_KEYS = {
     "top_p": "top_p",
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_decode_length",
+    "layer_form": "layer_form",
 }
 """Field of ServingConfig -> key of the yaml's model.model_config."""
 
@@ -109,7 +116,7 @@ def read_serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
     values: dict[str, Any] = {}
     kinds = {field.name: field.type for field in fields(ServingConfig)}
     for name, key in YAML_KEYS.items():
-        value = model_config.get(key, 1.0 if name == "scaling_factor" else None)  # mindformers' yamls leave it out
+        value = model_config.get(key, getattr(ServingConfig, name, None))
         if kinds[name] == "float" and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         if type(value).__name__ != kinds[name]:
@@ -119,6 +126,7 @@ def read_serving(model_config: Mapping[str, Any], where: Path) -> ServingConfig:
         ("dtype", WEIGHT_DTYPES),
         ("rotary_dtype", WEIGHT_DTYPES),
         ("extend_method", EXTEND_METHODS),
+        ("layer_form", LAYER_FORMS),
     ):
         if values[name] not in allowed:
             raise ConfigError(

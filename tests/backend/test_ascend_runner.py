@@ -65,28 +65,100 @@ def test_the_same_logits_as_on_the_cpu(directory, ascend):
 
 
 def test_the_tables_have_the_models_base(tmp_path, ascend):
-    """TeleChat2-7B-32K's base: cosines and sines are inputs of the graphs, [tokens, head_dim], both halves alike."""
+    """TeleChat2-7B-32K's base: cosines and sines are parameters, [positions, head_dim], both halves alike."""
     dynamic = {"factor": 1.0, "rope_type": "dynamic"}
     sizes = {"hidden_size": 64, "n_head": 4, "num_key_value_heads": 2}
     make_checkpoint(tmp_path / "ckpt", "float16", **sizes, rope_theta=1000000, rope_scaling=dynamic)
     build(tmp_path / "model", tmp_path / "ckpt", BuildOptions(block_size=BLOCK))
     runner = ascend(path=tmp_path / "model")
-    kernels, asked = runner.model.kernels, []
-    original = kernels.calls
-
-    def calls(batch):
-        asked.append((batch.positions, original(batch)))
-        return asked[-1][1]
-
-    kernels.calls = calls
+    kernels = runner.model.kernels
+    half = np.arange(512)[:, None] * 1e6 ** (-np.arange(0, 16, 2) / 16)
+    for table, of_angles in ((kernels.cos, np.cos), (kernels.sin, np.sin)):
+        np.testing.assert_allclose(table.asnumpy(), np.tile(of_angles(half), 2), atol=5e-5)
     on_ascend = conversation(runner)
-    assert len(asked) == 3
-    for positions, (call,) in asked:
-        half = positions[:, None] * 1e6 ** (-np.arange(0, 16, 2) / 16)
-        for table, of_angles in zip(call.inputs[:2], (np.cos, np.sin), strict=True):
-            np.testing.assert_allclose(table.asnumpy(), np.tile(of_angles(half), 2), atol=1e-5)
     ms.set_context(mode=ms.GRAPH_MODE)
     np.testing.assert_allclose(on_ascend, conversation(cpu_runner(tmp_path / "model")), atol=3e-2)
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """(kind, caches given) of every run of a graph, and the tensor that it gave."""
+    from telechat_mindie.model.kernels.ascend_graphs import AscendGraphs
+
+    seen, original = [], AscendGraphs.__call__
+
+    def run(self, call, caches=None):
+        seen.append((call.kind, caches is not None, original(self, call, caches)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(AscendGraphs, "__call__", run)
+    return seen
+
+
+PREFIX_CACHE = '{"plugin_type": "prefix_cache"}'
+LOOKAHEAD = '{"plugin_type": "la,splitfuse", "level": 4, "window": 5, "guess_set_size": 5}'
+
+
+@pytest.mark.parametrize(
+    ("plugins", "more"), [(None, []), (PREFIX_CACHE, ["history"]), (LOOKAHEAD, ["drafts", "history"])]
+)
+def test_the_first_prompt_compiles_what_comes_after_it(ascend, networks, plugins, more):
+    """MindIE warms up with prompts alone."""
+    runner = ascend(plugin_params=plugins)
+    driver = Driver(runner, BLOCK, NUM_BLOCKS)
+    table = driver.table(20)
+    before = [cache.asnumpy().copy() for cache in runner.model.cache.keys]
+    slots = np.full(5, -1, np.int32)
+    driver.prefill([np.arange(4, 9)], [table], slot_mapping=slots)
+    assert [kind for kind, _, _ in networks] == ["prefill", "decode", *more]
+    for cache, was in zip(runner.model.cache.keys, before, strict=True):
+        np.testing.assert_array_equal(cache.asnumpy(), was)
+    driver.prefill([np.arange(4, 9)], [table])
+    driver.decode([7], [5], [table])
+    assert [kind for kind, _, _ in networks][2 + len(more) :] == ["prefill", "decode"]
+
+
+def test_the_first_prompt_with_mindies_caches(ascend, networks):
+    runner = ascend(npu_mem_size=-1, num_blocks=None)
+    caches = {"key_cache": one_block(), "value_cache": one_block()}  # as in MindIE's warm-up
+    Driver(runner, BLOCK, 2).prefill([np.arange(4, 9)], [np.zeros(1, np.int32)], **caches)
+    assert [run[:2] for run in networks] == [("prefill", True), ("decode", True)]
+
+
+def one_block():
+    return ms.mutable([ms.ops.zeros((1, BLOCK, 2, 16), ms.float16) for _ in range(2)])
+
+
+def test_forward_hands_back_what_the_graph_gave(ascend, networks, monkeypatch):
+    """No copy and no wait for the device: MindIE samples there."""
+    runner = ascend()
+    runner._device._to_compile.clear()
+    given = {
+        "input_ids": np.arange(4, 9),
+        "valid_length_each_example": np.array([5]),
+        "block_tables": np.zeros((1, 1), int),
+    }
+    logits = runner.forward(**given, slot_mapping=np.arange(5), prefill=True)
+    assert logits is networks[-1][2]
+    assert logits.dtype == ms.float32 and logits.shape == (1, 512)
+
+
+def test_nothing_of_the_device_is_copied_to_the_host(directory, ascend, monkeypatch):
+    """With graphs that do nothing, since numpy stands in for the real ones' operators here."""
+    from telechat_mindie.model.kernels.ascend_graphs import AscendGraphs
+
+    def asnumpy(self):
+        raise AssertionError("copied to the host")
+
+    result = ms.Tensor(np.zeros((1, 512), np.float32))
+    monkeypatch.setattr(AscendGraphs, "__call__", lambda self, call, caches=None: result)
+    monkeypatch.setattr(ms.Tensor, "asnumpy", asnumpy)
+    runner = ascend()
+    given = {"block_tables": np.array([[0]]), "valid_length_each_example": np.array([5])}
+    prompt = runner.forward(**given, input_ids=np.arange(4, 9), slot_mapping=np.arange(5), prefill=True)
+    assert prompt is result
+    given["valid_length_each_example"] = np.array([6])
+    assert runner.forward(**given, input_ids=np.array([9]), slot_mapping=np.array([5]), prefill=False) is result
 
 
 def cpu_runner(directory):

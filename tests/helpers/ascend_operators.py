@@ -1,17 +1,20 @@
 """The fused Ascend operators in numpy, as their documentation and the published inference code define them.
 
 No machine without an NPU runs the real ones. With these in their place an AscendKernels computes in PyNative mode, so
-that layouts, masks, lengths, slots and the routing of experts are compared with the CPU kernels' results.
+that layouts, masks, lengths, slots and the routing of experts are compared with the CPU kernels' results. They refuse
+what the kernels' own host code refuses (mindspore's ms_kernels_internal, run on a CPU): an int64 index, a query of two
+axes for PagedAttention, a mask beside mask_mode, another block size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from telechat_mindie.model.kernels.ascend import AscendKernels
+from telechat_mindie.model.kernels.ascend import BLOCK_SIZES, AscendKernels
 
 
 def emulate(kernels: AscendKernels) -> AscendKernels:
@@ -19,19 +22,21 @@ def emulate(kernels: AscendKernels) -> AscendKernels:
     eps = kernels.rms_norm.epsilon
     scale = kernels.head_dim**-0.5
     kernels.rms_norm = lambda x, weight: (_like(x, _rms_norm(_float(x), _float(weight), eps)), None)
-    kernels.matmul = lambda x, weight: _like(x, _float(x) @ _float(weight).T)
+    kernels.matmul = _matmul
+    kernels.gather = _gather
     kernels.split = _split
     kernels.rotate = _rotate
     kernels.write = _write
     kernels.swiglu = _swiglu
     kernels.flash_attention = _FlashAttention(kernels.heads, scale)
-    kernels.paged_attention = _PagedAttention(kernels.heads, scale, kernels.kv_heads)
+    kernels.paged_attention = _PagedAttention(kernels.heads, scale, kernels.kv_heads, trapezoid=False)
+    kernels.causal_paged_attention = _PagedAttention(kernels.heads, scale, kernels.kv_heads, trapezoid=True)
+    kernels.silu = lambda x: _like(x, _silu(_float(x)))
     if kernels.num_experts:
         kernels.top_k_softmax = _top_k_softmax
         kernels.sort_by_expert = _sort_by_expert
         kernels.count_tokens = _count_tokens
         kernels.grouped_matmul = _grouped_matmul
-        kernels.silu = lambda x: _like(x, _silu(_float(x)))
         kernels.weighted_sum = _weighted_sum
     return kernels
 
@@ -42,6 +47,21 @@ def _float(x: Tensor) -> np.ndarray:
 
 def _like(x: Tensor, array: np.ndarray) -> Tensor:
     return Tensor(array.astype(x.asnumpy().dtype))
+
+
+def _int32(*indices: Tensor) -> None:
+    assert all(index.dtype == ms.int32 for index in indices), [index.dtype for index in indices]
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    assert x.ndim == 2 and x.dtype == weight.dtype
+    return _like(x, _float(x) @ _float(weight).T)
+
+
+def _gather(table: Tensor, index: Tensor, axis: int) -> Tensor:
+    _int32(index)
+    assert axis == 0
+    return Tensor(table.asnumpy()[index.asnumpy()])
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -63,6 +83,9 @@ def _swiglu(x: Tensor, axis: int) -> Tensor:
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """cos_format 2: a row of cosines and of sines for each token, halves side by side."""
+    _int32(lengths)
+    assert cos.shape == sin.shape and cos.ndim == 2 and cos.dtype in (query.dtype, ms.float32)
+    assert query.dtype == key.dtype and query.ndim == key.ndim
     table = _float(cos)[:, None], _float(sin)[:, None]
     rotated = []
     for x in (query, key):
@@ -74,6 +97,8 @@ def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, lengths: Tenso
 
 
 def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> Tensor:
+    _int32(slots)
+    assert key_cache.shape[1] in BLOCK_SIZES and key.dtype == key_cache.dtype
     for new, cache in ((key, key_cache), (value, value_cache)):
         rows = cache.asnumpy().copy()
         flat = rows.reshape(-1, *cache.shape[2:])
@@ -102,6 +127,8 @@ class _FlashAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, _, mask, _, query_lens, context_lens = rest
         assert mask is not None and query_lens is not None and context_lens is not None
+        _int32(query_lens, context_lens)
+        assert query.ndim == 2 and mask.dtype == query.dtype
         assert mask.shape == (128, 128) and (np.triu(mask.asnumpy(), 1) == mask.asnumpy()).all()
         lengths = query_lens.asnumpy()
         assert (lengths == context_lens.asnumpy()).all() and lengths.sum() == len(query)
@@ -115,10 +142,14 @@ class _FlashAttention:
 
 
 class _PagedAttention:
-    """Each sequence's context through its block table; the mask counts only where a sequence has several tokens."""
+    """Each sequence's context through its block table; the mask counts only where a sequence has several tokens.
 
-    def __init__(self, heads: int, scale: float, kv_heads: int) -> None:
-        self.heads, self.scale, self.kv_heads = heads, scale, kv_heads
+    With mask_mode TRAPEZOIDAL the last of a sequence's new tokens sees all of its context, and each one before it one
+    token less.
+    """
+
+    def __init__(self, heads: int, scale: float, kv_heads: int, *, trapezoid: bool) -> None:
+        self.heads, self.scale, self.kv_heads, self.trapezoid = heads, scale, kv_heads, trapezoid
 
     def __call__(
         self,
@@ -129,21 +160,33 @@ class _PagedAttention:
         context_lens: Tensor,
         scale: None,
         offset: None,
-        mask: Tensor,
+        mask: Tensor | None,
         query_lens: Tensor,
     ) -> Tensor:
-        lengths = query_lens.asnumpy()
-        masked = lengths.max() > 1
-        assert not masked or mask.shape == (len(query), context_lens.asnumpy().max())
+        _int32(tables, context_lens, query_lens)
+        lengths, contexts = query_lens.asnumpy(), context_lens.asnumpy()
+        masked, total = lengths.max() > 1, lengths.sum()
+        assert query.ndim == 3 and query.shape[:2] in ((total, 1), (1, total)) and (masked or query.shape[1] == 1)
+        assert len(tables) == len(contexts) == len(lengths)
+        if self.trapezoid:
+            assert mask is None
+        else:
+            assert mask is not None and mask.dtype == query.dtype
+            assert mask.shape == ((total, contexts.max()) if masked else (1, 1))
         block, depth = key_cache.shape[1], key_cache.shape[3]
+        assert block in BLOCK_SIZES
         caches = [_float(cache).reshape(-1, self.kv_heads, depth) for cache in (key_cache, value_cache)]
-        q = _float(query).reshape(len(query), self.heads, depth)
+        q = _float(query).reshape(total, self.heads, depth)
         out = np.empty_like(q)
         for row, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
-            position = np.arange(context_lens.asnumpy()[row])
+            position = np.arange(contexts[row])
             slots = tables.asnumpy()[row, position // block] * block + position % block
             new = slice(end - length, end)
-            added = _float(mask)[new, : len(position)] if masked else np.zeros((1, len(position)))
+            if masked and mask is not None:
+                added = _float(mask)[new, : len(position)]
+            else:
+                seen = contexts[row] - length + 1 + np.arange(length)[:, None]
+                added = np.where(position < seen, 0, -np.inf)
             out[new] = _attend(q[new], caches[0][slots], caches[1][slots], self.scale, added)
         return _like(query, out.reshape(query.shape))
 

@@ -11,7 +11,7 @@ TeleChat2.
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import auto_generate as fused
 
@@ -19,13 +19,30 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES, HALF_DTYPES
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model.batch import RaggedBatch
-from telechat_mindie.model.kernels.ascend_graphs import DECODE_INPUTS, TRIANGLE, AscendCache, CallShape
+from telechat_mindie.model.kernels.ascend_graphs import (
+    DECODE,
+    DRAFTS,
+    FLAT,
+    HISTORY,
+    PREFILL,
+    SPLIT,
+    AscendCache,
+    AscendCall,
+    CallShape,
+)
 from telechat_mindie.model.kernels.checks import traced_check
-from telechat_mindie.model.kernels.interface import Call
-from telechat_mindie.model.rope import RotaryTable
+from telechat_mindie.model.layout import flat, laid_out
+from telechat_mindie.model.parameters import parameter_over
+from telechat_mindie.model.rope import ResidentRotary, RotaryTable
 
 HALF_TABLES = 2
 """ApplyRotaryPosEmb's cos_format: one row of cosines a token, the two halves of a head side by side (neox)."""
+
+TRIANGLE = 128
+"""FlashAttentionScore's kernel takes a mask of [128, 128] as one tile of the causal triangle, for any length."""
+
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Block sizes that PagedAttention's tiling accepts, on the custom and on the asdops kernel."""
 
 MAX_BLOCK = 128 * 128
 """PagedAttention holds a block of one head's keys on the chip: block size x head dimension may not exceed this."""
@@ -40,8 +57,17 @@ INDICES = ("int32",)
 class AscendKernels(nn.Cell):
     """See `interface.AscendKernelSet`.
 
-    A call is one run: a batch without history goes through FlashAttentionScore, any other through PagedAttention.
-    Everything that depends on the batch is made on the host in `calls`; nothing in the graph waits for the device.
+    A call is one run of one of `ascend_graphs.GRAPHS`: a batch without history goes through FlashAttentionScore, any
+    other through PagedAttention. Rotary tables and the masks that are always the same are parameters, on the device for
+    good; what depends on the batch is a few integers a token, made on the host in `calls`; nothing in a graph waits for
+    the device. Every fused operator is an attribute of this class and is called here alone.
+
+    Layers have one of two forms. "flat": activations [T, h], gate and up through one Swiglu. "split": [B, 1, h] in
+    decode and else [1, T, h], as mindformers has them, with SplitWithSize, SiLU and Mul. That is what MindSpore's pass
+    InferenceMatmulSplit, on by default, fuses: Reshape, MatMul with a transposed weight, Reshape to three axes,
+    SplitWithSize (ascend/optimizer/ir_fusion/inference_matmul_split_fusion.cc, GetSplitFusionPatternName and
+    CheckSplitSize); with SiLU and Mul after it, its optional InferenceMatmulSplitSilu and InferenceGatedFFN as well.
+    Which one is faster only a card can say.
 
     Args:
         config: the model's shape.
@@ -49,6 +75,8 @@ class AscendKernels(nn.Cell):
         cache: this rank's cache; its dtype is the dtype of all computing.
         rotary: gives the cosines and sines.
         rotary_dtype: "float32" hands these over in float32, anything else in the dtype of computing.
+        max_seq_len: tokens of the longest sequence, which the tables go up to; by default the training length.
+        layer_form: one of LAYER_FORMS.
 
     Raises:
         ConfigError: `tp` does not fit the model, or the operators cannot do its head dimension or block size.
@@ -58,32 +86,51 @@ class AscendKernels(nn.Cell):
     routes_experts = True
 
     def __init__(
-        self, config: TelechatConfig, tp: int, cache: AscendCache, rotary: RotaryTable, rotary_dtype: str = ""
+        self,
+        config: TelechatConfig,
+        tp: int,
+        cache: AscendCache,
+        rotary: RotaryTable,
+        rotary_dtype: str = "",
+        *,
+        max_seq_len: int | None = None,
+        layer_form: str = FLAT,
     ) -> None:
         super().__init__(auto_prefix=False)
         config.check_tp(tp)
         self.weight_dtype(cache.dtype)
         _check_sizes(config.head_dim, cache.block_size)
         self.tp = tp
+        self.layer_form = layer_form
         self.head_dim = config.head_dim
         self.heads = config.num_heads // tp
         self.kv_heads = config.num_kv_heads // tp
         self.query_width = self.heads * self.head_dim
         self.kv_width = self.kv_heads * self.head_dim
+        self.ffn_width = config.ffn_size // tp
         self.block_size = cache.block_size
         self.num_experts = config.num_experts
         self.chosen = config.experts_per_token
         self.dtype = cache.dtype
         self.dtypes = (cache.dtype,)
         self.table_dtype = "float32" if rotary_dtype == "float32" else cache.dtype
-        self._rotary = rotary
+        self.table_kind = getattr(mstype, self.table_dtype)
+        self._resident = ResidentRotary(rotary, max_seq_len or config.training_seqlen)
+        self.cos, self.sin = (
+            self._constant(name, table, "float32" if self._resident.has_scale else self.table_dtype)
+            for name, table in (("rotary_cos", self._resident.cos), ("rotary_sin", self._resident.sin))
+        )
         # The kernel multiplies a bfloat16 mask by its own large negative number.
         triangle = np.triu(np.full((TRIANGLE, TRIANGLE), 1.0 if self.dtype == "bfloat16" else BLOCKED), 1)
-        self._triangle = Tensor(triangle.astype(DTYPES[self.dtype].numpy))
+        self.triangle = self._constant("causal_triangle", triangle, self.dtype)
+        # With one new token a sequence PagedAttention looks at no mask, but mindformers gives it one.
+        self.no_mask = self._constant("no_mask", np.zeros((1, 1)), self.dtype)
 
+        self.gather = ops.Gather()
         self.rms_norm = ops.RmsNorm(config.norm_eps)
         self.matmul = ops.MatMul(transpose_b=True)
         self.swiglu = fused.Swiglu()
+        self.silu = fused.SiLU()
         # mint.split would give views, and the operators after it want contiguous tensors: a copy more of each.
         self.split = fused.SplitWithSize()
         self.rotate = ops.ApplyRotaryPosEmb(HALF_TABLES)
@@ -93,14 +140,19 @@ class AscendKernels(nn.Cell):
             head_num=self.heads, scale_value=scale, next_tokens=0, input_layout="TH"
         )
         self.paged_attention = fused.PagedAttention(self.heads, scale, self.kv_heads)
+        # Each new token sees its sequence up to itself: the last `query` rows of a triangle, and no mask in memory.
+        self.causal_paged_attention = fused.PagedAttention(self.heads, scale, self.kv_heads, mask_mode="TRAPEZOIDAL")
         if config.is_moe:
             self.top_k_softmax = fused.MoeGatingTopKSoftmax()
             self.sort_by_expert = fused.MoeInitRouting()
             self.count_tokens = fused.MoeComputeExpertTokens()
             self.grouped_matmul = fused.GroupedMatmulV4()
-            self.silu = fused.SiLU()
             self.weighted_sum = fused.MoeFinalizeRouting()
             self.total = ops.ReduceSum(keep_dims=True)
+
+    @staticmethod
+    def _constant(name: str, array: np.ndarray, dtype: str) -> Parameter:
+        return parameter_over(_tensor(array.astype(DTYPES[dtype].numpy)), name)
 
     @staticmethod
     def weight_dtype(stored: str) -> str:
@@ -116,61 +168,104 @@ class AscendKernels(nn.Cell):
 
     def call_shape(self, external_layers: int = 0) -> CallShape:
         """What AscendGraphs compiles a decoder over these kernels for."""
-        return CallShape(self.head_dim, self.kv_heads, self.block_size, self.dtype, self.table_dtype, external_layers)
+        return CallShape(
+            self.head_dim,
+            self.kv_heads,
+            self.block_size,
+            self.dtype,
+            self.layer_form,
+            self._resident.has_scale,
+            external_layers,
+        )
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        return ops.gather(weight, token_ids, 0)
+        return self.gather(weight, token_ids, 0)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The operator computes in float32 and rounds once."""
+        """The operator computes in float32 and rounds once, so that a weight of 16 bits costs nothing more."""
         traced_check("RmsNorm: weight", weight.shape, weight.dtype, (None,), self.dtypes)
-        traced_check("RmsNorm: x", x.shape, x.dtype, (None, weight.shape[0]), self.dtypes)
+        traced_check("RmsNorm: x", x.shape, x.dtype, (None, weight.shape[0]), self.dtypes, True)
         return self.rms_norm(x, weight)[0]
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return laid_out(self.flat_linear(x, weight), x, weight.shape[0])
+
+    def flat_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         traced_check("MatMul: weight", weight.shape, weight.dtype, (None, None), self.dtypes)
-        traced_check("MatMul: x", x.shape, x.dtype, (None, weight.shape[1]), self.dtypes)
-        return self.matmul(x, weight)
+        traced_check("MatMul: x", x.shape, x.dtype, (None, weight.shape[1]), self.dtypes, True)
+        return self.matmul(flat(x, weight.shape[1]), weight)
 
     def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        traced_check("Add: bias", bias.shape, bias.dtype, (weight.shape[0],), self.dtypes)
-        traced_check("Add: residual", residual.shape, residual.dtype, (None, weight.shape[0]), self.dtypes)
-        return self.linear(x, weight) + bias + residual
+        width = weight.shape[0]
+        traced_check("Add: bias", bias.shape, bias.dtype, (width,), self.dtypes)
+        traced_check("Add: residual", residual.shape, residual.dtype, (None, width), self.dtypes, True)
+        return laid_out(self.flat_linear(x, weight) + bias, x, width) + residual
 
     def norm_linear(self, x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
         return self.linear(self.norm(x, norm_weight), weight)
 
     def norm_swiglu(self, x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
         """Swiglu takes the gate from the first half of the columns, as `w_gate_hidden` stores it."""
-        return self.swiglu(self.norm_linear(x, norm_weight, weight), -1)
+        both = self.norm_linear(x, norm_weight, weight)
+        if self.layer_form == SPLIT:
+            gate, up = self.split(both, (self.ffn_width, self.ffn_width), -1)
+            return self.silu(gate) * up
+        return self.swiglu(both, -1)
+
+    def rotary_rows(self, positions: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, head_dim] of rows [T] of the tables, times `scale` [T] where there is one."""
+        cos, sin = self.gather(self.cos, positions, 0), self.gather(self.sin, positions, 0)
+        if scale is None:
+            return cos, sin
+        scale = scale.reshape(-1, 1)
+        return ops.cast(cos * scale, self.table_kind), ops.cast(sin * scale, self.table_kind)
 
     def attention(self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """`inputs`: cos and sin [T, head_dim], slots [T], context and query lengths [B], mask; block tables [B, W].
+        """`inputs`: the graph's kind, cos and sin [T, head_dim], slots [T], context and query lengths [B], block tables
+        [B, W] or None, mask [T, C] or None.
 
-        Without block tables the context is the new tokens themselves and the mask the triangle; with them the mask
-        is [T, C], or [1, 1] where every sequence has one new token. Caches are [blocks, block_size, kv_heads,
-        head_dim].
+        In prefill the context is the new tokens themselves. Caches are [blocks, block_size, kv_heads, head_dim].
         """
-        cos, sin, slots, context_lens, query_lens, mask = inputs[:6]
+        kind, cos, sin, slots, context_lens, query_lens, tables, mask = inputs
         self.check_attention(qkv, key_cache, value_cache, inputs)
         query, key, value = self.split(qkv, (self.query_width, self.kv_width, self.kv_width), -1)
         query, key = self.rotate(query, key, cos, sin, context_lens)
         written = self.write(key, value, key_cache, value_cache, slots)
         query = ops.depend(query, written)
-        if len(inputs) == DECODE_INPUTS:
-            return self.paged_attention(
-                query, key_cache, value_cache, inputs[6], context_lens, None, None, mask, query_lens
+        if kind == PREFILL:
+            # Lengths, not the running sums that the operator's documentation speaks of: that is what the kernel reads.
+            query, key, value = (
+                flat(query, self.query_width),
+                flat(key, self.kv_width),
+                flat(value, self.kv_width),
             )
-        # Lengths, not the running sums that the operator's documentation speaks of: that is what the kernel reads.
-        outputs = self.flash_attention(query, key, value, None, None, None, mask, None, query_lens, context_lens)
-        return outputs[3]
+            found = self.flash_attention(
+                query, key, value, None, None, None, self.triangle, None, query_lens, context_lens
+            )[3]
+        elif kind == DECODE:
+            # Both kernels take a query of three axes; the custom one refuses two, which it reads as [batch, heads, ..].
+            query = query.reshape(-1, 1, self.query_width)
+            found = self.paged_attention(
+                query, key_cache, value_cache, tables, context_lens, None, None, self.no_mask, query_lens
+            )
+        else:
+            query = query.reshape(1, -1, self.query_width)
+            if kind == HISTORY:
+                found = self.causal_paged_attention(
+                    query, key_cache, value_cache, tables, context_lens, None, None, None, query_lens
+                )
+            else:
+                found = self.paged_attention(
+                    query, key_cache, value_cache, tables, context_lens, None, None, mask, query_lens
+                )
+        return laid_out(found.reshape(-1, self.query_width), qkv, self.query_width)
 
     def check_attention(self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]) -> None:
-        cos, sin, slots, context_lens, query_lens, mask = inputs[:6]
+        kind, cos, sin, slots, context_lens, query_lens, tables, mask = inputs
         packed = (None, self.query_width + 2 * self.kv_width)
         block = (None, self.block_size, self.kv_heads, self.head_dim)
         table = (None, self.head_dim)
-        traced_check("attention: qkv", qkv.shape, qkv.dtype, packed, self.dtypes)
+        traced_check("attention: qkv", qkv.shape, qkv.dtype, packed, self.dtypes, self.layer_form == SPLIT)
         traced_check("ReshapeAndCache: key_cache", key_cache.shape, key_cache.dtype, block, self.dtypes)
         traced_check("ReshapeAndCache: value_cache", value_cache.shape, value_cache.dtype, block, self.dtypes)
         traced_check("ReshapeAndCache: slot_mapping", slots.shape, slots.dtype, (None,), INDICES)
@@ -178,29 +273,29 @@ class AscendKernels(nn.Cell):
         traced_check("ApplyRotaryPosEmb: sin", sin.shape, sin.dtype, table, (self.table_dtype,))
         traced_check("attention: batch_valid_length", context_lens.shape, context_lens.dtype, (None,), INDICES)
         traced_check("attention: q_seq_lens", query_lens.shape, query_lens.dtype, (None,), INDICES)
-        if len(inputs) == DECODE_INPUTS:
-            traced_check("PagedAttention: block_tables", inputs[6].shape, inputs[6].dtype, (None, None), INDICES)
+        if kind != PREFILL:
+            traced_check("PagedAttention: block_tables", tables.shape, tables.dtype, (None, None), INDICES)
+        if kind == DRAFTS:
             traced_check("PagedAttention: attn_mask", mask.shape, mask.dtype, (None, None), self.dtypes)
-        else:
-            traced_check("FlashAttentionScore: attn_mask", mask.shape, mask.dtype, (TRIANGLE, TRIANGLE), self.dtypes)
 
     def routed_experts(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
         """This rank's part of the chosen experts' weighted sum: [T, h].
 
-        `router` is [E, h]; `gate` and `up` [E, h, f], `down` [E, f, h]; `bias` [1, E, 1, h], down's, of which a rank
-        adds one `tp`th, so that the sum over ranks has it once.
+        x is [T, h], `router` [E, h] in float32, since a choice can turn on its last bits; `gate` and `up` [E, h, f],
+        `down` [E, f, h]; `bias` [1, E, 1, h], down's, of which a rank adds one `tp`th, so that the sum over ranks has
+        it once.
         """
         tokens, hidden = x.shape
         inner = gate.shape[2]
         traced_check("experts: x", x.shape, x.dtype, (None, router.shape[1]), self.dtypes)
-        traced_check("experts: router", router.shape, router.dtype, (self.num_experts, None), self.dtypes)
+        traced_check("experts: router", router.shape, router.dtype, (self.num_experts, None), ("float32",))
         traced_check("GroupedMatmulV4: gate", gate.shape, gate.dtype, (self.num_experts, hidden, None), self.dtypes)
         traced_check("GroupedMatmulV4: up", up.shape, up.dtype, (self.num_experts, hidden, inner), self.dtypes)
         traced_check("GroupedMatmulV4: down", down.shape, down.dtype, (self.num_experts, inner, hidden), self.dtypes)
         bias_shape = (1, self.num_experts, 1, hidden)
         traced_check("MoeFinalizeRouting: bias", bias.shape, bias.dtype, bias_shape, self.dtypes)
 
-        logits = self.matmul(ops.cast(x, mstype.float32), ops.cast(router, mstype.float32))
+        logits = self.matmul(ops.cast(x, mstype.float32), router)
         values, experts, rows = self.top_k_softmax(logits, None, self.chosen)  # each [T, k]
         values = ops.cast(values / (self.total(values, -1) + 1e-9), x.dtype)
         copies, places, sorted_experts = self.sort_by_expert(x, rows, experts, tokens)  # copies [T * k, h]
@@ -223,27 +318,65 @@ class AscendKernels(nn.Cell):
         )
         return outputs[0]
 
-    def calls(self, batch: RaggedBatch) -> list[Call]:
+    def calls(self, batch: RaggedBatch) -> list[AscendCall]:
         """One run of the decoder for the whole batch.
 
         Raises:
             InputError: a mask hides context from a sequence's only new token, which the kernel cannot do.
         """
-        cos, sin = self._rotary.tables(batch.positions, np.repeat(batch.context_lens, batch.query_lens))
-        table = DTYPES[self.table_dtype].numpy
-        inputs = [
-            Tensor(np.concatenate([cos, cos], -1).astype(table)),
-            Tensor(np.concatenate([sin, sin], -1).astype(table)),
-            Tensor(batch.slots),
-            Tensor(batch.context_lens),
-            Tensor(batch.query_lens),
-        ]
-        if batch.mask is None and (batch.context_lens == batch.query_lens).all():
-            inputs.append(self._triangle)
+        mask = None if batch.mask is None else _draft_mask(batch)
+        longest = batch.query_lens.max()
+        if mask is not None:
+            kind = DRAFTS
+        elif (batch.context_lens == batch.query_lens).all():
+            kind = PREFILL
         else:
-            inputs += [Tensor(_paged_mask(batch).astype(DTYPES[self.dtype].numpy)), Tensor(batch.block_tables)]
-        rows = np.arange(len(batch.logits_rows))
-        return [Call(Tensor(batch.token_ids), Tensor(batch.logits_rows), tuple(inputs), rows)]
+            kind = DECODE if longest == 1 else HISTORY
+        lengths = batch.context_lens if longest == 1 else np.repeat(batch.context_lens, batch.query_lens)
+        positions, scale = self._resident.rows(batch.positions, lengths)
+        token_ids = batch.token_ids
+        if self.layer_form == SPLIT:
+            token_ids = token_ids.reshape((-1, 1) if kind == DECODE else (1, -1))
+        inputs = (
+            positions,
+            batch.slots,
+            batch.context_lens,
+            batch.query_lens,
+            scale,
+            None if kind == PREFILL else batch.block_tables,
+            None if mask is None else mask.astype(DTYPES[self.dtype].numpy),
+        )
+        return [
+            AscendCall(
+                _tensor(token_ids),
+                _tensor(batch.logits_rows),
+                tuple(None if array is None else _tensor(array) for array in inputs),
+                np.arange(len(batch.logits_rows)),
+                kind,
+            )
+        ]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return Tensor.from_numpy(np.ascontiguousarray(array))
+
+
+def first_batch(kind: str) -> RaggedBatch:
+    """The smallest batch for a graph with history, of one sequence that writes nothing and reads block 0: it is there
+    to have the graph compiled."""
+    new = 1 if kind == DECODE else 2
+    context = new + 1
+    beside = np.array([[1, 1, 0], [1, 0, 1]], bool)  # two drafts for one place
+    return RaggedBatch(
+        token_ids=np.zeros(new, np.int32),
+        positions=np.arange(1, context, dtype=np.int32),
+        slots=np.full(new, -1, np.int32),
+        query_lens=np.array([new], np.int32),
+        context_lens=np.array([context], np.int32),
+        block_tables=np.zeros((1, 1), np.int32),
+        logits_rows=np.zeros(1, np.int32),
+        mask=beside if kind == DRAFTS else None,
+    )
 
 
 def _check_sizes(head_dim: int, block_size: int) -> None:
@@ -254,34 +387,36 @@ def _check_sizes(head_dim: int, block_size: int) -> None:
             expected="a multiple of 16",
             found=head_dim,
         )
-    largest = MAX_BLOCK // head_dim // 16 * 16
-    if block_size % 16 or not 0 < block_size <= largest:
+    fitting = [size for size in BLOCK_SIZES if size * head_dim <= MAX_BLOCK]
+    if block_size not in fitting:
         raise ConfigError(
             "PagedAttention cannot do this block size",
             where="cacheBlockSize",
-            expected=f"a multiple of 16 up to {largest} with head dimension {head_dim}",
+            expected=f"one of {', '.join(map(str, fitting))} with head dimension {head_dim}",
             found=block_size,
         )
 
 
-def _paged_mask(batch: RaggedBatch) -> np.ndarray:
+def _draft_mask(batch: RaggedBatch) -> np.ndarray | None:
     """[T, C] float32 with C the longest context: 0 where a token may look, else BLOCKED.
 
-    With one new token a sequence the kernel looks at no mask; [1, 1] stands in for it.
+    None where the batch's mask says no more than that each token sees what comes before it.
+
+    Raises:
+        InputError: with one new token a sequence the kernel looks at no mask, and this one hides something.
     """
+    assert batch.mask is not None
     position = np.arange(batch.context_lens.max())
-    context = np.repeat(batch.context_lens, batch.query_lens)[:, None]  # [T, 1]
-    if batch.mask is None:
-        index = np.arange(len(batch.token_ids)) - np.repeat(batch.query_starts, batch.query_lens)
-        ends = np.repeat(batch.context_lens - batch.query_lens, batch.query_lens) + index + 1
-        visible = position < ends[:, None]
-    else:
-        visible = np.zeros((len(batch.token_ids), len(position)), bool)
-        given = batch.mask[:, : len(position)]
-        visible[:, : given.shape[1]] = given
-        visible &= position < context
-    if batch.query_lens.max() > 1:
-        return np.where(visible, np.float32(0), np.float32(BLOCKED))
-    if (visible != (position < context)).any():
+    visible = np.zeros((len(batch.token_ids), len(position)), bool)
+    given = batch.mask[:, : len(position)]
+    visible[:, : given.shape[1]] = given
+    visible &= position < np.repeat(batch.context_lens, batch.query_lens)[:, None]
+    after = np.repeat(batch.query_starts + batch.query_lens, batch.query_lens) - np.arange(
+        len(visible)
+    )  # itself included
+    ends = np.repeat(batch.context_lens, batch.query_lens) - after + 1
+    if (visible == (position < ends[:, None])).all():
+        return None
+    if batch.query_lens.max() == 1:
         raise InputError("hides context from a sequence with one new token", where="spec_mask")
-    return np.zeros((1, 1), np.float32)
+    return np.where(visible, np.float32(0), np.float32(BLOCKED))

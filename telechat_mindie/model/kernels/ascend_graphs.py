@@ -1,19 +1,33 @@
-"""What stands around the Ascend kernels: the cache, and the two graphs that a decoder is compiled into."""
+"""What stands around the Ascend kernels: the cache, and the graphs that a decoder is compiled into."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindspore import Parameter, ParameterTuple, Tensor, mint, mutable, nn
+from mindspore import Parameter, ParameterTuple, Tensor, mint, mutable, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Zero
 
-TRIANGLE = 128
-"""FlashAttentionScore's kernel takes a mask of [128, 128] as one tile of the causal triangle, for any length."""
+from telechat_mindie.model.kernels.interface import Call
+from telechat_mindie.model.parameters import parameter_over
+from telechat_mindie.model_dir.serving import LAYER_FORMS
 
-DECODE_INPUTS = 7
-"""Kernel inputs of a call with history: cos, sin, slots, context and query lengths, mask, block tables."""
+PREFILL, DECODE, HISTORY, DRAFTS = "prefill", "decode", "history", "drafts"
+GRAPHS = (PREFILL, DECODE, HISTORY, DRAFTS)
+"""Prompts without history; one new token a sequence; several after a history (chunks, prefix hits, drafts in a row);
+drafts that form a tree, with a mask."""
+
+PHASES = {PREFILL: "prefill", DECODE: "increment", HISTORY: "increment", DRAFTS: "increment"}
+"""MindSpore looks for these words in a graph's phase. With "increment" the runtime keeps kernels' shapes while the
+inputs' are unchanged (DataPrepareActor::RecordInputAndConvertStatic), with either a Cell skips the check of its
+arguments (nn/cell.py, _predict), and the fusion of MatMul with AllReduce tells the two apart. mindformers r1.6.0
+generation/text_generator.py sets them."""
+
+PLUGIN_GRAPHS = {"splitfuse": HISTORY, "prefix_cache": HISTORY, "la": DRAFTS, "memory_decoding": DRAFTS}
+"""MindIE's plugin -> the graph that its calls take beside prefill and decode."""
+
+FLAT, SPLIT = LAYER_FORMS
 
 
 class AscendCache(nn.Cell):
@@ -38,56 +52,64 @@ class AscendCache(nn.Cell):
         super().__init__(auto_prefix=False)
         self.block_size = block_size
         self.dtype = dtype
-        shape = (num_blocks, block_size, kv_heads, head_dim)
-        self.keys = _parameters("key_cache", num_layers, shape, dtype, on_device)
-        self.values = _parameters("value_cache", num_layers, shape, dtype, on_device)
+        shape, kind = (num_blocks, block_size, kv_heads, head_dim), getattr(mstype, dtype)
 
-
-def _parameters(name: str, count: int, shape: tuple[int, ...], dtype: str, on_device: bool) -> ParameterTuple:
-    kind = getattr(mstype, dtype)
-    return ParameterTuple(
-        [
-            Parameter(
-                # Given without a name of its own: a parameter copies a tensor that anything else refers to.
-                mint.empty(shape, dtype=kind, device="Ascend") if on_device else Tensor(None, kind, shape, Zero()),
-                name=f"{name}.{layer}",
-                requires_grad=False,
+        def side(name: str) -> ParameterTuple:
+            return ParameterTuple(
+                [
+                    parameter_over(mint.empty(shape, dtype=kind, device="Ascend"), f"{name}.{layer}")
+                    if on_device
+                    else Parameter(Tensor(None, kind, shape, Zero()), name=f"{name}.{layer}", requires_grad=False)
+                    for layer in range(num_layers)
+                ]
             )
-            for layer in range(count)
-        ]
-    )
+
+        self.keys = side("key_cache")
+        self.values = side("value_cache")
 
 
 class DecoderGraph(nn.Cell):
-    """The decoder for sequences without history, or, with block tables, for those that have some.
+    """The decoder as one of GRAPHS, for calls of that kind.
 
-    The latter are decode, prefix hits, chunks and draft tokens. The arguments' names matter: the attention kernels look
-    up the graph inputs `batch_valid_length` and `q_seq_lens` by name and read the lengths there, on the host.
-    `key_cache` and `value_cache`, every layer's, come from MindIE where it owns the cache (npu_mem_size -1).
+    The arguments' names matter: the attention kernels look up the graph inputs `batch_valid_length` and `q_seq_lens` by
+    name and read the lengths there, on the host. `key_cache` and `value_cache`, every layer's, come from MindIE where
+    it owns the cache (npu_mem_size -1).
     """
 
-    def __init__(self, model: nn.Cell) -> None:
+    def __init__(self, model: nn.Cell, kind: str) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
+        self.kernels = model.kernels
+        self.kind = kind
+        self.set_train(False)
+        self.phase = PHASES[kind]
 
     def construct(
         self,
         token_ids: Tensor,
         logits_rows: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        positions: Tensor,
         slot_mapping: Tensor,
         batch_valid_length: Tensor,
         q_seq_lens: Tensor,
-        attention_mask: Tensor,
+        rotary_scale: Tensor | None = None,
         block_tables: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         key_cache: tuple[Tensor, ...] | None = None,
         value_cache: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        inputs = (cos, sin, slot_mapping, batch_valid_length, q_seq_lens, attention_mask)
-        tables = () if block_tables is None else (block_tables,)
+        """Logits [R, vocabulary] in float32, the dtype that MindIE's sampler computes in."""
+        cos, sin = self.kernels.rotary_rows(positions, rotary_scale)
+        inputs = (self.kind, cos, sin, slot_mapping, batch_valid_length, q_seq_lens, block_tables, attention_mask)
         caches = None if key_cache is None else (key_cache, value_cache)
-        return self.model(token_ids, logits_rows, inputs + tables, caches)
+        return ops.cast(self.model(token_ids, logits_rows, inputs, caches), mstype.float32)
+
+
+@dataclass(frozen=True)
+class AscendCall(Call):
+    """A run of one of the graphs; `inputs` are DecoderGraph's arguments from `positions` to `attention_mask`."""
+
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,8 @@ class CallShape:
     """What of a call's shapes is the same every time.
 
     Args:
-        table_dtype: of the cosines and sines.
+        layer_form: one of LAYER_FORMS.
+        has_scale: the rotary tables are scaled by token.
         external_layers: layers whose keys and values come as arguments; 0 where the model has its own cache.
     """
 
@@ -103,27 +126,29 @@ class CallShape:
     kv_heads: int
     block_size: int
     dtype: str
-    table_dtype: str
+    layer_form: str
+    has_scale: bool
     external_layers: int = 0
 
-    def inputs(self, history: bool) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
-        """The arguments of DecoderGraph; a size is None where calls differ in it.
+    def inputs(self, kind: str) -> tuple[Tensor | tuple[Tensor, ...] | None, ...]:
+        """The arguments of a DecoderGraph; a size is None where calls differ in it.
 
-        Those are T tokens, R rows of logits, B sequences, W blocks and, in decode, both axes of the mask.
+        Those are T tokens, R rows of logits, B sequences, W blocks and, for drafts, both axes of the mask.
         """
+        tokens: tuple[int | None, ...] = (None,)
+        if self.layer_form == SPLIT:
+            tokens = (None, 1) if kind == DECODE else (1, None)
         arguments: list[Tensor | tuple[Tensor, ...] | None] = [
-            _unknown(None),  # token_ids
+            _unknown(*tokens),  # token_ids
             _unknown(None),  # logits_rows
-            _unknown(None, self.head_dim, dtype=self.table_dtype),  # cos
-            _unknown(None, self.head_dim, dtype=self.table_dtype),  # sin
+            _unknown(None),  # positions
             _unknown(None),  # slot_mapping
             _unknown(None),  # batch_valid_length
             _unknown(None),  # q_seq_lens
+            _unknown(None, dtype="float32") if self.has_scale else None,
+            None if kind == PREFILL else _unknown(None, None),  # block_tables
+            _unknown(None, None, dtype=self.dtype) if kind == DRAFTS else None,
         ]
-        if history:
-            arguments += [_unknown(None, None, dtype=self.dtype), _unknown(None, None)]
-        else:
-            arguments += [_unknown(TRIANGLE, TRIANGLE, dtype=self.dtype), None]
         if self.external_layers:
             block = (None, self.block_size, self.kv_heads, self.head_dim)
             caches = [_unknown(*block, dtype=self.dtype) for _ in range(self.external_layers)]
@@ -136,22 +161,18 @@ def _unknown(*shape: int | None, dtype: str = "int32") -> Tensor:
 
 
 class AscendGraphs:
-    """A decoder compiled twice, called with what `AscendKernels.calls` gives; neither graph is compiled again."""
+    """A decoder's graphs, each compiled at its first call and never again."""
 
     def __init__(self, model: nn.Cell, shape: CallShape) -> None:
-        self.prefill = DecoderGraph(model)
-        self.decode = DecoderGraph(model)
-        self.prefill.set_inputs(*shape.inputs(history=False))
-        self.decode.set_inputs(*shape.inputs(history=True))
+        self.graphs = {kind: DecoderGraph(model, kind) for kind in GRAPHS}
+        for kind, graph in self.graphs.items():
+            graph.set_inputs(*shape.inputs(kind))
 
-    def __call__(
-        self,
-        token_ids: Tensor,
-        logits_rows: Tensor,
-        inputs: tuple[Tensor, ...],
-        caches: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
-    ) -> Tensor:
-        history = len(inputs) == DECODE_INPUTS
-        graph, arguments = (self.decode, inputs) if history else (self.prefill, (*inputs, None))
-        external = () if caches is None else (mutable(tuple(caches[0])), mutable(tuple(caches[1])))
-        return graph(token_ids, logits_rows, *arguments, *external)
+    def __call__(self, call: AscendCall, caches: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:
+        """Logits [R, vocabulary] float32, on the device.
+
+        Args:
+            call: what `AscendKernels.calls` gave.
+            caches: every layer's keys and values, each side `mutable`, where the model has none.
+        """
+        return self.graphs[call.kind](call.token_ids, call.logits_rows, *call.inputs, *(caches or ()))

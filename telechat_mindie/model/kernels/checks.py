@@ -10,7 +10,9 @@ Shape = tuple[int | None, ...]
 """Sizes of a tensor's axes; None where a size is only known when the graph runs, or where any size will do."""
 
 
-def check_tensor(where: str, shape: Shape, dtype: object, expected: Shape, dtypes: tuple[str, ...]) -> None:
+def check_tensor(
+    where: str, shape: Shape, dtype: object, expected: Shape, dtypes: tuple[str, ...], only_last: bool = False
+) -> None:
     """Compare a tensor of a graph with what an operator documents; nothing of it is left in the graph.
 
     Args:
@@ -19,12 +21,14 @@ def check_tensor(where: str, shape: Shape, dtype: object, expected: Shape, dtype
         dtype: the tensor's, as MindSpore gives it.
         expected: the shape that the operator asks for.
         dtypes: the names of the dtypes that it takes.
+        only_last: any axes may come before those of `expected`.
 
     Raises:
         InputError: another rank, a known size that differs, or a dtype that is not among `dtypes`.
     """
-    fits = len(shape) == len(expected) and all(
-        found is None or wanted is None or found == wanted for found, wanted in zip(shape, expected, strict=False)
+    sizes = shape[-len(expected) :] if only_last else shape
+    fits = len(sizes) == len(expected) and all(
+        found is None or wanted is None or found == wanted for found, wanted in zip(sizes, expected, strict=True)
     )
     if not fits:
         raise InputError("has the wrong shape", where=where, expected=_sizes(expected), found=_sizes(shape))
