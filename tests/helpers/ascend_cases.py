@@ -19,7 +19,7 @@ from telechat_mindie.variants import VARIANTS
 
 BLOCK = 128
 NUM_BLOCKS = 1024
-LONGEST = 32768
+TRAINED = 8192
 
 
 def batch(queries: Sequence[int], contexts: Sequence[int], *, block: int = BLOCK, tree: bool = False) -> RaggedBatch:
@@ -72,7 +72,9 @@ def sizes() -> Iterator[tuple[str, int, str, str]]:
         yield from itertools.product((variant,), config.allowed_tp(), HALF_DTYPES, LAYER_FORMS)
 
 
-def decoder(variant: str, tp: int, dtype: str, layer_form: str, block: int = BLOCK) -> TelechatForCausalLM:
-    """One layer of rank 0, without data."""
+def decoder(
+    variant: str, tp: int, dtype: str, layer_form: str, *, block: int = BLOCK, longest: int = TRAINED
+) -> TelechatForCausalLM:
+    """One layer of rank 0, without data, with rotary tables for sequences of `longest` tokens."""
     config = dataclasses.replace(VARIANTS[variant], num_layers=1)
-    return _decoder(config, tp, dtype, NUM_BLOCKS, block, LONGEST, layer_form)
+    return _decoder(config, tp, dtype, NUM_BLOCKS, block, longest, layer_form)

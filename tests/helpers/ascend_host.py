@@ -35,8 +35,8 @@ class HostKernels:
     libraries: tuple[Path, ...]
 
     def outcomes(self, calls: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-        """For each call "ok", or the step that refused it and the kernel's own reason; "ended" where the library ends
-        the process.
+        """For each call "ok" or "ok on asdops", or the step that refused it and the kernel's own reason; "ended" where
+        the library ends the process.
 
         Args:
             calls: lines as host_kernels.cpp reads them.
@@ -58,7 +58,8 @@ class HostKernels:
         messages: list[str] = []
         for line in lines:
             if line.startswith("= "):
-                outcomes.append(" ".join([line[2:], *messages[-1:]]))
+                reasons = [] if line.startswith("= ok") else messages[-1:]
+                outcomes.append(" ".join([line[2:], *reasons]))
                 messages = []
             elif line:
                 messages.append(line.rpartition("] ")[2])

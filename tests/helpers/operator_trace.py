@@ -132,7 +132,7 @@ class Trace:
         if not isinstance(value, ms.Tensor):
             return value
         # Sequences' lengths: kernels read the graph's inputs of that name on the host.
-        lengths = value.ndim == 1 and value.dtype == ms.int32 and not isinstance(value, ms.Parameter)
+        lengths = value.ndim == 1 and value.dtype in (ms.int32, ms.int64) and not isinstance(value, ms.Parameter)
         return Traced(tuple(value.shape), _kind(value.dtype), self, values=value.asnumpy() if lengths else None)
 
 
