@@ -180,6 +180,10 @@ def test_caches_that_mindie_allocates(ascend):
     np.testing.assert_array_equal(conversation(runner, **caches), own)
     with pytest.raises(InputError, match=r"key_cache\[0\]"):
         conversation(runner, key_cache=[key.astype(ms.float32) for key in keys], value_cache=values)
+    known = runner._device.external(**caches)
+    assert runner._device.external(**caches)[0] is known[0]  # neither checked nor wrapped again
+    fewer = {name: [cache[:4] for cache in side] for name, side in caches.items()}
+    assert runner._device.external(**fewer)[1] == 4
 
 
 def test_swapping_with_mindspores_own_copy(ascend):

@@ -525,7 +525,8 @@ class Echo(nn.Cell):
         self.kernels = kernels
 
     def construct(self, token_ids: Tensor, logits_rows: Tensor, inputs: Any, caches: Any) -> Tensor:
-        return ms.ops.cast(token_ids.reshape(-1, 1) + inputs[3].reshape(-1, 1), ms.float16)
+        found = ms.ops.cast(token_ids.reshape(-1, 1) + inputs[3].reshape(-1, 1), ms.float16)
+        return found if caches is None else found + caches[0][1].max() + caches[1][0].max()
 
 
 @pytest.mark.usefixtures("graph_mode")
@@ -549,17 +550,20 @@ def test_graphs_are_compiled_once_in_the_phases_that_mindspore_looks_for(layer_f
     assert not graphs.graphs[DRAFTS].phase_cache
 
 
-def test_caches_of_mindies_reach_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("graph_mode")
+def test_caches_of_mindies_reach_the_graph() -> None:
+    """Of one block in its warm-up, of more afterwards; the graph is the same."""
     kernels = _kernels()
-    graphs = AscendGraphs(Echo(kernels), kernels.call_shape())
-    seen: list[Any] = []
-    for kind in GRAPHS:
-        monkeypatch.setitem(graphs.graphs, kind, lambda *given: seen.append(given))
+    graphs = AscendGraphs(Echo(kernels), kernels.call_shape(external_layers=2))
     (call,) = kernels.calls(_batch([1], [4]))
-    graphs(call)
-    graphs(call, ("keys", "values"))  # type: ignore[arg-type]
-    assert [len(given) for given in seen] == [9, 11]
-    assert seen[1][-2:] == ("keys", "values")
+    for fill, blocks in ((1, 1), (2, 5), (3, 5)):
+        keys, values = (
+            ms.mutable(tuple(Tensor(np.full((blocks, BLOCK, 2, 16), fill + side, np.float16)) for _ in range(2)))
+            for side in (0, 10)
+        )
+        expected = call.token_ids.asnumpy() + call.inputs[1].asnumpy() + 2 * fill + 10
+        assert graphs(call, (keys, values)).asnumpy()[:, 0].tolist() == expected.tolist()
+    assert len(graphs.graphs[DECODE].compile_cache) == 1
 
 
 def test_a_graph_says_which_it_is() -> None:

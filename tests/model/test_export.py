@@ -17,15 +17,16 @@ from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, OutputError
 from telechat_mindie.model.export import ExportReport, export
+from telechat_mindie.model.kernels.ascend_graphs import GRAPHS
 from telechat_mindie.model.mindir import GraphFile, parse_mindir
 from telechat_mindie.variants import VARIANTS
 
 CASES = {
-    "7b tp1": ("7b", 1, "float16"),
-    "35b tp2": ("35b", 2, "float16"),
-    "115b tp8": ("115b", 8, "float16"),
-    "39b-a12b tp2": ("39b-a12b", 2, "bfloat16"),
-    "39b-a12b tp8": ("39b-a12b", 8, "bfloat16"),
+    "7b tp1": ("7b", 1, "float16", "flat"),
+    "35b tp2": ("35b", 2, "float16", "flat"),
+    "115b tp8": ("115b", 8, "float16", "split"),
+    "39b-a12b tp2": ("39b-a12b", 2, "bfloat16", "split"),
+    "39b-a12b tp8": ("39b-a12b", 8, "bfloat16", "flat"),
 }
 
 
@@ -45,8 +46,8 @@ SCRIPT = """
 import json, pathlib, sys
 from telechat_mindie.model.export import export
 from telechat_mindie.variants import VARIANTS
-for case, (variant, tp, dtype) in json.loads(sys.argv[1]).items():
-    report = export(VARIANTS[variant], tp, pathlib.Path(sys.argv[2]), dtype, variant)
+for case, (variant, tp, dtype, form) in json.loads(sys.argv[1]).items():
+    report = export(VARIANTS[variant], tp, pathlib.Path(sys.argv[2]), dtype, variant, layer_form=form)
     # Not ru_maxrss, in which a process begins with the size of the one that started it.
     status = pathlib.Path("/proc/self/status").read_text()
     peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -63,6 +64,7 @@ class Exported:
     config: TelechatConfig
     tp: int
     dtype: str
+    layer_form: str
 
     def graph(self, kind: str) -> GraphFile:
         return read_mindir(Path(self.report["graphs"][kind]["path"]))
@@ -79,8 +81,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     for line in run.stdout.splitlines():
         if line.startswith("["):
             case, report, peak_bytes = json.loads(line)
-            variant, tp, dtype = CASES[case]
-            found[case] = Exported(report, peak_bytes, VARIANTS[variant], tp, dtype)
+            variant, *options = CASES[case]
+            found[case] = Exported(report, peak_bytes, VARIANTS[variant], *options)
     return found
 
 
@@ -132,28 +134,27 @@ class TestReleasedSizes:
         assert case.peak_bytes < 3e9
 
     def test_inputs_have_mindies_dtypes_and_dynamic_axes(self, case: Exported) -> None:
-        depth = case.config.head_dim
-        shared = {
-            "token_ids": ("int32", (None,)),
-            "logits_rows": ("int32", (None,)),
-            "cos": (case.dtype, (None, depth)),
-            "sin": (case.dtype, (None, depth)),
-            "slot_mapping": ("int32", (None,)),
-            "batch_valid_length": ("int32", (None,)),
-            "q_seq_lens": ("int32", (None,)),
-        }
-        own = {
-            "prefill": {"attention_mask": (case.dtype, (128, 128))},
-            "decode": {"attention_mask": (case.dtype, (None, None)), "block_tables": ("int32", (None, None))},
+        names = ("logits_rows", "positions", "slot_mapping", "batch_valid_length", "q_seq_lens")
+        shared = dict.fromkeys(names, ("int32", (None,)))
+        tables = {"block_tables": ("int32", (None, None))}
+        own: dict[str, dict[str, Any]] = {
+            "prefill": {},
+            "decode": tables,
+            "history": tables,
+            "drafts": tables | {"attention_mask": (case.dtype, (None, None))},
         }
         for kind, others in own.items():
+            tokens: tuple[int | None, ...] = (None,)
+            if case.layer_form == "split":
+                tokens = (None, 1) if kind == "decode" else (1, None)
+            others = {**others, "token_ids": ("int32", tokens)}
             inputs = {value.name: (value.dtype, value.shape) for value in case.graph(kind).inputs}
             assert inputs == shared | others
 
-    def test_logits_of_the_whole_vocabulary(self, case: Exported) -> None:
-        for kind in ("prefill", "decode"):
+    def test_logits_of_the_whole_vocabulary_in_float32(self, case: Exported) -> None:
+        for kind in GRAPHS:
             (logits,) = case.graph(kind).outputs
-            assert (logits.dtype, logits.shape) == (case.dtype, (None, 131072))
+            assert (logits.dtype, logits.shape) == ("float32", (None, 131072))
 
     def test_every_parameter_has_the_ranks_shape(self, case: Exported) -> None:
         two = dataclasses.replace(case.config, num_layers=2)
@@ -165,10 +166,21 @@ class TestReleasedSizes:
                 query, key_value = expected.pop(f"{name}wq.weight"), expected.pop(f"{name}wk_v.weight")
                 expected[f"{name}w_qkv.weight"] = (query[0] + key_value[0], query[1])
         cache = (1024, 128, two.num_kv_heads // case.tp, two.head_dim)
-        for kind in ("prefill", "decode"):
+        constants = {
+            "prefill": {"triangle": (128, 128)},
+            "decode": {"no_mask": (1, 1)},
+            "history": {},
+            "drafts": {},
+        }
+        for kind in GRAPHS:
             parameters = case.graph(kind).parameters
-            assert {value.dtype for value in parameters} == {case.dtype}
+            routers = {value for value in parameters if value.name.endswith("router.dense.weight")}
+            assert {value.dtype for value in routers} <= {"float32"} and len(routers) == (2 if two.is_moe else 0)
+            assert {value.dtype for value in parameters if value not in routers} == {case.dtype}
             shapes = {value.name: value.shape for value in parameters}
+            tables = dict.fromkeys(("cos", "sin"), (8192, two.head_dim))
+            own = {name.partition("kernels.")[2]: shapes.pop(name) for name in list(shapes) if "kernels." in name}
+            assert own == tables | constants[kind]
             caches = {name: shapes.pop(name) for name in list(shapes) if "_cache." in name}
             assert shapes == expected
             assert {name.split("cache.", 1)[1] for name in caches} == {
@@ -179,6 +191,7 @@ class TestReleasedSizes:
     def test_no_operator_more_than_the_published_layer_has(self, case: Exported) -> None:
         for kind, graph in case.report["graphs"].items():
             published = _published(case.config.is_moe, case.tp, kind == "prefill")
+            published["Reshape"] += 2 if case.layer_form == "flat" else 0  # its query has three axes all along
             ours: Counter[str] = Counter()
             for operator, count in graph["layer_operators"].items():
                 for name, times in SAME.get(operator, {operator: 1}).items():
@@ -187,7 +200,8 @@ class TestReleasedSizes:
             assert sum(graph["layer_operators"].values()) < published.total()
 
     def test_fused_operators_and_nothing_that_waits_for_the_device(self, case: Exported) -> None:
-        for kind, attention in (("prefill", "FlashAttentionScore"), ("decode", "PagedAttention")):
+        for kind in GRAPHS:
+            attention = "FlashAttentionScore" if kind == "prefill" else "PagedAttention"
             operators = case.graph(kind).operators
             for operator in (attention, "ApplyRotaryPosEmb", "ReshapeAndCache"):
                 assert operators[operator] == 2
@@ -196,8 +210,10 @@ class TestReleasedSizes:
             assert operators["AllGather"] == (1 if case.tp > 1 else 0)
             if case.config.is_moe:
                 assert operators["GroupedMatmulV4"] == 6
-            else:
+            elif case.layer_form == "flat":
                 assert operators["Swiglu"] == 2
+            else:
+                assert (operators["SiLU"], operators["SplitWithSize"], operators["Swiglu"]) == (2, 4, 0)
             # FlashAttentionScore's lengths, once for all layers, as in the published graph.
             assert operators["TensorToTuple"] == (2 if kind == "prefill" else 0)
             waiting = {"TensorToScalar", "TupleToTensor", "ScalarToTensor", "NonZero", "Unique", "MaskedSelect"}
@@ -221,7 +237,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
 class TestExport:
     def test_files_are_named_after_model_and_split(self, report: ExportReport) -> None:
         names = [Path(graph.path).name for graph in report.graphs.values()]
-        assert names == ["tiny_tp2_prefill.mindir", "tiny_tp2_decode.mindir"]
+        assert names == [f"tiny_tp2_{kind}.mindir" for kind in GRAPHS]
         for graph in report.graphs.values():
             assert Path(graph.path).stat().st_mode & 0o777 == 0o640
 
@@ -236,23 +252,37 @@ class TestExport:
             decode.other_operators
         )
 
-    def test_the_base_of_the_tables_that_a_call_brings(self, tmp_path: Path, report: ExportReport) -> None:
-        """Cosines and sines are inputs, so the graphs are those of any base, and the report says which is meant."""
-        given = export(dataclasses.replace(TINY, rope_theta=1e6), 2, tmp_path, "bfloat16", "tiny")
+    def test_the_base_of_the_tables(self, tmp_path: Path, report: ExportReport) -> None:
+        """The tables are parameters, so the graphs are those of any base, and the report says which is meant."""
+        given = export(dataclasses.replace(TINY, rope_theta=1e6), 2, tmp_path, "bfloat16", "tiny", max_seq_len=100)
         assert (report.rope_theta, given.as_dict()["rope_theta"]) == (1e4, 1e6)
-        assert "tables of base 1,000,000" in given.table()
+        assert "of base 1,000,000" in given.table()
         for kind, graph in given.graphs.items():
-            assert {value.name for value in graph.inputs} >= {"cos", "sin"}
+            shapes = {value.name: value.shape for value in read_mindir(Path(graph.path)).parameters}
+            assert shapes["model.kernels.cos"] == shapes["model.kernels.sin"] == (100, 16)
             assert graph.layer_operators == report.graphs[kind].layer_operators
+
+    def test_both_forms_of_a_layer_side_by_side(self, tmp_path: Path) -> None:
+        flat, split = (
+            export(TINY, 2, tmp_path, "float16", "tiny", layer_form=form, block_size=16) for form in ("flat", "split")
+        )
+        assert len(list(tmp_path.iterdir())) == 2 * len(GRAPHS)
+        assert Path(split.graphs["decode"].path).name == "tiny_tp2_split_decode.mindir"
+        assert "Layers are split" in split.table()
+        for kind in GRAPHS:
+            fused, apart = (report.graphs[kind].layer_operators for report in (flat, split))
+            assert (fused["Swiglu"], "SiLU" in fused, fused["SplitWithSize"]) == (1, False, 1)
+            assert ("Swiglu" in apart, apart["SiLU"], apart["Mul"], apart["SplitWithSize"]) == (False, 1, 1, 2)
+            assert fused["MatMul"] == apart["MatMul"] == 4
 
     def test_json_and_table(self, report: ExportReport) -> None:
         data = json.loads(json.dumps(report.as_dict()))
         assert data["graphs"]["prefill"]["inputs"][0] == {"name": "token_ids", "dtype": "int32", "shape": [None]}
         table = report.table()
         assert "The files hold 2 of 3 layers" in table
-        assert "logits bfloat16 [*, 64]" in table
+        assert "logits float32 [*, 64]" in table
         row = next(line.split() for line in table.splitlines() if line.startswith("MatMul"))
-        assert row == ["MatMul", "4", "1", "4", "1"]
+        assert row == ["MatMul", *("4", "1") * len(GRAPHS)]
 
     def test_caches_that_mindie_owns_are_arguments(self, tmp_path: Path, report: ExportReport) -> None:
         given = export(TINY, 2, tmp_path, "bfloat16", "tiny", block_size=16, external_cache=True)
@@ -280,7 +310,7 @@ class TestExport:
             export(TINY, 1, tmp_path, "float16", "tiny")
         assert [path.name for path in tmp_path.iterdir()] == [kept.name]
         export(TINY, 1, tmp_path, "float16", "tiny", force=True)
-        assert len(read_mindir(kept).inputs) == 9
+        assert len(read_mindir(kept).inputs) == 7
 
     @pytest.mark.parametrize(
         ("tp", "dtype", "block_size", "error", "message"),

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_mindie.model.rope import RotaryTable
+from telechat_mindie.model.rope import ResidentRotary, RotaryTable
 
 HEAD_DIM = 16
 
@@ -70,3 +70,42 @@ def test_rounding(dtype):
     rounded, _ = RotaryTable(HEAD_DIM, rotary_dtype=dtype).tables(positions, lengths)
     error = np.abs(rounded - exact).max()
     assert 0 < error <= {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
+
+
+class TestResident:
+    """Tables that stay on a device give each token the row that the host's would, whatever its sequence's length."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.sampled_from(["DYNAMIC_NTK", "NTK", "PI", "None"]),
+        st.sampled_from([(64, 64), (64, 32), (32, 64), (60, 7), (16, 16)]),
+        st.integers(1, 200),
+        st.lists(st.tuples(st.integers(1, 200), st.integers(0, 199)), min_size=1, max_size=12),
+    )
+    def test_rows(self, method: str, lens: tuple[int, int], longest: int, asked: list[tuple[int, int]]) -> None:
+        table = RotaryTable(16, *lens, method, "float32", 2.0)
+        lengths = np.array([min(length, longest) for length, _ in asked])
+        positions = np.array(
+            [position % length for (_, position), length in zip(asked, lengths, strict=True)], np.int32
+        )
+        resident = ResidentRotary(table, longest)
+        rows, scale = resident.rows(positions, lengths)
+        assert rows.dtype == np.int32 and len(resident.cos) <= 2 * longest + 1
+        for found, expected in zip((resident.cos, resident.sin), table.tables(positions, lengths), strict=True):
+            got = found[rows] if scale is None else found[rows] * scale[:, None]
+            np.testing.assert_array_equal(got, np.tile(expected, 2))
+
+    def test_one_plain_table_up_to_the_training_length(self) -> None:
+        resident = ResidentRotary(RotaryTable(16, 64, 64), 64)
+        assert resident.cos.shape == (64, 16) and not resident.has_scale
+
+    def test_rounded_as_the_hosts(self) -> None:
+        table = RotaryTable(16, 64, 64, rotary_dtype="float16")
+        positions = np.arange(64, dtype=np.int32)
+        np.testing.assert_array_equal(ResidentRotary(table, 64).cos[:, :8], table.tables(positions, positions + 1)[0])
+
+    def test_drafts_beyond_the_longest_sequence_have_the_last_row(self) -> None:
+        for longest in (64, 100):
+            resident = ResidentRotary(RotaryTable(16, 64, 64), longest)
+            rows, _ = resident.rows(np.array([longest + 3], np.int32), np.array([longest + 4]))
+            assert rows.tolist() == [len(resident.cos) - 1]

@@ -116,15 +116,14 @@ class AscendKernels(nn.Cell):
         self.table_dtype = "float32" if rotary_dtype == "float32" else cache.dtype
         self.table_kind = getattr(mstype, self.table_dtype)
         self._resident = ResidentRotary(rotary, max_seq_len or config.training_seqlen)
-        self.cos, self.sin = (
-            self._constant(name, table, "float32" if self._resident.has_scale else self.table_dtype)
-            for name, table in (("rotary_cos", self._resident.cos), ("rotary_sin", self._resident.sin))
-        )
+        table_dtype = "float32" if self._resident.has_scale else self.table_dtype
+        self.cos = _constant(self._resident.cos, table_dtype)
+        self.sin = _constant(self._resident.sin, table_dtype)
         # The kernel multiplies a bfloat16 mask by its own large negative number.
         triangle = np.triu(np.full((TRIANGLE, TRIANGLE), 1.0 if self.dtype == "bfloat16" else BLOCKED), 1)
-        self.triangle = self._constant("causal_triangle", triangle, self.dtype)
+        self.triangle = _constant(triangle, self.dtype)
         # With one new token a sequence PagedAttention looks at no mask, but mindformers gives it one.
-        self.no_mask = self._constant("no_mask", np.zeros((1, 1)), self.dtype)
+        self.no_mask = _constant(np.zeros((1, 1)), self.dtype)
 
         self.gather = ops.Gather()
         self.rms_norm = ops.RmsNorm(config.norm_eps)
@@ -149,10 +148,6 @@ class AscendKernels(nn.Cell):
             self.grouped_matmul = fused.GroupedMatmulV4()
             self.weighted_sum = fused.MoeFinalizeRouting()
             self.total = ops.ReduceSum(keep_dims=True)
-
-    @staticmethod
-    def _constant(name: str, array: np.ndarray, dtype: str) -> Parameter:
-        return parameter_over(_tensor(array.astype(DTYPES[dtype].numpy)), name)
 
     @staticmethod
     def weight_dtype(stored: str) -> str:
@@ -359,6 +354,10 @@ class AscendKernels(nn.Cell):
 
 def _tensor(array: np.ndarray) -> Tensor:
     return Tensor.from_numpy(np.ascontiguousarray(array))
+
+
+def _constant(array: np.ndarray, dtype: str) -> Parameter:
+    return parameter_over(_tensor(array.astype(DTYPES[dtype].numpy)))
 
 
 def first_batch(kind: str) -> RaggedBatch:
