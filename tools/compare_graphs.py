@@ -71,8 +71,8 @@ class Difference:
 def mindformers_graphs(config: TelechatConfig, dtype: str, packed: bool) -> Graphs:
     """mindformers' own inference model of this shape (research/telechat2/infer), compiled."""
     from mindformers.modules.transformer.moe import MoEConfig
-    from research.telechat2.infer.telechat import ParallelTelechatForCausalLM
-    from research.telechat2.telechat_config import TelechatConfig as TheirConfig
+    from research.telechat2.infer.telechat import ParallelTelechatForCausalLM  # type: ignore[import-not-found]
+    from research.telechat2.telechat_config import TelechatConfig as TheirConfig  # type: ignore[import-not-found]
 
     moe = {}
     if config.is_moe:
@@ -195,7 +195,7 @@ def main(research_parent: str) -> None:
     sys.path.insert(0, research_parent)
     ms.set_context(mode=ms.GRAPH_MODE, jit_config=JIT_CONFIG)
     ms.mint.empty = on_host(ms.mint.empty)
-    found = []
+    found: list[Difference] = []
     for name, (config, dtype, packed) in MODELS.items():
         theirs = mindformers_graphs(config, dtype, packed)
         for form in LAYER_FORMS:
