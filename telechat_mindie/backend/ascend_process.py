@@ -18,7 +18,7 @@ from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG
 from telechat_mindie.soc import ADVICE, refused_by_mindspore
 
 ENVIRONMENT = {
-    "MS_ALLOC_CONF": "enable_vmm:False",  # memory in blocks of the pool, which swap_cache and HCCL take as they are
+    "MS_ALLOC_CONF": "enable_vmm:False",  # the device's memory pool without virtual addresses
     "RUN_MODE": "predict",  # read by MindSpore's own Parameter and compiler (mindspore/common/parameter.py)
     "CPU_AFFINITY": "True",  # read by `bind_to_share`
 }
@@ -31,7 +31,7 @@ the custom PagedAttention reads a query of two axes in another layout. Calls wit
 alone knows that. The library reads the variable when it makes its first kernel."""
 
 KERNELS_HOME = "ASCEND_HOME_PATH"
-"""CANN's home, under which the kernel library looks for the chip's description; it ends the process without one."""
+"""CANN's home, under which the kernel library looks for the chip's description; it fails without one."""
 
 
 def rank_environment(present: Mapping[str, str]) -> dict[str, str]:
@@ -50,7 +50,7 @@ def prepare_process(rank: int, world_size: int, device_id: int) -> None:
     """
     if not os.environ.get(KERNELS_HOME):
         raise InputError(
-            "is not set, and Ascend's kernel library ends without it",
+            "is not set, and Ascend's kernel library fails without it",
             where=KERNELS_HOME,
             advice="Source CANN's set_env.sh before the service: . /usr/local/Ascend/ascend-toolkit/set_env.sh",
         )

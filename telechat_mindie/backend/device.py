@@ -116,9 +116,8 @@ class CpuModel(DeviceModel):
 
     def run(self, batch: RaggedBatch, caches: Any) -> ms.Tensor:
         if self._alone is not None:
-            return ms.Tensor.from_numpy(
-                self._alone.logits(batch, caches)
-            )  # the same memory, and asnumpy gives it again
+            logits = self._alone.logits(batch, caches)
+            return ms.Tensor.from_numpy(logits)  # the same memory, and asnumpy gives it again
         if caches is not None:  # the CPU's scatter writes rows of a matrix
             keys, values = caches
             caches = as_rows(keys, values, self.width, self._cache_dtype)
@@ -172,6 +171,8 @@ class AscendModel(DeviceModel):
 
         MindIE brings the same tensors with every call: those that have been looked at are known by their identity.
         """
+        if self.rank.num_blocks:
+            raise InputError("comes beside the model's own cache", where="key_cache", expected="npu_mem_size -1")
         given = [*(key_cache or ()), *(value_cache or ())]
         if len(given) != len(self._given) or any(map(is_not, given, self._given)):
             (keys, values), blocks = super().external(key_cache, value_cache)

@@ -40,8 +40,8 @@ def serve(connection: socket.socket, arguments: dict[str, Any]) -> None:
         method = message.pop("method")
         try:
             if method == "forward":
-                logits = runner.forward(**message).asnumpy()
-                send(connection, {"logits": logits if arguments["rank_id"] == 0 else np.empty(0, np.float32)})
+                logits = runner.forward(**message)
+                send(connection, {"logits": logits.asnumpy() if arguments["rank_id"] == 0 else np.empty(0, np.float32)})
             else:
                 runner.swap(message["block_tables"], message["swap_type"])
                 send(connection, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from helpers.driver import Driver
 
 from telechat_mindie.backend import model_runner
 from telechat_mindie.backend.device import AscendModel, device_name
-from telechat_mindie.errors import InputError
+from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.model.kernels.ascend import AscendKernels
 from telechat_mindie.model_dir.build import BuildOptions, build
 
 BLOCK, NUM_BLOCKS = 16, 32
@@ -80,6 +83,49 @@ def test_the_tables_have_the_models_base(tmp_path, ascend):
     np.testing.assert_allclose(on_ascend, conversation(cpu_runner(tmp_path / "model")), atol=3e-2)
 
 
+@pytest.mark.parametrize("form", ["flat", "split"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gqa_bf16", {}), ("ntk_fp32", {"max_seq_len": 256}), ("moe_fp32", {}), ("theta_fp32", {})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_published_logits_in_float32(shared, ascend, tmp_path, monkeypatch, name, options, form):
+    """Layouts, tables, masks and routing without an NPU's rounding: prompts, steps, and a prompt in two chunks."""
+    monkeypatch.setattr(AscendKernels, "weight_dtype", staticmethod(lambda stored: stored))
+    build(
+        tmp_path / "model", shared(f"oracle/{name}") / "ckpt", BuildOptions(dtype="float32", block_size=16, **options)
+    )
+    yaml = next((tmp_path / "model").glob("*.yaml"))
+    yaml.write_text(yaml.read_text().replace("layer_form: 'flat'", f"layer_form: '{form}'"))
+    oracle = np.load(shared(f"oracle/{name}") / "oracle.npz")
+    driver = Driver(ascend(path=tmp_path / "model", num_blocks=128), BLOCK, 128)
+    prompts = [oracle[f"input_ids_{i}"].reshape(-1) for i in range(4)]
+    tables = [driver.table(len(prompt) + 9) for prompt in prompts]
+    tokens = np.stack([oracle[f"greedy_cached_{i}_rope32"].reshape(-1) for i in range(4)])
+    wanted = np.stack([oracle[f"greedy_cached_logits_{i}_rope32"].reshape(tokens.shape[1], -1) for i in range(4)])
+    found = driver.prefill(prompts, tables)
+    for step in range(4):
+        np.testing.assert_allclose(found, wanted[:, step], atol=5e-4)
+        found = driver.decode(tokens[:, step], [len(prompt) + step for prompt in prompts], tables)
+    longest = max(prompts, key=len)
+    table, half = driver.table(len(longest)), len(longest) // 2
+    positions = np.arange(len(longest), dtype=np.int32)
+    slots = driver.slots(table, positions)
+    for part in (slice(0, half), slice(half, len(longest))):
+        new = part.stop - part.start
+        found = driver.prefill(
+            [longest[part]],
+            [table],
+            valid_length_each_example=np.array([part.stop], np.int32),
+            slot_mapping=slots[part],
+            position_ids=positions[part],
+            q_seq_lens=[new],
+        )
+    if name != "ntk_fp32":  # whose first chunk is shorter than the training length, where its tables are others
+        which = next(i for i in range(4) if prompts[i] is longest)
+        np.testing.assert_allclose(found[0], wanted[which, 0], atol=5e-4)
+
+
 @pytest.fixture
 def networks(monkeypatch):
     """(kind, caches given) of every run of a graph, and the tensor that it gave."""
@@ -123,6 +169,29 @@ def test_the_first_prompt_with_mindies_caches(ascend, networks):
     caches = {"key_cache": one_block(), "value_cache": one_block()}  # as in MindIE's warm-up
     Driver(runner, BLOCK, 2).prefill([np.arange(4, 9)], [np.zeros(1, np.int32)], **caches)
     assert [run[:2] for run in networks] == [("prefill", True), ("decode", True)]
+
+
+def test_the_form_of_a_layer_is_the_yamls(directory, ascend, tmp_path):
+    """The same logits either way; a directory without the key, as 0.1.0 and 0.2.0 built them, has flat layers."""
+    (name,) = (file.name for file in directory.glob("*.yaml"))
+    line = "    layer_form: 'flat'\n"
+    text = (directory / name).read_text()
+    assert line in text
+    found = {}
+    for form in ("flat", "split", None, "round"):
+        path = tmp_path / str(form)
+        shutil.copytree(directory, path)
+        (path / name).chmod(0o640)
+        (path / name).write_text(text.replace(line, "" if form is None else line.replace("flat", form)))
+        if form == "round":
+            with pytest.raises(ConfigError, match=r"layer_form: is not supported \(expected flat or split"):
+                ascend(path=path)
+        else:
+            runner = ascend(path=path)
+            found[form] = runner.model.kernels.layer_form, conversation(runner)
+    assert [form for form, _ in found.values()] == ["flat", "split", "flat"]
+    np.testing.assert_allclose(found["split"][1], found["flat"][1], atol=5e-3)
+    np.testing.assert_array_equal(found[None][1], found["flat"][1])
 
 
 def one_block():
@@ -182,6 +251,8 @@ def test_caches_that_mindie_allocates(ascend):
         conversation(runner, key_cache=[key.astype(ms.float32) for key in keys], value_cache=values)
     known = runner._device.external(**caches)
     assert runner._device.external(**caches)[0] is known[0]  # neither checked nor wrapped again
+    with pytest.raises(InputError, match="key_cache: comes beside the model's own cache"):
+        conversation(ascend(), **caches)
     fewer = {name: [cache[:4] for cache in side] for name, side in caches.items()}
     assert runner._device.external(**fewer)[1] == 4
 

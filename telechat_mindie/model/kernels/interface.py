@@ -57,7 +57,7 @@ class Kernels(Protocol):
     def attention(self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """Rotary, cache write, attention over the context.
 
-        [T, (heads + 2 kv heads) * head_dim] gives [T, heads * head_dim]; `inputs` are those of a Call.
+        [T, (heads + 2 kv heads) * head_dim] gives [T, heads * head_dim]; `inputs` are the kernels' own, from a Call.
         """
 
     def calls(self, batch: RaggedBatch) -> list[Call]:
