@@ -23,7 +23,7 @@ export PATH="$root/$venv/bin:$PATH" GLOG_v=3
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-exec python -m pytest -q -p no:cacheprovider -k "not -mindspore] and not [mindspore]" \
+exec python -m pytest -q -p no:cacheprovider -k "not -mindspore] and not [mindspore" \
     tests/ascend_host \
     tests/model/test_ascend_kernels.py tests/model/test_export.py tests/model/test_kernel_interface.py \
     tests/model/test_kv_cache.py tests/model/test_rope.py \
