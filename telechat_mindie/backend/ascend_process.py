@@ -14,11 +14,8 @@ import mindspore as ms
 
 from telechat_mindie.backend.ranks import use_device
 from telechat_mindie.errors import InputError
+from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG
 from telechat_mindie.soc import ADVICE, refused_by_mindspore
-
-JIT_CONFIG = {"jit_level": "O0", "infer_boost": "on"}
-"""Kernel by kernel with MindSpore's internal kernels, the only ones that ReshapeAndCache and PagedAttention have
-(build_context.py:160-183)."""
 
 ENVIRONMENT = {
     "MS_ALLOC_CONF": "enable_vmm:False",  # the device's memory pool without virtual addresses
@@ -29,8 +26,9 @@ ENVIRONMENT = {
 
 DISABLED_KERNELS_VARIABLE = "MS_INTERNAL_DISABLE_CUSTOM_KERNEL_LIST"
 DISABLED_KERNELS = ("PagedAttention",)
-"""Custom kernels that the library replaces by its asdops ones: the custom PagedAttention reads another layout and knows
-no mask_mode (build_context.py:336-340). The library reads the variable when it makes its first kernel."""
+"""Custom kernels that the library replaces by its asdops ones, as in mindformers' processes (build_context.py:336-340):
+the custom PagedAttention reads a query of two axes in another layout. Calls with a trapezoidal mask stay with it, which
+alone knows that. The library reads the variable when it makes its first kernel."""
 
 KERNELS_HOME = "ASCEND_HOME_PATH"
 """CANN's home, under which the kernel library looks for the chip's description; it fails without one."""

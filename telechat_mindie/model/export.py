@@ -18,7 +18,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import OutputError
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
-from telechat_mindie.model.kernels.ascend_graphs import FLAT, GRAPHS, AscendCache, DecoderGraph
+from telechat_mindie.model.kernels.ascend_graphs import FLAT, GRAPHS, JIT_CONFIG, AscendCache, DecoderGraph
 from telechat_mindie.model.mindir import GraphFile, Value, parse_mindir
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
@@ -131,7 +131,7 @@ def export(
     for path in paths.values():
         if path.exists() and not force:
             raise OutputError("exists already", where=path, advice="Use --force to replace it.")
-    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_context(mode=ms.GRAPH_MODE, jit_config=JIT_CONFIG)
     written = min(WRITTEN_LAYERS, config.num_layers)
     decoders = [
         _decoder(

@@ -25,6 +25,7 @@ from telechat_mindie.model.kernels.ascend_graphs import (
     DRAFTS,
     GRAPHS,
     HISTORY,
+    JIT_CONFIG,
     PREFILL,
     AscendCache,
     AscendCall,
@@ -37,6 +38,12 @@ from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
 from tests.helpers.ascend_operators import emulate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def context() -> None:
+    ms.set_context(jit_config=JIT_CONFIG)
+
 
 BLOCK = 16
 DENSE = TelechatConfig(64, 64, 2, 4, 96, num_kv_heads=2)

@@ -29,6 +29,11 @@ PLUGIN_GRAPHS = {"splitfuse": HISTORY, "prefix_cache": HISTORY, "la": DRAFTS, "m
 
 FLAT, SPLIT = LAYER_FORMS
 
+JIT_CONFIG = {"jit_level": "O0", "infer_boost": "on"}
+"""What these graphs are compiled under: kernel by kernel with MindSpore's internal kernels, the only ones that
+ReshapeAndCache and PagedAttention have (mindformers r1.6.0 core/context/build_context.py:160-183). Without it MindSpore
+2.7 refuses FlashAttentionScore's mask while it compiles, on any device."""
+
 
 class AscendCache(nn.Cell):
     """Keys and values of every layer, each [num_blocks, block_size, kv_heads, head_dim], as the operators want them.
