@@ -90,7 +90,7 @@ class TestResident:
         )
         resident = ResidentRotary(table, longest)
         rows, scale = resident.rows(positions, lengths)
-        assert rows.dtype == np.int32 and len(resident.cos) <= 2 * longest + 1
+        assert rows.dtype == np.int32 and len(resident.cos) < 3 * longest + 1
         for found, expected in zip((resident.cos, resident.sin), table.tables(positions, lengths), strict=True):
             got = found[rows] if scale is None else found[rows] * scale[:, None]
             np.testing.assert_array_equal(got, np.tile(expected, 2))
