@@ -30,6 +30,7 @@ Step = tuple[int, int]
 _STEP = re.compile(r".+-(\d{1,9})_(\d{1,9})(?:_breakpoint)?\.(?:ckpt|safetensors)")
 _RANK_FOLDER = re.compile(r"rank_(\d{1,9})")
 _RANK_FILE = re.compile(r"(?:.*_)?rank_(\d{1,9})(?:[-_].*)?\.(?:ckpt|safetensors)")
+_RANK_ENTRY = re.compile(f"{_RANK_FOLDER.pattern}|{_RANK_FILE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ _STEP_COUNTERS = {"global_step", "epoch_num", "step_num"}
 def _ranks_folder(path: Path) -> Path:
     """`path`, or the folder in it that has the ranks' checkpoints."""
     for folder in (path, path / "checkpoint", path / "checkpoint_network"):
-        if folder.is_dir() and any(_RANK_FOLDER.fullmatch(entry.name) for entry in folder.iterdir()):
+        if folder.is_dir() and any(_RANK_ENTRY.fullmatch(entry.name) for entry in folder.iterdir()):
             return folder
     return path
 
