@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,15 +387,14 @@ def test_a_run_on_one_card_needs_no_strategy(dense, tmp_path):
 
 
 def test_more_ranks_than_files_may_be_open(dense, tmp_path, monkeypatch):
-    """64 ranks, of which a reader keeps 3 files open at a time."""
-    import resource
-
+    """32 ranks, of which a reader keeps 3 files open at a time."""
     _, arrays = dense
-    stages = layouts(weights_of(arrays), tp=2, dp=32, zero=16)
+    stages = layouts(weights_of(arrays), tp=2, dp=16, zero=-1)
     write_run(tmp_path / "output", arrays, stages)
     monkeypatch.setattr(tensors, "MAX_OPEN_FILES", 3)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+    taken = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 12, hard))
     try:
         redistribute(tmp_path / "output", tmp_path / "whole.ckpt", Redistribution())
         redistribute(
@@ -402,7 +403,7 @@ def test_more_ranks_than_files_may_be_open(dense, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert_same(load(tmp_path / "whole.ckpt"), arrays | counters())
-    assert_same(load(tmp_path / "ranks/rank_63/checkpoint_63.ckpt"), rank_arrays(arrays, stages)[63] | counters())
+    assert_same(load(tmp_path / "ranks/rank_31/checkpoint_31.ckpt"), rank_arrays(arrays, stages)[31] | counters())
 
 
 def test_parameters_in_slices(dense, run, tmp_path, monkeypatch):
