@@ -102,6 +102,20 @@ def scatter(strategy: Strategy, tensors: Tensors, where: object) -> list[dict[st
     return result
 
 
+def part_by_part(tensor: StoredTensor, ranks: int) -> StoredTensor:
+    """A packed weight [q k v] or [gate up] of one whose rows lie rank by rank, each with its share of every part."""
+    rows, hidden = tensor.shape
+    parts = (hidden, (rows - hidden) // 2, (rows - hidden) // 2) if "w_qkv" in tensor.name else (rows // 2, rows // 2)
+    pieces, offset = [], 0
+    for part in parts:
+        share = len(rank_range(part, 0, ranks))
+        for rank in range(ranks):
+            begin = rank * (rows // ranks) + offset
+            pieces.append(cut(tensor, 0, range(begin, begin + share)))
+        offset += share
+    return join(pieces, 0)
+
+
 def _common(name: str) -> bool:
     """Whether a tensor may be without a layout: it is no parameter that ranks divide."""
     return training_state(name) in ("counter", "buffer")

@@ -11,7 +11,7 @@ from telechat_mindie.checkpoint.mapping import mindformers_targets, training_sta
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
 
-_PACKED = (".attention.w_qkv.weight", ".feed_forward.w_gate_hidden.weight")
+PACKED = (".attention.w_qkv.weight", ".feed_forward.w_gate_hidden.weight")
 _OPTIMIZER = ("adam_m.", "adam_v.", "accu_grads.")
 
 
@@ -38,7 +38,7 @@ def infer_strategy(ranks: Sequence[Mapping[str, StoredTensor]], config: Telechat
     for rank, tensors in enumerate(ranks):
         if lacking := everywhere - tensors.keys():
             raise refuse(f"rank {rank} lacks {name_some(lacking, 2)}, as with pipeline stages")
-    packed = any(name.endswith(_PACKED) for name in everywhere)
+    packed = any(name.endswith(PACKED) for name in everywhere)
     targets = mindformers_targets(config, qkv_concat=packed, transposed_experts=False)
     shapes = {target.name: target.shape for target in targets}
     layouts = {}
@@ -52,7 +52,7 @@ def infer_strategy(ranks: Sequence[Mapping[str, StoredTensor]], config: Telechat
         layout = _layout(tensor.shape, whole, len(ranks))
         if layout is None or any(tensors[name].shape != tensor.shape for tensors in ranks):
             raise refuse(f"{name} is {list(tensor.shape)} of {list(whole)}")
-        if any(layout.axes) and parameter.endswith(_PACKED):
+        if any(layout.axes) and parameter.endswith(PACKED):
             raise refuse(f"{name} is packed from several weights and cut")
         layouts[name] = layout
     return Strategy((layouts,))

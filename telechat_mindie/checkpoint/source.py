@@ -30,6 +30,7 @@ class Checkpoint:
         qkv_concat: MindSpore weights with q, k, v and gate, up packed.
         transposed_experts: MindSpore experts stored for the grouped matmul.
         adapters: what is added to the weights where they are read.
+        note: what a person should know of how it was read.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Checkpoint:
     qkv_concat: bool = False
     transposed_experts: bool = False
     adapters: tuple[Adapter, ...] = ()
+    note: str = ""
 
     @property
     def dtype(self) -> str:
@@ -99,7 +101,7 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], 
     if stored and not mindformers.is_mindformers(stored):
         config = config or TelechatConfig.from_directory(config_dir)
         return Checkpoint(path, config_dir, kind, config, hugging_face.tiled_weights(stored, config, path))
-    ranks = [run.whole(config, weights_only=True)] if run else mindformers.read_ranks(path)
+    ranks = [run.weights(config)] if run else mindformers.read_ranks(path)
     if ranks is None:
         _refuse_foreign_files(path)
         TelechatConfig.from_directory(config_dir)
@@ -122,7 +124,15 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], 
         ranks=len(ranks) if by_rank else 0,
         qkv_concat=form.qkv_concat,
         transposed_experts=form.transposed_experts,
+        note=_PACKED_NOTE if run and run.packed_ranks > 1 and not choice.packed_by_rank else "",
     )
+
+
+_PACKED_NOTE = (
+    "The run cut packed weights (w_qkv, w_gate_hidden) over its ranks; they are read as one [q k v], as its strategy "
+    "says. If each rank's were packed from the rank's own q, k and v, as convert_weight.py packs rank folders, add "
+    "--packed-by-rank."
+)
 
 
 def _refuse_foreign_files(path: Path) -> None:

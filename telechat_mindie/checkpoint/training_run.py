@@ -9,15 +9,17 @@ those of all ranks in one folder are taken too (mindformers/core/callback/callba
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from telechat_mindie.checkpoint.distributed import gather
+from telechat_mindie.checkpoint.distributed import gather, part_by_part
 from telechat_mindie.checkpoint.formats.strategy import MAX_RUN_RANKS, Strategy, read_strategy
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, read_files
-from telechat_mindie.checkpoint.inferred import infer_strategy
+from telechat_mindie.checkpoint.inferred import PACKED, infer_strategy
 from telechat_mindie.checkpoint.mapping import training_state
 from telechat_mindie.checkpoint.mindformers import files_of, read_file, weight_files
 from telechat_mindie.config import TelechatConfig
@@ -41,14 +43,16 @@ class RunChoice:
         strategy: a strategy file, or the folder of them; None: `strategy` beside the ranks' folder.
         step: as `EPOCH_STEP`, or a step alone where one epoch has it; None: the newest.
         sources: more folders of the same run, as of other machines.
+        packed_by_rank: packed weights lie rank by rank, each packed from its rank's share; see `TrainingRun.weights`.
     """
 
     strategy: Path | None = None
     step: str | None = None
     sources: tuple[Path, ...] = ()
+    packed_by_rank: bool = False
 
     def __bool__(self) -> bool:
-        return self.strategy is not None or self.step is not None or bool(self.sources)
+        return self != RunChoice()
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class TrainingRun:
         strategies: files and folders; none where none were found.
         step: None where the files' names have none.
         steps: all that every rank has, in order.
+        packed_by_rank: as in `RunChoice`.
     """
 
     path: Path
@@ -68,12 +73,14 @@ class TrainingRun:
     strategies: tuple[Path, ...]
     step: Step | None
     steps: tuple[Step, ...]
+    packed_by_rank: bool = False
 
     @property
     def kind(self) -> str:
-        step = f", step {_spelled(self.step)}" if self.step else ""
+        step = f", step {spelled(self.step)}" if self.step else ""
         return f"mindformers training, {len(self.files)} rank{'s' if len(self.files) > 1 else ''}{step}"
 
+    @cached_property
     def strategy(self) -> Strategy | None:
         """As its files say; None without any.
 
@@ -127,11 +134,29 @@ class TrainingRun:
         Raises:
             CheckpointError: as `read` and `gather`; or there is no strategy file, and the shapes leave doubt.
         """
-        strategy = self.strategy()
+        strategy = self.strategy  # first, as it says which ranks are missing
         ranks = self.read(weights_only=weights_only)
         if len(ranks) == 1 and strategy is None:
             return ranks[0]
         return gather(strategy or infer_strategy(ranks, config, self.path), ranks, self.path)
+
+    @property
+    def packed_ranks(self) -> int:
+        """Over how many ranks tensor parallelism cuts packed weights; 1 where it does not."""
+        stages = self.strategy.stages if self.strategy else ()
+        return max((cut.cuts[0] for stage in stages for name, cut in stage.items() if name.endswith(PACKED)), default=1)
+
+    def weights(self, config: TelechatConfig | None) -> dict[str, StoredTensor]:
+        """The weights alone, as `whole`; packed ones in the order that `choice` says.
+
+        With tensor parallelism the graph that mindformers compiles splits each rank's own rows of w_qkv into its q, k
+        and v (`skip_redistribution`; SplitWithSizeInfo::ReplaceNodeInputOrAttrs in MindSpore's split_info.cc), so that
+        ranks which were packed one by one hold [q0 k0 v0 q1 k1 v1]. The strategy says [q k v], cut across.
+        """
+        weights = self.whole(config, weights_only=True)
+        if self.packed_by_rank and self.packed_ranks > 1:
+            weights |= {n: part_by_part(t, self.packed_ranks) for n, t in weights.items() if n.endswith(PACKED)}
+        return weights
 
 
 def find_run(path: Path, choice: RunChoice, *, certain: bool = False) -> TrainingRun | None:
@@ -172,10 +197,25 @@ def find_run(path: Path, choice: RunChoice, *, certain: bool = False) -> Trainin
     if not any(by_step.values()):
         if choice.step is not None:
             raise InputError("the files' names have no steps", where="--step", found=choice.step)
-        return TrainingRun(path, files, strategies, None, ())
+        return TrainingRun(path, files, strategies, None, (), choice.packed_by_rank)
     step, steps = _choose(by_step, choice.step, path)
     chosen = {rank: _one(found[step]) for rank, found in by_step.items()}
-    return TrainingRun(path, chosen, strategies, step, steps)
+    return TrainingRun(path, chosen, strategies, step, steps, choice.packed_by_rank)
+
+
+def counter_values(tensors: Mapping[str, StoredTensor]) -> dict[str, int | float]:
+    """The run's counters of one number, such as global_step, by name."""
+    with TensorReader() as reader:
+        return {
+            name: reader.load(tensor).item()
+            for name, tensor in tensors.items()
+            if training_state(name) == "counter" and math.prod(tensor.shape) == 1
+        }
+
+
+def spelled(step: Step | None) -> str:
+    """A step as options and files' names have it."""
+    return f"{step[0]}_{step[1]}" if step else "none"
 
 
 _STEP_COUNTERS = {"global_step", "epoch_num", "step_num"}
@@ -225,27 +265,25 @@ def _choose(
 ) -> tuple[Step, tuple[Step, ...]]:
     """The step to take, and all that every rank has."""
     common = sorted(set.intersection(*(set(steps) for steps in by_step.values())))
-    advice = f"Every rank has {name_some(map(_spelled, common))}." if common else "No step is in every rank."
+    advice = f"Every rank has {name_some(map(spelled, common))}." if common else "No step is in every rank."
     if wanted is None:
         newest = {rank: max(steps, default=None) for rank, steps in by_step.items()}
         if len(set(newest.values())) > 1:
             first = min(newest)
             other = next(rank for rank in newest if newest[rank] != newest[first])
-            found = f"{_spelled(newest[first])} in rank_{first}, {_spelled(newest[other])} in rank_{other}"
+            found = f"{spelled(newest[first])} in rank_{first}, {spelled(newest[other])} in rank_{other}"
             if common:
-                advice += f" Take one: --step {_spelled(common[-1])}."
+                advice += f" Take one: --step {spelled(common[-1])}."
             raise CheckpointError("ranks are at different steps", where=path, found=found, advice=advice)
         return common[-1], tuple(common)
     every = sorted(set().union(*by_step.values()))
-    matching = [step for step in every if wanted in (_spelled(step), str(step[1]))]
-    exact = [step for step in matching if _spelled(step) == wanted] or matching
+    matching = [step for step in every if wanted in (spelled(step), str(step[1]))]
+    exact = [step for step in matching if spelled(step) == wanted] or matching
     if len(exact) != 1:
         found = f"{wanted}, which {'several epochs have' if exact else 'no rank has'}"
         raise InputError("is not one of the steps", where="--step", expected="EPOCH_STEP", found=found, advice=advice)
     if lacking := [f"rank_{rank}" for rank, steps in by_step.items() if exact[0] not in steps]:
-        raise CheckpointError(
-            f"step {_spelled(exact[0])} is missing in {name_some(lacking)}", where=path, advice=advice
-        )
+        raise CheckpointError(f"step {spelled(exact[0])} is missing in {name_some(lacking)}", where=path, advice=advice)
     return exact[0], tuple(common)
 
 
@@ -258,7 +296,3 @@ def _one(files: Sequence[Path]) -> Sequence[Path]:
             advice="Leave the one of the run in the folder.",
         )
     return files
-
-
-def _spelled(step: Step | None) -> str:
-    return f"{step[0]}_{step[1]}" if step else "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -16,6 +17,7 @@ from telechat_mindie.commands.options import (
     Dtype,
     Force,
     NoQkvConcat,
+    PackedByRank,
     Resume,
     Source,
     Step,
@@ -32,6 +34,7 @@ def build(
     strategy: Strategy = None,
     step: Step = None,
     source: Source = None,
+    packed_by_rank: PackedByRank = False,
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -64,13 +67,17 @@ def build(
         force=force,
         adapters=tuple(adapter or ()),
         config_dir=config,
-        choice=RunChoice(strategy, step, tuple(source or ())),
+        choice=RunChoice(strategy, step, tuple(source or ()), packed_by_rank),
         resume=resume,
         allow_nonfinite=allow_nonfinite,
         allow_overflow=allow_overflow,
     )
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
     with byte_progress("building") as start:
-        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes))
+        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), note)
     if as_json:
         print_json(
             {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}

@@ -13,6 +13,7 @@ from telechat_mindie.commands.options import (
     AllowNonfinite,
     AllowOverflow,
     Force,
+    PackedByRank,
     Resume,
     Source,
     Step,
@@ -28,6 +29,7 @@ def convert(
     strategy: Strategy = None,
     step: Step = None,
     more_sources: Source = None,
+    packed_by_rank: PackedByRank = False,
     to_strategy: Path = typer.Option(
         None, "--to-strategy", help="MindSpore: divide over the ranks of this strategy, a file or folder."
     ),
@@ -62,12 +64,13 @@ def convert(
         raise InputError("unknown form", where="--to", expected=" or ".join(forms), found=to)
     if to == "hf" and (tp is not None or qkv_concat or gmm):
         raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
-    choice = RunChoice(strategy, step, tuple(more_sources or ()))
+    choice = RunChoice(strategy, step, tuple(more_sources or ()), packed_by_rank)
     if to_strategy is not None or keep_optimizer:
         given = {
             "--to hf": to == "hf",
             "--dtype": dtype != "auto",
             "--tp": tp is not None,
+            "--packed-by-rank": packed_by_rank,
             "--qkv-concat": qkv_concat,
             "--gmm": gmm,
             "--adapter": bool(adapter),
@@ -96,6 +99,8 @@ def convert(
         "allow_overflow": allow_overflow,
     }
     source = open_checkpoint(checkpoint, config, adapter or (), choice)
+    if source.note:
+        print(source.note, file=sys.stderr)
     with byte_progress("converting") as start:
         if to == "hf":
             plan = to_hugging_face(source, output, OutputOptions(**chosen), start)

@@ -47,6 +47,10 @@ Source = Annotated[
     list[Path] | None,
     typer.Option("--source", help="Another folder of the same training run, of another machine; repeatable."),
 ]
+PackedByRank = Annotated[
+    bool,
+    typer.Option("--packed-by-rank", help="A training run's packed weights were packed rank by rank."),
+]
 Variant = Annotated[str | None, typer.Option("--variant", help=f"A released size instead: {VARIANT_NAMES}.")]
 
 # Service configs

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, ConfigDir, Dtype, NoQkvConcat, Source, Step, Strategy, Tp, Variant
+from telechat_mindie.commands.options import (
+    AsJson,
+    ConfigDir,
+    Dtype,
+    NoQkvConcat,
+    PackedByRank,
+    Source,
+    Step,
+    Strategy,
+    Tp,
+    Variant,
+)
 
 
 def plan(
@@ -17,6 +28,7 @@ def plan(
     strategy: Strategy = None,
     step: Step = None,
     other_sources: Source = None,
+    packed_by_rank: PackedByRank = False,
     variant: Variant = None,
     tp: Tp = 1,
     dtype: Dtype = "auto",
@@ -47,9 +59,9 @@ def plan(
 
     if (checkpoint is None) == (variant is None):
         raise InputError("name one of the two", where="--checkpoint, --variant")
-    choice = RunChoice(strategy, step, tuple(other_sources or ()))
+    choice = RunChoice(strategy, step, tuple(other_sources or ()), packed_by_rank)
     if checkpoint is None and (config_dir or choice):
-        raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source")
+        raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
     source = (
         from_config(variants.named(variant)) if checkpoint is None else source_facts(checkpoint, config_dir, choice)
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import Adapter, AsJson, ConfigDir, ModelPath, Source, Step, Strategy
+from telechat_mindie.commands.options import Adapter, AsJson, ConfigDir, ModelPath, PackedByRank, Source, Step, Strategy
 
 
 def verify(
@@ -17,6 +17,7 @@ def verify(
     strategy: Strategy = None,
     step: Step = None,
     source: Source = None,
+    packed_by_rank: PackedByRank = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that a model directory is what was built: hashes, and with --against every weight.
@@ -29,9 +30,9 @@ def verify(
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.model_dir.verify import check_against, check_files
 
-    choice = RunChoice(strategy, step, tuple(source or ()))
+    choice = RunChoice(strategy, step, tuple(source or ()), packed_by_rank)
     if (adapter or config or choice) and against is None:
-        where = "--adapter, --config, --strategy, --step, --source"
+        where = "--adapter, --config, --strategy, --step, --source, --packed-by-rank"
         raise InputError("is for a comparison", where=where, advice="Name the checkpoint too: --against DIR.")
     directory = ModelDir.open(model_path)
     files = directory.files

@@ -59,11 +59,13 @@ def build(
     checkpoint: Path,
     options: BuildOptions | None = None,
     on_start: Callable[[ConversionPlan], Progress] | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> ConversionPlan:
     """Make `model_path` from the checkpoint directory, complete or not at all.
 
     Args:
         on_start: called with the plan before the first byte is written; gives the progress callback.
+        on_note: called with what a person should know of how the checkpoint was read.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the checkpoint is refused.
@@ -73,6 +75,8 @@ def build(
     options = options or BuildOptions()
     source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
     beside = source.config_dir
+    if source.note:
+        on_note(source.note)
     check_computation(source.config, beside / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = check_lengths(options, source.config)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from helpers.checkpoints import MOE, make_checkpoint
 from helpers.strategies import (
     Cut,
@@ -19,7 +22,9 @@ from helpers.strategies import (
     write_run,
     write_strategy,
 )
+from safetensors.numpy import load_file
 
+from telechat_mindie import cli
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.formats import mindspore as mindspore_format
 from telechat_mindie.checkpoint.formats import tensors
@@ -182,6 +187,22 @@ def test_the_strategy_wins_over_what_packed_names_suggest(tmp_path):
     shutil.rmtree(tmp_path / "output" / "strategy")
     with pytest.raises(CheckpointError, match=r"is packed from several weights and cut.*output/strategy"):
         open_checkpoint(tmp_path / "output", hf)
+
+
+def test_weights_that_were_packed_rank_by_rank(tmp_path):
+    """The ranks hold [q0 k0 v0] and [q1 k1 v1], which is what mindformers' own graph computes with."""
+    hf, whole = _model(tmp_path, packed=True)
+    to_mindspore(open_checkpoint(hf), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=2, qkv_concat=True))
+    write_strategy(tmp_path / "output" / "strategy", layouts(weights_of(whole), tp=2))
+    for rank in range(2):
+        held = load(tmp_path / "ranks" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        write_ckpt(tmp_path / f"output/checkpoint/rank_{rank}/t_rank_{rank}-1_9.ckpt", held | counters())
+    opened = open_checkpoint(tmp_path / "output", hf, choice=RunChoice(packed_by_rank=True))
+    to_hugging_face(opened, tmp_path / "a", OutputOptions())
+    to_hugging_face(open_checkpoint(hf), tmp_path / "b", OutputOptions())
+    name = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert opened.note == "" and "--packed-by-rank" in open_checkpoint(tmp_path / "output", hf).note
 
 
 def test_weights_alone_on_wish(dense, run, tmp_path):
@@ -425,6 +446,84 @@ def test_an_output_that_is_there_is_kept_but_for_force(run, tmp_path):
     assert (tmp_path / "out.ckpt").read_text() == "precious"
     redistribute(run, tmp_path / "out.ckpt", Redistribution(force=True))
     assert "lm_head.weight" in load(tmp_path / "out.ckpt")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["telechat-mindie", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = leave.code or 0
+        return code, *capsys.readouterr()
+
+    return main
+
+
+def test_every_command_takes_a_run(dense, run, tmp_path, command):
+    hf, arrays = dense
+    shutil.move(run / "strategy", tmp_path / "elsewhere")
+    shutil.move(run / "checkpoint" / "rank_3", tmp_path / "second" / "rank_3")
+    which = ("--strategy", tmp_path / "elsewhere", "--source", tmp_path / "second", "--step", "2_9")
+    code, out, _ = command("info", run, *which, "--json")
+    facts = json.loads(out)
+    assert (code, facts["ranks"], facts["step"], facts["stages"], facts["optimizer_shards"]) == (0, 4, "2_9", 1, 2)
+    assert facts["counters"]["global_step"] == 18
+    assert facts["optimizer"]["tensors"] == 2 * facts["weights"]["tensors"] == 2 * len(weights_of(arrays))
+    which = (*which, "--config", hf)
+    code, out, _ = command("plan", "--checkpoint", run, *which, "--no-probe", "--json")
+    assert (code, json.loads(out)["source"]["dtype"]) == (0, "float32")
+    assert command("build", tmp_path / "model", "--checkpoint", run, *which, "--tp", 2)[0] == 0
+    code, out, _ = command("verify", tmp_path / "model", "--against", run, *which)
+    assert code == 0 and "weights equal" in out
+    assert command("convert", run, tmp_path / "hf", "--to", "hf", *which)[0] == 0
+    stored = load_file(tmp_path / "hf" / "model-00001-of-00001.safetensors")
+    assert_same({"lm_head.weight": stored["lm_head.weight"]}, {"lm_head.weight": arrays["lm_head.weight"]})
+    code, out, _ = command("convert", run, tmp_path / "whole.ckpt", "--to", "ckpt", "--keep-optimizer", *which)
+    assert code == 0 and "mindformers training, 4 ranks, step 2_9" in out
+    assert_same(load(tmp_path / "whole.ckpt"), arrays | counters())
+    other = layouts(weights_of(arrays), tp=4)
+    write_strategy(tmp_path / "other", other)
+    arguments = ("--to", "safetensors", "--to-strategy", tmp_path / "other", *which)
+    assert command("convert", run, tmp_path / "ranks", *arguments)[0] == 0
+    for rank, held in enumerate(rank_arrays(weights_of(arrays), other)):
+        assert_same(load_file(tmp_path / f"ranks/rank_{rank}/checkpoint_{rank}.safetensors"), held)
+
+
+def test_no_flag_is_ignored(dense, run, tmp_path, command):
+    for flag in (("--tp", 2), ("--dtype", "float16"), ("--resume",), ("--qkv-concat",), ("--allow-nonfinite",)):
+        code, _, err = command("convert", run, tmp_path / "x", "--to", "ckpt", "--keep-optimizer", *flag)
+        assert code == 2 and flag[0] in err, err
+    assert command("convert", run, tmp_path / "x", "--to", "hf", "--keep-optimizer")[0] == 2
+    for name, arguments in (("verify", (dense[0],)), ("info", (dense[0],)), ("plan", ("--variant", "7b"))):
+        assert command(name, *arguments, "--strategy", run / "strategy")[0] == 2
+    code, _, err = command("convert", run, tmp_path / "x", "--to", "ckpt", "--strategy", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: strategy is not there" in err
+
+
+def transform(*arguments):
+    command = [sys.executable, ROOT / "tools" / "transform_ckpt.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_published_script_by_its_flags(dense, run, tmp_path):
+    _, arrays = dense
+    other = layouts(weights_of(arrays), dp=2)
+    write_strategy(tmp_path / "other", other)
+    source = ("--src_ckpt_dir", run / "checkpoint", "--src_ckpt_strategy", run / "strategy")
+    done = transform(*source, "--dst_ckpt_dir", tmp_path / "a", "--prefix", "x_", "--dst_ckpt_strategy", "None")
+    assert done.returncode == 0, done.stderr
+    assert_same(load(tmp_path / "a" / "rank_0" / "x_0.ckpt"), arrays | counters())
+    done = transform(*source, "--dst_ckpt_dir", tmp_path / "b", "--dst_ckpt_strategy", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    for rank, held in enumerate(rank_arrays(arrays, other)):
+        assert_same(load(tmp_path / "b" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"), held | counters())
+    done = transform(*source[:2], "--dst_ckpt_dir", tmp_path / "c", "--src_ckpt_strategy", tmp_path / "other")
+    assert done.returncode == 2 and "another number of ranks" in done.stderr and "Traceback" not in done.stderr
 
 
 REAL = [

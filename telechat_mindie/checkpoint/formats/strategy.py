@@ -112,6 +112,16 @@ class Strategy:
     def ranks(self) -> int:
         return len(self.stages) * self.stage_ranks
 
+    @property
+    def most_cuts(self) -> int:
+        """The most parts that any parameter is cut into by tensor or expert parallelism."""
+        return max(math.prod(layout.cuts) for stage in self.stages for layout in stage.values())
+
+    @property
+    def most_shards(self) -> int:
+        """The most parts that optimizer parallelism cuts any parameter into."""
+        return max(layout.shards for stage in self.stages for layout in stage.values())
+
 
 def read_strategy(paths: Sequence[Path]) -> Strategy:
     """The strategy that files of one run make up together: a merged one, or those of its ranks, which repeat.
