@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -437,6 +438,25 @@ def test_parameters_in_slices(dense, run, tmp_path, monkeypatch):
     choice = RunChoice(strategy=run / "strategy")
     redistribute(tmp_path / "sliced", tmp_path / "whole.ckpt", Redistribution(choice=choice))
     assert_same(load(tmp_path / "whole.ckpt"), dense[1] | counters())
+
+
+def test_memory_stays_small(tmp_path):
+    """96 MB, cut through its rows, so that every block is put together from both ranks and divided again."""
+    cuts = [{"x.weight": Cut((2,), (-1, 0))}]
+    array = np.arange(24 << 20, dtype=np.float32).reshape(-1, 4096)
+    write_run(tmp_path / "output", {"x.weight": array}, cuts)
+    write_strategy(tmp_path / "other", [{"x.weight": Cut((2, 2), (0, 1))}])
+    tracemalloc.start()
+    try:
+        redistribute(tmp_path / "output", tmp_path / "whole.ckpt", Redistribution())
+        redistribute(tmp_path / "output", tmp_path / "other_ranks", Redistribution(strategy=tmp_path / "other"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 48 << 20
+    assert np.array_equal(load(tmp_path / "whole.ckpt")["x.weight"], array)
+    last = load(tmp_path / "other_ranks" / "rank_3" / "checkpoint_3.ckpt")["x.weight"]
+    assert np.array_equal(last, array[array.shape[0] // 2 :, 2048:])
 
 
 def test_an_output_that_is_there_is_kept_but_for_force(run, tmp_path):
