@@ -8,6 +8,7 @@ from telechat_mindie.checkpoint.formats.bounds import MAX_NAME_LENGTH, BoundedFi
 from telechat_mindie.errors import CheckpointError
 
 VARINT, LENGTH_DELIMITED = 0, 2
+_VARINT_BYTES = 10  # at most, for 64 bits
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 
 
@@ -38,14 +39,14 @@ class Message:
 
     def varint(self) -> int:
         value = 0
-        for shift in range(0, 70, 7):
-            if self.position >= self._end:
-                raise self.broken("a message that ends too early")
-            byte = self.file.read(self.position, 1)[0]
+        encoded = self.file.read(self.position, min(_VARINT_BYTES, self._end - self.position))
+        for shift, byte in enumerate(encoded):
             self.position += 1
-            value |= (byte & 0x7F) << shift
+            value |= (byte & 0x7F) << 7 * shift
             if byte < 0x80 and value < 2**64:
                 return value
+        if len(encoded) < _VARINT_BYTES:
+            raise self.broken("a message that ends too early")
         raise self.broken("a number of more than 64 bits")
 
     def signed(self) -> int:
