@@ -152,9 +152,15 @@ class TrainingRun:
         With tensor parallelism the graph that mindformers compiles splits each rank's own rows of w_qkv into its q, k
         and v (`skip_redistribution`; SplitWithSizeInfo::ReplaceNodeInputOrAttrs in MindSpore's split_info.cc), so that
         ranks which were packed one by one hold [q0 k0 v0 q1 k1 v1]. The strategy says [q k v], cut across.
+
+        Raises:
+            CheckpointError: as `whole`.
+            InputError: `packed_by_rank`, and no packed weight is cut.
         """
         weights = self.whole(config, weights_only=True)
-        if self.packed_by_rank and self.packed_ranks > 1:
+        if self.packed_by_rank:
+            if self.packed_ranks == 1:
+                raise InputError("the run cuts no packed weights over its ranks", where="--packed-by-rank")
             weights |= {n: part_by_part(t, self.packed_ranks) for n, t in weights.items() if n.endswith(PACKED)}
         return weights
 

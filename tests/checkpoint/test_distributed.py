@@ -519,6 +519,8 @@ def test_no_flag_is_ignored(dense, run, tmp_path, command):
         code, _, err = command("convert", run, tmp_path / "x", "--to", "ckpt", "--keep-optimizer", *flag)
         assert code == 2 and flag[0] in err, err
     assert command("convert", run, tmp_path / "x", "--to", "hf", "--keep-optimizer")[0] == 2
+    code, _, err = command("convert", run, tmp_path / "x", "--to", "hf", "--packed-by-rank", "--config", dense[0])
+    assert code == 2 and "cuts no packed weights" in err
     for name, arguments in (("verify", (dense[0],)), ("info", (dense[0],)), ("plan", ("--variant", "7b"))):
         assert command(name, *arguments, "--strategy", run / "strategy")[0] == 2
     code, _, err = command("convert", run, tmp_path / "x", "--to", "ckpt", "--strategy", tmp_path / "nowhere")
