@@ -67,8 +67,8 @@ TABLE = (
         "rank file",
         r"(.*_)?rank_\d+([-_].*)?\.(ckpt|safetensors)",
         "holds several ranks of a mindformers run side by side",
-        "Join them with mindformers' transform_checkpoint.py and the run's strategy files "
-        "(strategy/ckpt_strategy_rank_N.ckpt); ranks of tensor parallelism alone may lie in folders rank_0, rank_1.",
+        "Name the run's strategy files with --strategy output/strategy; ranks of tensor parallelism alone may lie in "
+        "folders rank_0, rank_1.",
     ),
     Foreign(
         "tensor", r".*(\.lora_[AB]\.|mindpet_delta_lora).*", "holds LoRA weights that were not merged", NOT_A_MODEL

@@ -8,6 +8,9 @@ A weight's walk, and the words for what it passes through:
 - A *weight* has its Hugging Face name and whole, unsplit shape (`mapping`). What a source gives for each is its dtype
   and *tiles* (`tiles`): rectangles of the weight, each held by one stored tensor. A Hugging Face file holds a weight in
   one tile, rank folders in one a rank; whatever a source is, the stages below see nothing but tiles.
+- A *training run* (`training_run`) is the ranks' checkpoints of a step, and the strategy that says how they divide each
+  parameter. `distributed` puts the pieces together; what comes of it is a stored tensor like any (`pieces`). With the
+  optimizer's state it is copied, whole or divided by another strategy (`redistribute`).
 - A *target* is a tensor of the output: *parts*, which are rows of weights, below each other (`mapping`). Its *role*
   says which axis the ranks divide (`sharding`).
 - A *block* is a rectangle of one weight that is read once, and says which of its columns go to which rank (`blocks`).

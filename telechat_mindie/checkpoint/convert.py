@@ -7,21 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
+from telechat_mindie.checkpoint.copying import Copier
 from telechat_mindie.checkpoint.formats.bounds import open_bounded
-from telechat_mindie.checkpoint.formats.containers import MINDSPORE_CKPT, SAFETENSORS
-from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, read_files
+from telechat_mindie.checkpoint.formats.containers import CONTAINERS, MINDSPORE_CKPT
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.mapping import Target, hugging_face_targets, mindformers_targets
 from telechat_mindie.checkpoint.mindformers import rank_folders, read_file, weight_files
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
-from telechat_mindie.checkpoint.reader import BLOCK_BYTES
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, convert_staged, known_dtype
-from telechat_mindie.checkpoint.writer import HashedFile, Journal
+from telechat_mindie.checkpoint.writer import Journal
 from telechat_mindie.config import SPELLINGS
-from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
@@ -39,8 +36,6 @@ SIDE_FILES = (
 )
 """What stands beside the weights in a published checkpoint, or where they are alone beside its config.json, but for
 chat templates, which are looked for, and the code, which the output has no use for."""
-
-CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
 
 _EXPERT_STACK = re.compile(r"feed_forward\.ffn\.w[123]\.weight")
 
@@ -162,41 +157,16 @@ def transpose_experts(source: Path, output: Path, ranks: int, on_start: OnStart 
     if not any(_is_expert_stack(tensor) for tensors in stored for tensor in tensors.values()):
         raise InputError("holds no experts to transpose", where=source)
     progress = on_start(sum(tensor.nbytes for tensors in stored for tensor in tensors.values())) if on_start else None
-    with StagedDirectory(output, replace=False) as staged, TensorReader() as reader:
+    with StagedDirectory(output, replace=False) as staged, Copier(staged.path, progress) as copier:
         for rank, tensors in enumerate(stored):
-            shapes = [
-                (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if _is_expert_stack(tensor) else tensor.shape
-                for tensor in tensors.values()
-            ]
-            entries = [(t.name, t.dtype, shape) for t, shape in zip(tensors.values(), shapes, strict=True)]
             path = f"rank_{rank}/checkpoint_{rank}{MINDSPORE_CKPT.suffix}"
-            file = HashedFile(staged.path, path, MINDSPORE_CKPT.frames(entries))
-            try:
-                for tensor in tensors.values():
-                    _copy(reader, tensor, file, progress or (lambda _: None))
-                file.finish()
-            finally:
-                file.close()
+            copier.write(path, list(tensors.values()), MINDSPORE_CKPT, turned=_is_expert_stack)
+        copier.finish()
         staged.commit()
 
 
 def _is_expert_stack(tensor: StoredTensor) -> bool:
     return len(tensor.shape) == 3 and _EXPERT_STACK.search(tensor.name) is not None
-
-
-def _copy(reader: TensorReader, tensor: StoredTensor, file: HashedFile, report: Progress) -> None:
-    """Append a tensor's bytes to the file; those of a stack of experts turned, one expert at a time."""
-    turned = tensor.nbytes > 0 and _is_expert_stack(tensor)
-    step = tensor.nbytes // tensor.shape[0] if turned else BLOCK_BYTES
-    for begin in range(0, tensor.nbytes, step):
-        data = np.empty(min(step, tensor.nbytes - begin), np.uint8)
-        reader.read_into(tensor, begin, data.data)
-        if turned:
-            # As integers of the dtype's width: what the numbers are does not matter here.
-            matrix = data.view(f"u{DTYPES[tensor.dtype].itemsize}").reshape(tensor.shape[1:])
-            data = np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8)
-        file.write(file.frame(data.data))
-        report(data.nbytes)
 
 
 def _dtypes(targets: Sequence[Target], source: Checkpoint, options: OutputOptions) -> tuple[list[Target], str]:

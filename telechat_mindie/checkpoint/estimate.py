@@ -15,6 +15,7 @@ from telechat_mindie.checkpoint.pipeline import DEPTH
 from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, TURN_BYTES
 from telechat_mindie.checkpoint.source import NoWeightsError, open_checkpoint
+from telechat_mindie.checkpoint.training_run import RunChoice
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
@@ -40,11 +41,13 @@ class Source:
     assumed: str = ""
 
 
-def source_facts(checkpoint: Path) -> Source:
+def source_facts(checkpoint: Path, config_dir: Path | None = None, choice: RunChoice | None = None) -> Source:
     """From the headers of a checkpoint, or before its download from an index and config.json, or config.json alone.
 
     Args:
         checkpoint: a folder, a weight file, or a config.json, which then is all that is looked at.
+        config_dir: where config.json is, if not beside the weights.
+        choice: which step of a training run, and by which strategy.
 
     Raises:
         ConfigError, CheckpointError: as `open_checkpoint`; or nothing tells the dtype of what an index lists.
@@ -52,11 +55,11 @@ def source_facts(checkpoint: Path) -> Source:
     if checkpoint.suffix == ".json":
         return from_config(TelechatConfig.from_file(checkpoint))
     if (index := index_alone(checkpoint)) is not None:
-        return _from_index(index, TelechatConfig.from_directory(checkpoint))
+        return _from_index(index, TelechatConfig.from_directory(config_dir or checkpoint))
     try:
-        found = open_checkpoint(checkpoint)
+        found = open_checkpoint(checkpoint, config_dir, choice=choice)
     except NoWeightsError:
-        return from_config(TelechatConfig.from_directory(checkpoint))
+        return from_config(TelechatConfig.from_directory(config_dir or checkpoint))
     return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
 
 

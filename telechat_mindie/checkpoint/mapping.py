@@ -78,12 +78,24 @@ MINDFORMERS_NAME = re.compile(
 )
 """How the names of mindformers' research/telechat2 begin, which safetensors files may have too."""
 
-MINDFORMERS_DROPPED = re.compile(
-    r"^(adam_[mv]|moments|accu_grads|moment[12])\.|^(beta[12]_power|scale_sense)$|"
-    r"^(global_step|epoch_num|step_num|learning_rate|loss_scale|current_iterator_step|last_overflow_iterator_step)$|"
-    r"\.router\.(router\.topk_bias|e_score_correction_bias)$"
-)
-"""What a training checkpoint of mindformers holds besides weights: optimizer state, counters, unused router buffers."""
+TRAINING_STATE = {
+    "counter": re.compile(
+        r"(adam_[mv]\.)?(global_(step|batch_size)|(epoch|step)_num|scale_sense|loss_scale|learning_rate|"
+        r"(current|last_overflow)_iterator_step)"
+    ),
+    "optimizer": re.compile(r"(adam_[mv]|moments|moment[12]|accu_grads)\..+|beta[12]_power"),
+    "buffer": re.compile(
+        r"fi_parameter|.+\.(fi_parameter|expert_load)|.+\.router\.(router\.topk_bias|e_score_correction_bias)"
+    ),
+}
+"""What a training checkpoint of mindformers holds besides weights, by kind: the optimizer's state of each parameter,
+counters of the run, and what the router's balancing counts, which inference does not use (callback.py of mindformers,
+CheckpointMonitor and MoE callbacks)."""
+
+
+def training_state(name: str) -> str | None:
+    """The kind of TRAINING_STATE that a tensor of a mindformers checkpoint is; None for a weight."""
+    return next((kind for kind, pattern in TRAINING_STATE.items() if pattern.fullmatch(name)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.mapping import (
-    MINDFORMERS_DROPPED,
     MINDFORMERS_NAME,
     Target,
     differences,
     mindformers_targets,
+    training_state,
     weights,
 )
 from telechat_mindie.checkpoint.sharding import Role
@@ -47,7 +47,7 @@ def read_ranks(path: Path) -> list[dict[str, StoredTensor]] | None:
         return [read_files(weight_files(folder), read_weights, folder) for folder in folders]
     if path.is_file():
         return [read_weights(path, path.parent)]
-    files = _files(path)
+    files = files_of(path)
     if len(files) > 1:
         refuse_foreign("rank file", (file.name for file in files), path, CheckpointError)
     return [read_files(files, read_weights, path)] if files else None
@@ -65,7 +65,7 @@ def rank_folders(path: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """A rank folder's files. Raises CheckpointError where there are none."""
-    files = _files(folder)
+    files = files_of(folder)
     if not files:
         raise CheckpointError("holds no .ckpt or .safetensors file", where=folder)
     return files
@@ -78,10 +78,11 @@ def read_file(file: Path, root: Path) -> dict[str, StoredTensor]:
 
 def read_weights(file: Path, root: Path) -> dict[str, StoredTensor]:
     """The weights in a file, as `read_file`."""
-    return {name: tensor for name, tensor in read_file(file, root).items() if not MINDFORMERS_DROPPED.search(name)}
+    return {name: tensor for name, tensor in read_file(file, root).items() if training_state(name) is None}
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """The weight files that lie in a folder, but for an adapter's."""
     files = (entry for entry in folder.iterdir() if entry.suffix in (".ckpt", ".safetensors"))
     return sorted(file for file in files if file.name not in ADAPTER_FILES)
 
@@ -163,7 +164,7 @@ def _check_ranks(ranks: Ranks, targets: Sequence[Target], where: Path) -> None:
             raise CheckpointError(
                 f"lacks weights that other ranks hold, as in a run with pipeline stages: {name_some(lacking)}",
                 where=place,
-                advice="Join the ranks with mindformers' transform_checkpoint.py and the run's strategy files.",
+                advice="Name the run's strategy files: --strategy output/strategy.",
             )
         for _, clause in differences({name: tensor.shape for name, tensor in stored.items()}, expected):
             raise CheckpointError(

@@ -10,6 +10,7 @@ from telechat_mindie.checkpoint import hugging_face, mindformers
 from telechat_mindie.checkpoint.adapters.adapter import Adapter, parse_adapter, read_adapter, without_factors
 from telechat_mindie.checkpoint.adapters.factors import check_memory
 from telechat_mindie.checkpoint.tiles import TiledWeight
+from telechat_mindie.checkpoint.training_run import RunChoice, find_run
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
@@ -29,6 +30,7 @@ class Checkpoint:
         qkv_concat: MindSpore weights with q, k, v and gate, up packed.
         transposed_experts: MindSpore experts stored for the grouped matmul.
         adapters: what is added to the weights where they are read.
+        note: what a person should know of how it was read.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     qkv_concat: bool = False
     transposed_experts: bool = False
     adapters: tuple[Adapter, ...] = ()
+    note: str = ""
 
     @property
     def dtype(self) -> str:
@@ -58,11 +61,14 @@ class NoWeightsError(CheckpointError):
     """A folder has a config.json and no weights, nor what is known in their place."""
 
 
-def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequence[str | Path] = ()) -> Checkpoint:
+def open_checkpoint(
+    path: Path, config_dir: Path | None = None, adapters: Sequence[str | Path] = (), choice: RunChoice | None = None
+) -> Checkpoint:
     """Recognise and index the checkpoint at `path`, a directory or a MindSpore file; only headers are read.
 
     Args:
         config_dir: where config.json is; by default beside the weights. A MindSpore checkpoint can do without.
+        choice: which step of a training run that lies there, and by which strategy.
         adapters: LoRA adapters to merge, each as for `parse_adapter`; `read_adapter` reads them whole.
 
     Raises:
@@ -73,7 +79,7 @@ def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequen
             the config.
     """
     named = [parse_adapter(given) for given in adapters]
-    model = _open_model(path, config_dir, {adapter.resolve() for adapter, _ in named})
+    model = _open_model(path, config_dir, {adapter.resolve() for adapter, _ in named}, choice or RunChoice())
     weights = dict(model.weights)
     read = tuple(read_adapter(adapter, scale, model.config, path) for adapter, scale in named)
     for adapter in read:
@@ -83,18 +89,19 @@ def open_checkpoint(path: Path, config_dir: Path | None = None, adapters: Sequen
     return replace(model, weights=weights, adapters=read)
 
 
-def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) -> Checkpoint:
+def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], choice: RunChoice) -> Checkpoint:
     if existing_path(path, "checkpoint").is_file():
         _refuse_foreign_files(path)
     config_dir = config_dir or (path if path.is_dir() else path.parent)
     has_config = (config_dir / "config.json").exists()
     # A config.json of another model says more than its weights' names, or dtypes that no file of ours has.
     config = TelechatConfig.from_directory(config_dir) if has_config else None
-    kind, stored = hugging_face.read_stored(path)
+    run = find_run(path, choice)
+    kind, stored = ("", {}) if run else hugging_face.read_stored(path)
     if stored and not mindformers.is_mindformers(stored):
         config = config or TelechatConfig.from_directory(config_dir)
         return Checkpoint(path, config_dir, kind, config, hugging_face.tiled_weights(stored, config, path))
-    ranks = mindformers.read_ranks(path)
+    ranks = [run.weights(config)] if run else mindformers.read_ranks(path)
     if ranks is None:
         _refuse_foreign_files(path)
         TelechatConfig.from_directory(config_dir)
@@ -106,17 +113,26 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path]) 
     ranks = [without_factors(stored, path, adapters) for stored in ranks]
     config = config or mindformers.infer_config(ranks, path)
     form = mindformers.recognise(ranks[0], config, len(ranks))
-    by_rank = path.is_dir() and (path / "rank_0").is_dir()
+    by_rank = run is None and path.is_dir() and (path / "rank_0").is_dir()
+    kind = f"MindSpore, {len(ranks)} ranks" if by_rank else "MindSpore"
     return Checkpoint(
         path,
         config_dir,
-        f"MindSpore, {len(ranks)} ranks" if by_rank else "MindSpore",
+        run.kind if run else kind,
         config,
         mindformers.tiled_weights(ranks, form, config, path),
         ranks=len(ranks) if by_rank else 0,
         qkv_concat=form.qkv_concat,
         transposed_experts=form.transposed_experts,
+        note=_PACKED_NOTE if run and run.packed_ranks > 1 and not choice.packed_by_rank else "",
     )
+
+
+_PACKED_NOTE = (
+    "The run cut packed weights (w_qkv, w_gate_hidden) over its ranks; they are read as one [q k v], as its strategy "
+    "says. If each rank's were packed from the rank's own q, k and v, as convert_weight.py packs rank folders, add "
+    "--packed-by-rank."
+)
 
 
 def _refuse_foreign_files(path: Path) -> None:

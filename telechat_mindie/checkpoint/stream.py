@@ -131,7 +131,7 @@ def _write(
     ]
     nbytes = plan.tp * sum(shard.nbytes for shard in pending)
     report(plan.output_bytes - nbytes)
-    _check_space(root, nbytes)
+    check_space(root, nbytes)
     syncing: Future[None] | None = None
     with Pipeline(plan, source) as pipeline, ThreadPoolExecutor(1, "sync") as sync_pool:
         for shard in pending:
@@ -171,7 +171,8 @@ def _judge(odd: dict[str, OddValues], options: ConvertOptions) -> None:
         )
 
 
-def _check_space(root: Path, needed: int) -> None:
+def check_space(root: Path, needed: int) -> None:
+    """Raises OutputError where `needed` bytes do not fit into the file system of `root`."""
     free = shutil.disk_usage(root).free
     if needed > free:
         raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -12,18 +13,28 @@ from telechat_mindie.commands.options import (
     AllowOverflow,
     AsJson,
     BlockSize,
+    ConfigDir,
     Dtype,
     Force,
     NoQkvConcat,
+    PackedByRank,
     Resume,
+    Source,
+    Step,
+    Strategy,
     Tp,
 )
 
 
 def build(
     model_path: Path = typer.Argument(help="Directory to make."),
-    checkpoint: Path = typer.Option(..., "--checkpoint", help="Directory of the TeleChat2 checkpoint."),
+    checkpoint: Path = typer.Option(..., "--checkpoint", help="A TeleChat2 checkpoint, or the output of its training."),
+    config: ConfigDir = None,
     adapter: Adapter = None,
+    strategy: Strategy = None,
+    step: Step = None,
+    source: Source = None,
+    packed_by_rank: PackedByRank = False,
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -39,6 +50,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into a model directory that MindIE serves."""
+    from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.errors import name_some
     from telechat_mindie.model_dir.build import BuildOptions
@@ -54,12 +66,18 @@ def build(
         bare_prompt=bare_prompt,
         force=force,
         adapters=tuple(adapter or ()),
+        config_dir=config,
+        choice=RunChoice(strategy, step, tuple(source or ()), packed_by_rank),
         resume=resume,
         allow_nonfinite=allow_nonfinite,
         allow_overflow=allow_overflow,
     )
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
     with byte_progress("building") as start:
-        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes))
+        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), note)
     if as_json:
         print_json(
             {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}

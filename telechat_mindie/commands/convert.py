@@ -8,14 +8,34 @@ from typing import Any
 
 import typer
 
-from telechat_mindie.commands.options import Adapter, AllowNonfinite, AllowOverflow, Force, Resume
+from telechat_mindie.commands.options import (
+    Adapter,
+    AllowNonfinite,
+    AllowOverflow,
+    Force,
+    PackedByRank,
+    Resume,
+    Source,
+    Step,
+    Strategy,
+)
 
 
 def convert(
-    checkpoint: Path = typer.Argument(help="A checkpoint in any form, or a model directory."),
+    checkpoint: Path = typer.Argument(help="A checkpoint in any form, a training run's output, or a model directory."),
     output: Path = typer.Argument(help="File or directory to make."),
     to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
+    strategy: Strategy = None,
+    step: Step = None,
+    more_sources: Source = None,
+    packed_by_rank: PackedByRank = False,
+    to_strategy: Path = typer.Option(
+        None, "--to-strategy", help="MindSpore: divide over the ranks of this strategy, a file or folder."
+    ),
+    keep_optimizer: bool = typer.Option(
+        False, "--keep-optimizer", help="MindSpore: keep the optimizer's state and the counters."
+    ),
     adapter: Adapter = None,
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float16, bfloat16 or float32."),
     tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
@@ -26,9 +46,14 @@ def convert(
     allow_nonfinite: AllowNonfinite = False,
     allow_overflow: AllowOverflow = False,
 ) -> None:
-    """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers."""
+    """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers.
+
+    With --to-strategy or --keep-optimizer tensors are copied as they are.
+    """
     from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
+    from telechat_mindie.checkpoint.redistribute import Redistribution, redistribute
     from telechat_mindie.checkpoint.source import open_checkpoint
+    from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError, name_some
@@ -39,6 +64,33 @@ def convert(
         raise InputError("unknown form", where="--to", expected=" or ".join(forms), found=to)
     if to == "hf" and (tp is not None or qkv_concat or gmm):
         raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
+    choice = RunChoice(strategy, step, tuple(more_sources or ()), packed_by_rank)
+    if to_strategy is not None or keep_optimizer:
+        given = {
+            "--to hf": to == "hf",
+            "--dtype": dtype != "auto",
+            "--tp": tp is not None,
+            "--packed-by-rank": packed_by_rank,
+            "--qkv-concat": qkv_concat,
+            "--gmm": gmm,
+            "--adapter": bool(adapter),
+            "--resume": resume,
+            "--allow-nonfinite": allow_nonfinite,
+            "--allow-overflow": allow_overflow,
+        }
+        if refused := [flag for flag, is_given in given.items() if is_given]:
+            raise InputError(
+                "--to-strategy and --keep-optimizer copy tensors as they are into MindSpore files",
+                where=", ".join(refused),
+            )
+        wanted = Redistribution(
+            choice=choice, strategy=to_strategy, training_state=keep_optimizer, container=to, force=force
+        )
+        with byte_progress("copying") as start:
+            done = redistribute(checkpoint, output, wanted, config, start)
+        ranks = f", for {done.ranks} ranks" if to_strategy is not None else ""
+        print(f"{output}: {done.tensors} tensors, {format_bytes(done.nbytes)}{ranks}, from {done.kind}")
+        return
     chosen: dict[str, Any] = {
         "dtype": dtype,
         "force": force,
@@ -46,7 +98,9 @@ def convert(
         "allow_nonfinite": allow_nonfinite,
         "allow_overflow": allow_overflow,
     }
-    source = open_checkpoint(checkpoint, config, adapter or ())
+    source = open_checkpoint(checkpoint, config, adapter or (), choice)
+    if source.note:
+        print(source.note, file=sys.stderr)
     with byte_progress("converting") as start:
         if to == "hf":
             plan = to_hugging_face(source, output, OutputOptions(**chosen), start)

@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
-from telechat_mindie.commands.options import AsJson, ModelPath
+from telechat_mindie.commands.options import AsJson, ConfigDir, Source, Step, Strategy
+
+if TYPE_CHECKING:
+    from telechat_mindie.checkpoint.training_run import TrainingRun
+    from telechat_mindie.model_dir.layout import ModelDir
 
 
 def info(
-    model_path: ModelPath,
+    model_path: Path = typer.Argument(help="A model directory, or the output of a training run."),
     kv_gb: int = typer.Option(8, "--kv-gb", min=1, help="Memory for the KV cache of each card (npuMemSize), in GB."),
+    config: ConfigDir = None,
+    strategy: Strategy = None,
+    step: Step = None,
+    source: Source = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model directory holds, and how many tokens fit into a given cache."""
+    """Say what a model directory holds, and how many tokens fit into a given cache; or what a training run has left."""
+    from telechat_mindie.checkpoint.training_run import RunChoice, find_run
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+
+    choice = RunChoice(strategy, step, tuple(source or ()))
+    if not (model_path / MANIFEST).exists() and (choice or model_path.is_dir()):
+        run = find_run(model_path, choice)
+        if run is not None:
+            _show_run(run, config, as_json=as_json)
+            return
+    if choice or config is not None:
+        raise InputError("is for the output of a training run", where="--config, --strategy, --step, --source")
+    _show_model_dir(ModelDir.open(model_path), kv_gb, as_json=as_json)
+
+
+def _show_run(run: TrainingRun, config_dir: Path | None, *, as_json: bool) -> None:
+    from telechat_mindie.checkpoint.mapping import training_state
+    from telechat_mindie.checkpoint.training_run import counter_values, spelled
+    from telechat_mindie.commands.output import Facts
+    from telechat_mindie.config import TelechatConfig
+    from telechat_mindie.units import format_bytes
+
+    facts, strategy = Facts(), run.strategy
+    facts.add("ranks", str(len(run.files)), ranks=len(run.files))
+    if run.step:
+        step, steps = spelled(run.step), [spelled(step) for step in run.steps]
+        facts.add("step", f"{step}; every rank has {', '.join(steps)}", step=step, steps=steps)
+    if strategy:
+        stages, cuts, shards = len(strategy.stages), strategy.most_cuts, strategy.most_shards
+        text = f"{stages} pipeline stage(s), parameters cut into {cuts} at most, optimizer parallel over {shards}"
+        facts.add("strategy", text, stages=stages, parameter_cuts=cuts, optimizer_shards=shards)
+    else:
+        facts.add("strategy", "no strategy files beside the checkpoints", stages=None)
+    beside = config_dir or run.path
+    has_config = (beside / "config.json").exists()
+    tensors = run.whole(TelechatConfig.from_directory(beside) if has_config else None)
+    for label, kind in (("weights", None), ("optimizer", "optimizer"), ("buffers", "buffer")):
+        held = [tensor for name, tensor in tensors.items() if training_state(name) == kind]
+        nbytes = sum(tensor.nbytes for tensor in held)
+        dtypes = sorted({tensor.dtype for tensor in held})
+        text = f"{len(held)} tensors, {format_bytes(nbytes)} of {' and '.join(dtypes)}" if held else "none"
+        facts.add(label, text, **{label: {"tensors": len(held), "bytes": nbytes, "dtypes": dtypes}})
+    counters = counter_values(tensors)
+    listed = ", ".join(f"{name} {value:g}" for name, value in counters.items())
+    facts.add("counters", listed or "none", counters=counters)
+    facts.show(str(run.path), as_json=as_json)
+
+
+def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     from telechat_mindie.commands.output import Facts
     from telechat_mindie.kv_budget import CacheShape
     from telechat_mindie.model.kernels.selection import describe_cpu_kernels
-    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service.facts import model_facts
     from telechat_mindie.units import GB, format_bytes
 
-    directory = ModelDir.open(model_path)
     config, serving, tp = directory.config, directory.serving, directory.tp
     measured = model_facts(directory)
     shape = CacheShape(measured.kv_bytes_per_token_per_rank, serving.block_size)
@@ -63,4 +121,4 @@ def info(
     facts.add("KV cache", f"{per_token:,} bytes a token and rank", kv_bytes_per_token_per_rank=per_token)
     held = f"{tokens:,} tokens, {sequences} longest sequences"
     facts.add(f"{kv_gb} GB of cache", held, kv_gb=kv_gb, kv_tokens=tokens, kv_sequences=sequences)
-    facts.show(str(model_path), as_json=as_json)
+    facts.show(str(directory.path), as_json=as_json)

@@ -33,6 +33,25 @@ BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens of a KV cac
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity in the weights.")]
 AllowOverflow = Annotated[bool, typer.Option("--allow-overflow", help="Accept values that float16 cannot hold.")]
+ConfigDir = Annotated[
+    Path | None, typer.Option("--config", help="Folder of config.json and the tokenizer, if not with the weights.")
+]
+Strategy = Annotated[
+    Path | None,
+    typer.Option("--strategy", help="A training run's strategy files; default: the folder beside its checkpoints."),
+]
+Step = Annotated[
+    str | None,
+    typer.Option("--step", help="A training run's step, EPOCH_STEP in its files' names; default: the newest."),
+]
+Source = Annotated[
+    list[Path] | None,
+    typer.Option("--source", help="Another folder of the same training run, of another machine; repeatable."),
+]
+PackedByRank = Annotated[
+    bool,
+    typer.Option("--packed-by-rank", help="A training run's packed weights were packed rank by rank."),
+]
 Variant = Annotated[str | None, typer.Option("--variant", help=f"A released size instead: {VARIANT_NAMES}.")]
 
 # Service configs

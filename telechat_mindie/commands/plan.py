@@ -6,13 +6,29 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, Dtype, NoQkvConcat, Tp, Variant
+from telechat_mindie.commands.options import (
+    AsJson,
+    ConfigDir,
+    Dtype,
+    NoQkvConcat,
+    PackedByRank,
+    Source,
+    Step,
+    Strategy,
+    Tp,
+    Variant,
+)
 
 
 def plan(
     checkpoint: Path = typer.Option(
         None, "--checkpoint", help="A checkpoint; its config.json alone is enough, as a folder or a file."
     ),
+    config_dir: ConfigDir = None,
+    strategy: Strategy = None,
+    step: Step = None,
+    other_sources: Source = None,
+    packed_by_rank: PackedByRank = False,
     variant: Variant = None,
     tp: Tp = 1,
     dtype: Dtype = "auto",
@@ -32,6 +48,7 @@ def plan(
     from telechat_mindie.checkpoint.mapping import mindformers_targets
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
+    from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import Facts, print_table
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
@@ -42,7 +59,12 @@ def plan(
 
     if (checkpoint is None) == (variant is None):
         raise InputError("name one of the two", where="--checkpoint, --variant")
-    source = source_facts(checkpoint) if variant is None else from_config(variants.named(variant))
+    choice = RunChoice(strategy, step, tuple(other_sources or ()), packed_by_rank)
+    if checkpoint is None and (config_dir or choice):
+        raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
+    source = (
+        from_config(variants.named(variant)) if checkpoint is None else source_facts(checkpoint, config_dir, choice)
+    )
     config = source.config
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
@@ -59,10 +81,11 @@ def plan(
     )
     if source.assumed:
         facts.add("assumed", source.assumed, assumed=source.assumed)
-    if checkpoint is not None and checkpoint.is_dir():
-        read_generation(checkpoint, config)
-        if (checkpoint / "tokenizer.model").exists():
-            read_tokenizer(checkpoint, config, "chat")
+    beside = config_dir or checkpoint
+    if beside is not None and beside.is_dir():
+        read_generation(beside, config)
+        if (beside / "tokenizer.model").exists():
+            read_tokenizer(beside, config, "chat")
             facts.add("tokenizer", "works, with the checkpoint's own settings", tokenizer=True)
         else:
             facts.add("tokenizer", "not there yet; `build` tries it before it writes", tokenizer=False)

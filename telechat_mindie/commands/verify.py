@@ -6,33 +6,41 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import Adapter, AsJson, ModelPath
+from telechat_mindie.commands.options import Adapter, AsJson, ConfigDir, ModelPath, PackedByRank, Source, Step, Strategy
 
 
 def verify(
     model_path: ModelPath,
     against: Path = typer.Option(None, "--against", help="The checkpoint: derive every element again and compare."),
     adapter: Adapter = None,
+    config: ConfigDir = None,
+    strategy: Strategy = None,
+    step: Step = None,
+    source: Source = None,
+    packed_by_rank: PackedByRank = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that a model directory is what was built: hashes, and with --against every weight.
 
     Exit codes: 0 nothing is wrong, 2 something is.
     """
+    from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.model_dir.verify import check_against, check_files
 
-    if adapter and against is None:
-        raise InputError("is for a comparison", where="--adapter", advice="Name the checkpoint too: --against DIR.")
+    choice = RunChoice(strategy, step, tuple(source or ()), packed_by_rank)
+    if (adapter or config or choice) and against is None:
+        where = "--adapter, --config, --strategy, --step, --source, --packed-by-rank"
+        raise InputError("is for a comparison", where=where, advice="Name the checkpoint too: --against DIR.")
     directory = ModelDir.open(model_path)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))
     if against is not None:
         with byte_progress("comparing") as start:
-            problems += check_against(directory, against, start, adapter or ())
+            problems += check_against(directory, against, start, adapter or (), config, choice)
     if as_json:
         print_json({"model_path": str(model_path), "files": len(files), "problems": problems})
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, Written, choose_dtype, convert_staged
+from telechat_mindie.checkpoint.training_run import RunChoice
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
@@ -35,7 +36,11 @@ _HUGGING_FACE_ONLY = ("auto_map", "architectures", "torch_dtype", "dtype", "_nam
 
 @dataclass(frozen=True)
 class BuildOptions(ConvertOptions):
-    """What a person may choose. Lengths are tokens; `max_seq_len` None: as the checkpoint's config.json says."""
+    """What a person may choose. Lengths are tokens; `max_seq_len` None: as the checkpoint's config.json says.
+
+    `config_dir` is where config.json, the tokenizer and generation_config.json are, if not beside the weights; `choice`
+    says which step of a training run is taken.
+    """
 
     tp: int = 1
     dtype: str = "auto"
@@ -45,6 +50,8 @@ class BuildOptions(ConvertOptions):
     bare_prompt: str = "chat"
     force: bool = False
     adapters: tuple[str, ...] = ()
+    config_dir: Path | None = None
+    choice: RunChoice = field(default_factory=RunChoice)
 
 
 def build(
@@ -52,11 +59,13 @@ def build(
     checkpoint: Path,
     options: BuildOptions | None = None,
     on_start: Callable[[ConversionPlan], Progress] | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> ConversionPlan:
     """Make `model_path` from the checkpoint directory, complete or not at all.
 
     Args:
         on_start: called with the plan before the first byte is written; gives the progress callback.
+        on_note: called with what a person should know of how the checkpoint was read.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the checkpoint is refused.
@@ -64,12 +73,15 @@ def build(
         InputError: an option is out of range.
     """
     options = options or BuildOptions()
-    source = open_checkpoint(checkpoint, adapters=options.adapters)
-    check_computation(source.config, checkpoint / "config.json")
+    source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
+    beside = source.config_dir
+    if source.note:
+        on_note(source.note)
+    check_computation(source.config, beside / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = check_lengths(options, source.config)
-    tokenizer_files, tokenizer_settings = read_tokenizer(checkpoint, source.config, options.bare_prompt)
-    generation = read_generation(checkpoint, source.config)
+    tokenizer_files, tokenizer_settings = read_tokenizer(beside, source.config, options.bare_prompt)
+    generation = read_generation(beside, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
     config = replace(source.config, eos_token_id=generation.eos_token_id)
     plan = make_plan(config, targets, dtype, options.tp)

@@ -17,6 +17,7 @@ from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan, Shard, make_plan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, BlockReader
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
+from telechat_mindie.checkpoint.training_run import RunChoice
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError, ModelDirError, name_some
 from telechat_mindie.model_dir.files import changes, differences
@@ -37,6 +38,8 @@ def check_against(
     checkpoint: Path,
     on_start: Callable[[int], Progress] | None = None,
     adapters: Sequence[str | Path] = (),
+    config_dir: Path | None = None,
+    choice: RunChoice | None = None,
 ) -> list[str]:
     """The weights that differ from what the checkpoint gives, every element derived again; memory stays constant.
 
@@ -54,7 +57,7 @@ def check_against(
             expected=name_some(names) if names else "none",
             found=name_some(adapters) if adapters else "none",
         )
-    source = open_checkpoint(checkpoint, adapters=adapters)
+    source = open_checkpoint(checkpoint, config_dir, adapters, choice)
     if source.config != directory.config:
         raise ModelDirError("was built from a model of another shape", where=directory.path, expected=source.config)
     packed = directory.manifest["qkv_concat"]

@@ -220,7 +220,7 @@ def renames(rename: Callable[[str], str]) -> Callable[[Path], None]:
 
 def rank_files(checkpoint: Path) -> None:
     for rank in range(2):
-        only(f"telechat_rank_{rank}-100_4.ckpt")(checkpoint)
+        only(f"telechat_rank_{rank}.ckpt")(checkpoint)
 
 
 def pipeline_stages(checkpoint: Path) -> None:

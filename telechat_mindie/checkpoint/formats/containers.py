@@ -49,3 +49,6 @@ def _nbytes(entry: Entry) -> int:
 
 SAFETENSORS = Container(".safetensors", _safetensors_frames)
 MINDSPORE_CKPT = Container(".ckpt", _ckpt_frames)
+
+CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}
+"""By the names that options have."""

@@ -19,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.bounds import (
-    MAX_NAME_LENGTH,
     MAX_RANK,
     MAX_TENSORS,
     BoundedFile,
@@ -31,6 +30,7 @@ from telechat_mindie.checkpoint.formats.bounds import (
     quoted,
 )
 from telechat_mindie.checkpoint.formats.tensors import Extent, StoredTensor
+from telechat_mindie.checkpoint.formats.wire import VARINT, Message, encode_field, encode_varint
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
 
@@ -39,7 +39,7 @@ SLICE_BYTES = 512 << 20
 
 _DTYPE_OF = {dtype.mindspore: dtype.name for dtype in DTYPES.values()}
 
-_VARINT, _LENGTH_DELIMITED = 0, 2  # protobuf wire types
+_KIND = "MindSpore checkpoint"
 _CHECKSUM_MARK, _CHECKSUM_BYTES = b"crc_num", 17
 _CIPHER_MAGICS = {0x7F3A5ED8: "AES-GCM", 0x7F3A5ED9: "AES-CBC", 0x7F3A5EDA: "SM4-CBC"}
 
@@ -89,93 +89,16 @@ def encode_ckpt_entry_prefix(name: str, dtype: str, shape: tuple[int, ...], nbyt
     Raises:
         CheckpointError: a name or shape that could not be read again.
     """
-    checked_shape(shape, dtype, checked_name(name, "MindSpore checkpoint"))
-    dims = b"".join(bytes([1 << 3 | _VARINT]) + _encode_varint(dim) for dim in shape)
-    tensor = dims + _field(2, DTYPES[dtype].mindspore.encode()) + _field(3, b"", nbytes)
-    return _field(1, _field(1, name.encode()) + _field(2, tensor, nbytes), nbytes)
+    checked_shape(shape, dtype, checked_name(name, _KIND))
+    dims = b"".join(bytes([1 << 3 | VARINT]) + encode_varint(dim) for dim in shape)
+    tensor = dims + encode_field(2, DTYPES[dtype].mindspore.encode()) + encode_field(3, b"", nbytes)
+    return encode_field(1, encode_field(1, name.encode()) + encode_field(2, tensor, nbytes), nbytes)
 
 
 def ckpt_slices(nbytes: int) -> list[int]:
     """The bytes of each slice into which MindSpore cuts a tensor of `nbytes` bytes."""
     full, rest = divmod(nbytes, SLICE_BYTES)
     return [SLICE_BYTES] * full + ([rest] if rest or not full else [])
-
-
-def _field(number: int, content: bytes, following: int = 0) -> bytes:
-    """A length-delimited field of `content` and `following` more bytes, which are not here yet."""
-    return bytes([number << 3 | _LENGTH_DELIMITED]) + _encode_varint(len(content) + following) + content
-
-
-def _encode_varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-class _Message:
-    """The bytes [position, end) of a file as a protobuf message, read field by field."""
-
-    def __init__(self, file: BoundedFile, position: int, end: int) -> None:
-        self.file = file
-        self.position = position
-        self._end = end
-
-    def is_read(self) -> bool:
-        return self.position == self._end
-
-    def field(self) -> tuple[int, int]:
-        """Number and wire type of the next field."""
-        key = self.varint()
-        return key >> 3, key & 7
-
-    def expect_field(self, number: int) -> None:
-        if self.field() != (number, _LENGTH_DELIMITED):
-            raise self.broken("an unknown field")
-
-    def varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            if self.position >= self._end:
-                raise self.broken("a message that ends too early")
-            byte = self.file.read(self.position, 1)[0]
-            self.position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80 and value < 2**64:
-                return value
-        raise self.broken("a number of more than 64 bits")
-
-    def skip(self) -> tuple[int, int]:
-        """Offset and length of a length-delimited field, passed over unread."""
-        length = self.varint()
-        begin = self.position
-        if begin + length > self._end:
-            raise self.broken(f"a field of {length} bytes that reaches beyond its message")
-        self.position += length
-        return begin, length
-
-    def submessage(self) -> _Message:
-        begin, length = self.skip()
-        return _Message(self.file, begin, begin + length)
-
-    def text(self) -> str:
-        begin, length = self.skip()
-        if length > 4 * MAX_NAME_LENGTH:
-            raise self.broken(f"a name of {length} bytes")
-        try:
-            return self.file.read(begin, length).decode()
-        except UnicodeDecodeError:
-            raise self.broken("a name that is not UTF-8") from None
-
-    def broken(self, found: str) -> CheckpointError:
-        return CheckpointError(
-            "is not a well-formed MindSpore checkpoint",
-            where=self.file.path,
-            found=f"{found} before byte {self.position}",
-            advice="The file is truncated, damaged or of another format; download or save it again.",
-        )
 
 
 def _refuse_encrypted(file: BoundedFile) -> None:
@@ -196,7 +119,7 @@ def _is_checksum(file: BoundedFile, position: int) -> bool:
 
 
 def _read_slices(file: BoundedFile) -> Iterator[_Slice]:
-    values = _Message(file, 0, file.size)
+    values = Message(file, 0, file.size, _KIND)
     count = 0
     while not values.is_read() and not _is_checksum(file, values.position):
         count += 1
@@ -206,9 +129,9 @@ def _read_slices(file: BoundedFile) -> Iterator[_Slice]:
         yield _read_value(values.submessage())
 
 
-def _read_value(value: _Message) -> _Slice:
+def _read_value(value: Message) -> _Slice:
     name: str | None = None
-    tensor: _Message | None = None
+    tensor: Message | None = None
     while not value.is_read():
         match value.field():
             case (1, 2) if name is None:
@@ -227,7 +150,7 @@ def _read_value(value: _Message) -> _Slice:
     return _read_tensor(name, tensor)
 
 
-def _read_tensor(name: str, tensor: _Message) -> _Slice:
+def _read_tensor(name: str, tensor: Message) -> _Slice:
     dims: list[int] = []
     type_name: str | None = None
     extent: Extent | None = None

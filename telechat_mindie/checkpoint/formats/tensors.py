@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, name_some
+
+MAX_OPEN_FILES = 128
+"""Files that a reader keeps open. A large training run has thousands of rank files; a process may open 1,024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,16 @@ class Extent:
     nbytes: int
 
 
+ReadExtent = Callable[[Extent, int, memoryview, str], None]
+"""Fills a buffer from a byte of an extent on; the name is the tensor's, for messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file: little endian, C order, its bytes the concatenation of `extents`.
 
-    Safetensors and torch archives give one extent; a MindSpore .ckpt stores a large tensor in several slices.
+    Safetensors and torch archives give one extent; a MindSpore .ckpt stores a large tensor in several slices. What is
+    put together from tensors of several files is one too, see `telechat_mindie.checkpoint.pieces`.
     """
 
     name: str
@@ -39,6 +48,27 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read_into(self, read: ReadExtent, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `start` on.
+
+        Raises:
+            CheckpointError: there are no such bytes, or `read` finds that the file ends before them.
+        """
+        filled = 0
+        position = start  # within the extents still to come
+        for extent in self.extents:
+            if filled == len(buffer):
+                return
+            if position >= extent.nbytes:
+                position -= extent.nbytes
+                continue
+            count = min(extent.nbytes - position, len(buffer) - filled)
+            read(extent, position, buffer[filled : filled + count], self.name)
+            filled += count
+            position = 0
+        if filled != len(buffer):
+            raise CheckpointError("range lies outside the tensor", where=self.name, found=start + len(buffer))
 
 
 def read_files(
@@ -92,10 +122,11 @@ def open_regular(path: Path, root: Path | None = None) -> int:
 
 
 class TensorReader:
-    """Reads byte ranges of stored tensors. Keeps one descriptor a file; use it as a context manager."""
+    """Reads byte ranges of stored tensors. Keeps the descriptors of the files that were read last, at most
+    MAX_OPEN_FILES; use it as a context manager."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()  # the one that was used last is last
 
     def __enter__(self) -> TensorReader:
         return self
@@ -111,25 +142,20 @@ class TensorReader:
         Raises:
             CheckpointError: the file ends before the bytes it declared.
         """
-        filled = 0
-        position = start  # within the extents still to come
-        for extent in tensor.extents:
-            if filled == len(buffer):
-                return
-            if position >= extent.nbytes:
-                position -= extent.nbytes
-                continue
-            count = min(extent.nbytes - position, len(buffer) - filled)
-            self._read(extent, position, buffer[filled : filled + count], tensor.name)
-            filled += count
-            position = 0
-        if filled != len(buffer):
-            raise CheckpointError("range lies outside the tensor", where=tensor.name, found=start + len(buffer))
+        tensor.read_into(self._read, start, buffer)
+
+    def _descriptor(self, file: Path) -> int:
+        descriptor = self._descriptors.get(file)
+        if descriptor is None:
+            descriptor = self._descriptors[file] = open_regular(file)
+            if len(self._descriptors) > MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        else:
+            self._descriptors.move_to_end(file)
+        return descriptor
 
     def _read(self, extent: Extent, begin: int, buffer: memoryview, name: str) -> None:
-        descriptor = self._descriptors.get(extent.file)
-        if descriptor is None:
-            descriptor = self._descriptors[extent.file] = open_regular(extent.file)
+        descriptor = self._descriptor(extent.file)
         done = 0
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], extent.offset + begin + done)
