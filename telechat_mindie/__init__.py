@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from telechat_mindie.config import TelechatConfig as TelechatConfig
     from telechat_mindie.text.tokenizer import TelechatTokenizer as TelechatTokenizer
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["ModelRunner", "TelechatConfig", "TelechatTokenizer", "__version__", "get_model"]
 
 _HOMES = {

@@ -104,9 +104,9 @@ class ResidentRotary:
     """The tables of all sequences of up to `max_seq_len` tokens as two matrices that stay on a device.
 
     A sequence's alpha takes few values, a new one wherever its length passes twice the last bound; each has the rows of
-    the positions below its bound, one after the other: less than three times `max_seq_len` rows, and one table where nothing is
-    stretched. Beyond the training length both tables are scaled by a number for each sequence: then they are kept in
-    float32 and unscaled, and a call brings its tokens' numbers.
+    the positions below its bound, one after the other: less than three times `max_seq_len` rows, and one table where
+    nothing is stretched. Beyond the training length both tables are scaled by a number for each sequence: then they are
+    kept in float32 and unscaled, and a call brings its tokens' numbers.
 
     Attributes:
         cos, sin: [rows, head_dim] float32, both halves alike.
