@@ -257,6 +257,10 @@ def test_caches_that_mindie_allocates(ascend):
     assert runner._device.external(**fewer)[1] == 4
 
 
+@pytest.mark.skipif(
+    ms.__version__ < "2.8",
+    reason="before 2.8 a CPU's swap_cache copies memory that the emulated operators do not write",
+)
 def test_swapping_with_mindspores_own_copy(ascend):
     runner = ascend(cpu_mem_size=1)
     driver = Driver(runner, BLOCK, NUM_BLOCKS)

@@ -105,12 +105,13 @@ def test_the_caches_of_mindie_are_not_the_runners_to_swap(external):
 @pytest.mark.parametrize(("dtype", "held"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "int16")])
 def test_rows_are_the_memory_of_mindies_caches(dtype, held):
     from telechat_mindie.backend.caches import as_rows
+    from telechat_mindie.model.kv_cache import address_of
 
     keys, values = (ms.ops.zeros((3, 4, 2, 8), getattr(ms, dtype)) for _ in range(2))
     (key_rows,), (value_rows,) = as_rows([keys], [values], 16, np.dtype(held))
     assert key_rows.shape == value_rows.shape == (12, 16)
     assert key_rows.dtype == value_rows.dtype == getattr(ms, held)
-    ctypes.memset(value_rows.data_ptr(), 0xFF, value_rows.nbytes // 12)  # a row
+    ctypes.memset(address_of(value_rows), 0xFF, value_rows.nbytes // 12)  # a row
     found = values.asnumpy().astype(np.float32).reshape(12, 16)
     assert np.isnan(found[0]).all() and not found[1:].any() and not keys.asnumpy().astype(np.float32).any()
 
