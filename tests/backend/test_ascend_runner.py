@@ -259,7 +259,7 @@ def test_caches_that_mindie_allocates(ascend):
 
 @pytest.mark.skipif(
     ms.__version__ < "2.8",
-    reason="before 2.8 a CPU's swap_cache copies memory that the emulated operators do not write",
+    reason="a CPU's swap_cache copies memory that emulated operators do not write",
 )
 def test_swapping_with_mindspores_own_copy(ascend):
     runner = ascend(cpu_mem_size=1)
