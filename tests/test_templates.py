@@ -69,12 +69,13 @@ VALUES: dict[str, dict[str, Any]] = {
         "environment": {"E1": "E2"},
     },
     "start.sh.j2": {"mindie_home": "M1", "home_variables": ["V1", "V2"]},
-    "Dockerfile.j2": {"image": "I1", "version": "V1"},
+    "Dockerfile.j2": {"image": "I1", "wheel": "W1", "index": "X1", "requirement": "R1"},
     "telechat.py.j2": {}, "telechat_config.py.j2": {}, "telechat_tokenizer.py.j2": {},
 }  # fmt: skip
 VARIATIONS = {
     "k8s_deployment.yaml.j2": ({}, {"https": False}, {"claim": None}),
     "compose.yaml.j2": ({}, {"https": True}),
+    "Dockerfile.j2": ({}, {"wheel": None}),
 }
 
 
@@ -122,8 +123,8 @@ def parsed(template: str, values: dict[str, Any]) -> Any:
         return json.loads(text)
     if template == "Dockerfile.j2":
         lines = [line for line in text.split("\n") if line and not line.startswith("#")]
-        assert [line.partition(" ")[0] for line in lines] == ["ARG", "FROM", "RUN"]
-        return json.loads(lines[-1].removeprefix("RUN "))
+        assert [line.partition(" ")[0] for line in lines if not line.startswith("COPY ")] == ["ARG", "FROM", "RUN"]
+        return [json.loads(line.partition(" ")[2]) for line in lines[2:]]
     if template == "start.sh.j2":
         head, _, _ = text.partition("; do home=")
         show = """; do printf '%s\\0' "$name"; done; printf %s "$home\""""

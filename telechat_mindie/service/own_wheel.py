@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -34,17 +34,15 @@ def pack_wheel() -> tuple[str, bytes]:
     """
     version = telechat_mindie.__version__
     name = f"telechat_mindie-{version}"
-    try:
-        installed = importlib.metadata.distribution(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    metadata = [] if installed is None else list(_metadata_files(installed, f"{name}.dist-info"))
-    if installed is None or installed.version != version or not metadata:
+    # A source tree that is installed for editing may hold metadata of its own, which are not a wheel's.
+    found = [(one.version, list(_metadata_files(one, f"{name}.dist-info"))) for one in _installations()]
+    metadata = next((files for installed, files in found if files and installed == version), None)
+    if metadata is None:
         raise InputError(
             "cannot be packed",
             where=f"telechat-mindie {version}",
             expected="an installation of this version, whose metadata go into the wheel",
-            found="none" if installed is None or not metadata else installed.version,
+            found=", ".join(sorted({installed for installed, files in found if files})) or "none",
             advice="Install it (pip install -e . in a source tree), or name a wheel with --wheel, or an index with "
             "--index-url.",
         )
@@ -71,6 +69,10 @@ def _package_files() -> Iterator[tuple[str, bytes]]:
                 parts = path.relative_to(folder).parts
                 if path.is_file() and "__pycache__" not in parts and not any(part.startswith(".") for part in parts):
                     yield "/".join((target, *parts)), path.read_bytes()
+
+
+def _installations() -> Iterable[importlib.metadata.Distribution]:
+    return importlib.metadata.distributions(name=DISTRIBUTION)
 
 
 def _metadata_files(installed: importlib.metadata.Distribution, folder: str) -> Iterator[tuple[str, bytes]]:

@@ -668,12 +668,8 @@ class TestImage:
 
     @pytest.mark.parametrize("version", [None, "0.0.1"])
     def test_metadata_of_another_version_or_none(self, monkeypatch, version):
-        def distribution(_name):
-            if version is None:
-                raise importlib.metadata.PackageNotFoundError
-            return type("Other", (), {"version": version, "files": []})()
-
-        monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+        found = [] if version is None else [type("Other", (), {"version": version, "files": []})()]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda name: found)
         with pytest.raises(InputError, match=r"cannot be packed.*--wheel.*--index-url"):
             own_wheel.pack_wheel()
 
