@@ -193,7 +193,7 @@ class AscendModel(DeviceModel):
 
         Every rank is in the same call of MindIE's here, so that their collectives meet.
         """
-        from telechat_mindie.model.kernels.ascend import first_batch
+        from telechat_mindie.model.kernels.ascend_batches import first_batch
 
         kinds, self._to_compile = self._to_compile - {done}, set()
         for kind in sorted(kinds):

@@ -12,7 +12,7 @@ from telechat_mindie.dtypes import HALF_DTYPES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.export import _decoder
-from telechat_mindie.model.kernels.ascend import first_batch
+from telechat_mindie.model.kernels.ascend_batches import first_batch
 from telechat_mindie.model.kernels.ascend_graphs import GRAPHS, PREFILL
 from telechat_mindie.model_dir.serving import LAYER_FORMS
 from telechat_mindie.variants import VARIANTS

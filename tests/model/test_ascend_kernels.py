@@ -19,7 +19,8 @@ from telechat_mindie.errors import ConfigError, InputError, TelechatMindieError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels import ascend_graphs
-from telechat_mindie.model.kernels.ascend import BLOCKED, AscendKernels, first_batch
+from telechat_mindie.model.kernels.ascend import AscendKernels
+from telechat_mindie.model.kernels.ascend_batches import BLOCKED, first_batch
 from telechat_mindie.model.kernels.ascend_graphs import (
     DECODE,
     DRAFTS,

@@ -19,6 +19,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES, HALF_DTYPES
 from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.model.batch import RaggedBatch
+from telechat_mindie.model.kernels.ascend_batches import BLOCKED, draft_mask
 from telechat_mindie.model.kernels.ascend_graphs import (
     DECODE,
     DRAFTS,
@@ -46,9 +47,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 MAX_BLOCK = 128 * 128
 """PagedAttention holds a block of one head's keys on the chip: block size x head dimension may not exceed this."""
-
-BLOCKED = -10000.0
-"""Added to a score that a token may not see; within float16."""
 
 INDICES = ("int32",)
 """The kernels read lengths, slots and tables as 32-bit words, whatever the tensor's dtype says."""
@@ -319,7 +317,7 @@ class AscendKernels(nn.Cell):
         Raises:
             InputError: a mask hides context from a sequence's only new token, which the kernel cannot do.
         """
-        mask = None if batch.mask is None else _draft_mask(batch)
+        mask = None if batch.mask is None else draft_mask(batch)
         longest = batch.query_lens.max()
         if mask is not None:
             kind = DRAFTS
@@ -360,24 +358,6 @@ def _constant(array: np.ndarray, dtype: str) -> Parameter:
     return parameter_over(_tensor(array.astype(DTYPES[dtype].numpy)))
 
 
-def first_batch(kind: str) -> RaggedBatch:
-    """The smallest batch for a graph with history, of one sequence that writes nothing and reads block 0: it is there
-    to have the graph compiled."""
-    new = 1 if kind == DECODE else 2
-    context = new + 1
-    beside = np.array([[1, 1, 0], [1, 0, 1]], bool)  # two drafts for one place
-    return RaggedBatch(
-        token_ids=np.zeros(new, np.int32),
-        positions=np.arange(1, context, dtype=np.int32),
-        slots=np.full(new, -1, np.int32),
-        query_lens=np.array([new], np.int32),
-        context_lens=np.array([context], np.int32),
-        block_tables=np.zeros((1, 1), np.int32),
-        logits_rows=np.zeros(1, np.int32),
-        mask=beside if kind == DRAFTS else None,
-    )
-
-
 def _check_sizes(head_dim: int, block_size: int) -> None:
     if head_dim % 16:
         raise ConfigError(
@@ -394,28 +374,3 @@ def _check_sizes(head_dim: int, block_size: int) -> None:
             expected=f"one of {', '.join(map(str, fitting))} with head dimension {head_dim}",
             found=block_size,
         )
-
-
-def _draft_mask(batch: RaggedBatch) -> np.ndarray | None:
-    """[T, C] float32 with C the longest context: 0 where a token may look, else BLOCKED.
-
-    None where the batch's mask says no more than that each token sees what comes before it.
-
-    Raises:
-        InputError: with one new token a sequence the kernel looks at no mask, and this one hides something.
-    """
-    assert batch.mask is not None
-    position = np.arange(batch.context_lens.max())
-    visible = np.zeros((len(batch.token_ids), len(position)), bool)
-    given = batch.mask[:, : len(position)]
-    visible[:, : given.shape[1]] = given
-    visible &= position < np.repeat(batch.context_lens, batch.query_lens)[:, None]
-    after = np.repeat(batch.query_starts + batch.query_lens, batch.query_lens) - np.arange(
-        len(visible)
-    )  # itself included
-    ends = np.repeat(batch.context_lens, batch.query_lens) - after + 1
-    if (visible == (position < ends[:, None])).all():
-        return None
-    if batch.query_lens.max() == 1:
-        raise InputError("hides context from a sequence with one new token", where="spec_mask")
-    return np.where(visible, np.float32(0), np.float32(BLOCKED))
