@@ -355,7 +355,7 @@ def test_each_tensor_keeps_its_own_dtype(tmp_path):
 def test_merge_and_split_without_strategy_files(checkpoint, tmp_path):
     root, weights = checkpoint
     to_mindspore(open_checkpoint(root), tmp_path / "ranks", MindSporeForm(container="ckpt", tp=4, ranks=True))
-    arguments = ("--src_ckpt_dir", tmp_path / "ranks", "--config", root, "--src_ckpt_strategy", "ignored")
+    arguments = ("--src_ckpt_dir", tmp_path / "ranks", "--config", root)
     checked("transform_ckpt.py", *arguments, "--dst_ckpt_dir", tmp_path / "merged", "--prefix", "telechat_x")
     merged = tmp_path / "merged" / "rank_0" / "telechat_x0.ckpt"
     assert_same_bits(load_ckpt(merged), by_the_published_description(weights, 8))

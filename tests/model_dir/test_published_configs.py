@@ -152,7 +152,8 @@ def test_the_commands_say_that_build_would_refuse(tmp_path: Path, capsys: pytest
     plan(tmp_path / "ckpt", target=tmp_path, **shown)
     assert "'yarn'" in json.loads(capsys.readouterr().out)["build_refusal"]
     flags = ("qkv_concat", "gmm", "force", "resume", "allow_nonfinite", "allow_overflow")
-    options: dict[str, Any] = {"to": "hf", "config": None, "dtype": "auto", "tp": None, **dict.fromkeys(flags, False)}
+    options: dict[str, Any] = {"to": "hf", "config": None, "dtype": "auto", "tp": None, "to_strategy": None}
+    options |= dict.fromkeys((*flags, "keep_optimizer"), False)
     convert(tmp_path / "ckpt", tmp_path / "hf", **options)
     assert "'yarn'" in capsys.readouterr().err
 
