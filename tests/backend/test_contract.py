@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from telechat_mindie.backend.plugins import parse_plugin_params
+from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import InputError
 
 MODELS = {
@@ -107,7 +108,7 @@ def test_rows_are_the_memory_of_mindies_caches(dtype, held):
     from telechat_mindie.backend.caches import as_rows
     from telechat_mindie.model.kv_cache import address_of
 
-    keys, values = (ms.ops.zeros((3, 4, 2, 8), getattr(ms, dtype)) for _ in range(2))
+    keys, values = (ms.Tensor.from_numpy(np.zeros((3, 4, 2, 8), DTYPES[dtype].numpy)) for _ in range(2))
     (key_rows,), (value_rows,) = as_rows([keys], [values], 16, np.dtype(held))
     assert key_rows.shape == value_rows.shape == (12, 16)
     assert key_rows.dtype == value_rows.dtype == getattr(ms, held)
