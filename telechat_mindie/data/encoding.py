@@ -21,6 +21,7 @@ from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 MAX_WORKERS = 8
 _BATCH = 128  # records of a task
+_AHEAD = 24  # tasks that wait for each worker: work for the seconds in which the caller imports MindSpore
 _ALONE_BYTES = 2 << 20  # below it, starting processes takes longer than the work
 
 
@@ -91,7 +92,7 @@ def encode_records(encoding: Encoding, records: Iterable[Record], total_bytes: i
                     waiting.append(pool.submit(_encode_batch, batch))
                 if not waiting:
                     return
-                if not batch or len(waiting) > 2 * workers:
+                if not batch or len(waiting) > _AHEAD * workers:
                     yield from waiting.popleft().result()
         finally:
             for task in waiting:
