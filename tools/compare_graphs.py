@@ -17,15 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["RUN_MODE"] = "predict"  # which mindformers reads when it is imported
-
 import mindspore as ms
 import numpy as np
 import yaml
 from mindspore.common.api import _cell_graph_executor
 
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.model.export import _decoder, _mindir
+from telechat_mindie.model.export import compiled_graph, rank_decoder
 from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG
 from telechat_mindie.model.mindir import OperatorNode, Value, operator_nodes
 from telechat_mindie.model_dir.serving import LAYER_FORMS
@@ -122,8 +120,8 @@ def mindformers_graphs(config: TelechatConfig, dtype: str, packed: bool) -> Grap
 
 
 def our_graphs(config: TelechatConfig, dtype: str, layer_form: str) -> Graphs:
-    decoder = _decoder(config, 1, dtype, NUM_BLOCKS, BLOCK_SIZE, LONGEST, layer_form)
-    return {kind: operator_nodes(_mindir(decoder, kind, external_cache=False)) for kind in GRAPHS}
+    decoder = rank_decoder(config, 1, dtype, NUM_BLOCKS, BLOCK_SIZE, LONGEST, layer_form)
+    return {kind: operator_nodes(compiled_graph(decoder, kind, external_cache=False)) for kind in GRAPHS}
 
 
 def differences(model: str, form: str, theirs: Graphs, ours: Graphs) -> Iterator[Difference]:
@@ -192,6 +190,7 @@ def on_host(empty: Callable[..., ms.Tensor]) -> Callable[..., ms.Tensor]:
 
 
 def main(research_parent: str) -> None:
+    os.environ["RUN_MODE"] = "predict"  # which mindformers reads when it is imported
     sys.path.insert(0, research_parent)
     ms.set_context(mode=ms.GRAPH_MODE, jit_config=JIT_CONFIG)
     ms.mint.empty = on_host(ms.mint.empty)

@@ -22,7 +22,7 @@ export PATH="$root/$venv/bin:$PATH" GLOG_v=3
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-exec python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile \
+exec python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --no-loadscope-reorder \
     tests/ascend_host \
     tests/model/test_ascend_kernels.py tests/model/test_export.py tests/model/test_kernel_interface.py \
     tests/model/test_kv_cache.py tests/model/test_rope.py \

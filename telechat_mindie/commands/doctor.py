@@ -34,7 +34,7 @@ def _print_matrix(as_json: bool) -> None:
         print_json(
             {
                 "matrix": [asdict(row) for row in support.matrix()],
-                "mindie": [asdict(release) for release in support.mindie_releases()],
+                "mindie": [asdict(row) | {"ms_backend": row.ms_backend} for row in support.mindie_releases()],
                 "mindspore": [asdict(stack) for stack in support.stacks()],
                 "mindspore_source": support.stacks_source(),
             }
@@ -44,7 +44,7 @@ def _print_matrix(as_json: bool) -> None:
     print_table(
         "MindIE",
         [
-            (row.versions, "yes" if row.ms_backend else "no", row.config or "-", row.source)
+            (row.versions, "yes" if row.ms_backend else "no", row.config, row.source)
             for row in support.mindie_releases()
         ],
         ("MindIE", "backendType ms", "--mindie", "source"),

@@ -134,18 +134,18 @@ def export(
     ms.set_context(mode=ms.GRAPH_MODE, jit_config=JIT_CONFIG)
     written = min(WRITTEN_LAYERS, config.num_layers)
     decoders = [
-        _decoder(
+        rank_decoder(
             dataclasses.replace(config, num_layers=layers), tp, dtype, num_blocks, block_size, max_seq_len, layer_form
         )
-        for layers in (1, written)
+        for layers in sorted({1, written})
     ]
-    compiled = {kind: [_mindir(decoder, kind, external_cache) for decoder in decoders] for kind in GRAPHS}
-    with reporting_os_errors(out_dir):
+    with reporting_os_errors(out_dir):  # before the minutes that compiling takes
         out_dir.mkdir(parents=True, exist_ok=True)
+    compiled = {kind: [compiled_graph(decoder, kind, external_cache) for decoder in decoders] for kind in GRAPHS}
     graphs = {}
-    for kind, (one, all_written) in compiled.items():
-        write_file(paths[kind], all_written)
-        graphs[kind] = _report(paths[kind], parse_mindir(one, kind), parse_mindir(all_written, kind))
+    for kind, files in compiled.items():
+        write_file(paths[kind], files[-1])
+        graphs[kind] = _report(paths[kind], parse_mindir(files[0], kind), parse_mindir(files[-1], kind))
     parameters = sum(
         math.prod(target.rank_shape(tp))
         for target in mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
@@ -173,7 +173,7 @@ def _collective(name: str, **attributes: Any) -> ops.Primitive:
     return primitive
 
 
-def _decoder(
+def rank_decoder(
     config: TelechatConfig,
     tp: int,
     dtype: str,
@@ -199,7 +199,7 @@ def _decoder(
         return TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
 
 
-def _mindir(model: TelechatForCausalLM, kind: str, external_cache: bool) -> bytes:
+def compiled_graph(model: TelechatForCausalLM, kind: str, external_cache: bool) -> bytes:
     """The compiled graph, serialised. mindspore.export does the same and then writes every parameter's data."""
     graph, kernels = DecoderGraph(model, kind), cast(AscendKernels, model.kernels)
     shape = kernels.call_shape(external_layers=len(model.cache.keys) if external_cache else 0)

@@ -11,7 +11,7 @@ import numpy as np
 from telechat_mindie.dtypes import HALF_DTYPES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
-from telechat_mindie.model.export import _decoder
+from telechat_mindie.model.export import rank_decoder
 from telechat_mindie.model.kernels.ascend_batches import first_batch
 from telechat_mindie.model.kernels.ascend_graphs import GRAPHS, PREFILL
 from telechat_mindie.model_dir.serving import LAYER_FORMS
@@ -77,4 +77,4 @@ def decoder(
 ) -> TelechatForCausalLM:
     """One layer of rank 0, without data, with rotary tables for sequences of `longest` tokens."""
     config = dataclasses.replace(VARIANTS[variant], num_layers=1)
-    return _decoder(config, tp, dtype, NUM_BLOCKS, block, longest, layer_form)
+    return rank_decoder(config, tp, dtype, NUM_BLOCKS, block, longest, layer_form)

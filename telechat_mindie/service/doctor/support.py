@@ -6,28 +6,32 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from telechat_mindie.mindie import GENERATIONS, generation_of
+
 LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True, slots=True)
 class MindieRelease:
-    """A row of `mindie`: releases of one kind, what they come with, and whether their workers know backendType ms."""
+    """A row of `mindie`: releases of one generation and what they come with."""
 
     versions: str
-    pattern: str
-    ms_backend: bool
-    config: str  # what `--mindie` calls them
+    config: str  # their generation, as `--mindie` calls it
     python: str
     cann: str
     mindformers: str | None  # the `Stack` made for the same CANN; None where no ms backend needs one
     source: str
+
+    @property
+    def ms_backend(self) -> bool:
+        """Whether their workers know backendType ms."""
+        return GENERATIONS[self.config].ms_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,8 @@ def markdown(language: str) -> str:
 
 def release_of(version: str | None) -> MindieRelease | None:
     """The row of a MindIE version; None for one that no row knows."""
-    rows = (row for row in mindie_releases() if version and re.search(row.pattern, version, re.IGNORECASE))
-    return next(rows, None)
+    generation = generation_of(version)
+    return next((row for row in mindie_releases() if row.config == generation), None)
 
 
 def working_releases() -> str:
