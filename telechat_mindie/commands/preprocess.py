@@ -49,8 +49,8 @@ def preprocess(
         raise InputError("is unknown", where="--format", expected=" or ".join(FORMS), found=form)
     if train_on not in TRAIN_ON:
         raise InputError("is unknown", where="--train-on", expected=" or ".join(TRAIN_ON), found=train_on)
-    if compat and (form is not None or train_on != "all" or overflow != "cut" or skip_bad):
-        raise InputError("knows no --format, --train-on, --overflow and --skip-bad", where="--compat")
+    if compat and (form is not None or train_on != "all" or overflow != "cut" or skip_bad or shard_size != 1.0):
+        raise InputError("knows no --format, --train-on, --overflow, --skip-bad and --shard-size", where="--compat")
     options = Options(max_length, overflow, skip_bad, int(shard_size * 2**30), show, force)
     with byte_progress("preprocessing") as start:
         if compat:
@@ -101,10 +101,8 @@ def _show(report: Report, number: int, tokenizer: TelechatTokenizer, file: objec
     from rich.text import Text
 
     from telechat_mindie.data.packing import IGNORED, PADDING
-    from telechat_mindie.errors import InputError
 
-    if report.shown is None:
-        raise InputError("there is no such row", where="--show", expected=f"0 to {report.rows - 1}", found=number)
+    assert report.shown is not None
     console = Console(file=file, highlight=False)  # type: ignore[arg-type]
     text = Text(f"row {number}\n")
     pairs = zip(*(array.tolist() for array in report.shown), strict=True)

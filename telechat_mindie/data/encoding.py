@@ -8,20 +8,21 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from telechat_mindie.data.conversations import read_conversation
 from telechat_mindie.data.examples import Example, encode
 from telechat_mindie.data.records import Record
-from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.errors import InputError, TelechatMindieError
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 MAX_WORKERS = 8
-_BATCH = 128  # records of a task
-_AHEAD = 24  # tasks that wait for each worker: work for the seconds in which the caller imports MindSpore
+_BATCH = 128  # most records of a task
+_BATCH_BYTES = 128 << 10  # of records, with which a task ends before
+_AHEAD = 24  # tasks that wait for each worker: work for the seconds in which the caller imports MindSpore, in 12 MB
 _ALONE_BYTES = 2 << 20  # below it, starting processes takes longer than the work
 
 
@@ -83,20 +84,35 @@ def encode_records(encoding: Encoding, records: Iterable[Record], total_bytes: i
         return
     # Not forked: a copy of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    records = iter(records)
     with ProcessPoolExecutor(workers, context, _start_worker, (encoding,)) as pool:
         waiting: deque[Future[list[Encoded]]] = deque()
         try:
-            while True:
-                if batch := list(islice(records, _BATCH)):
-                    waiting.append(pool.submit(_encode_batch, batch))
-                if not waiting:
-                    return
-                if not batch or len(waiting) > _AHEAD * workers:
+            for batch in _batches(records):
+                waiting.append(pool.submit(_encode_batch, batch))
+                if len(waiting) > _AHEAD * workers:
                     yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that made tokens ended, maybe for want of memory", where="preprocess", advice="Free memory."
+            ) from None
         finally:
             for task in waiting:
                 task.cancel()
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data)
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 _encoder: Encoder

@@ -101,7 +101,8 @@ def preprocess(names: Sequence[str], output: Path, encoding: Encoding, options: 
         start: of a progress bar: told the bytes of the files, gives what is told of each that are read.
 
     Raises:
-        InputError: a file or a record that cannot be read, or nothing to train on. Nothing is left at `output`.
+        InputError: a file or a record that cannot be read, nothing to train on, or no row to show. Nothing is left at
+            `output`.
         TokenizerError: no tokenizer comes of its directory.
         OutputError: the output exists or cannot be written.
     """
@@ -141,6 +142,9 @@ def _write(
                 where=", ".join(report.files),
                 found=f"{report.records} records",
             )
+        if options.show is not None and report.shown is None:
+            expected = f"0 to {report.rows - 1}"
+            raise InputError("there is no such row", where="--show", expected=expected, found=options.show)
         report.shards = writer.names
         if not report.left_out:
             (staged.path / LEFT_OUT).unlink()

@@ -30,13 +30,22 @@ _TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_respon
 
 @dataclass(frozen=True)
 class Markers:
-    """The tokens that frame turns; the recipe lets each be another, and the first be empty."""
+    """The tokens that frame turns; the recipe lets each be another, and the first be empty.
+
+    Raises:
+        InputError: one of the others is empty.
+    """
 
     start: str = "<_start>"
     user: str = "<_user>"
     bot: str = "<_bot>"
     end: str = "<_end>"
     pad: str = "<_pad>"
+
+    def __post_init__(self) -> None:
+        for name in ("user", "bot", "end", "pad"):
+            if not getattr(self, name):
+                raise InputError("is empty", where=f"--{name}_token", advice="Only the start token may be left out.")
 
 
 class RecipeTokenizer:

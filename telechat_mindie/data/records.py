@@ -6,7 +6,6 @@ import codecs
 import glob
 import json
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -57,7 +56,7 @@ def data_files(names: Sequence[str]) -> list[Path]:
                 "is not there", where=name, advice="Name files of JSON, or a pattern such as 'data/*.jsonl'."
             )
         for path in paths:
-            if not stat.S_ISREG(path.stat().st_mode):
+            if not path.is_file():
                 kind = "a folder" if path.is_dir() else "no regular file"
                 raise InputError(
                     "is not a file", where=path, found=kind, advice=f"Name its files, as '{path}/*.jsonl'."
@@ -105,16 +104,18 @@ def _lines(file: IO[bytes], path: Path, advance: Callable[[int], None]) -> Itera
 def _items(file: IO[bytes], path: Path, advance: Callable[[int], None]) -> Iterator[Record]:
     decode_utf8 = codecs.getincrementaldecoder("utf-8")().decode
     decode_item = json.JSONDecoder().raw_decode
-    text, ended, number, size = "", False, 0, _CHUNK_BYTES
+    # `text` is what has been read of the file, from `at` on not yet understood: the first bracket or a comma is next.
+    text, at, ended, number, size = "", 0, False, 0, _CHUNK_BYTES
     while True:
         where = f"{path}: item {number + 1}"
-        before = _BEFORE_NEXT if number else _BEFORE_FIRST
-        if (number or _BEFORE_FIRST.match(text)) and (end := _END.match(text, 0 if number else text.index("[") + 1)):
+        start = (_BEFORE_NEXT if number else _BEFORE_FIRST).match(text, at)
+        end = _END.match(text, at) if number else start and _END.match(text, start.end())
+        if end:
             if ended and end.end() == len(text):
                 return
             if end.end() < len(text):
                 raise InputError("goes on behind its JSON array", where=path, advice="A file is one array, or lines.")
-        elif start := before.match(text):
+        elif start:
             try:
                 value, stop = decode_item(text, start.end())
             except RecursionError:
@@ -126,10 +127,11 @@ def _items(file: IO[bytes], path: Path, advance: Callable[[int], None]) -> Itera
                 if not isinstance(value, dict):
                     raise InputError("is not an object", where=where, found=type(value).__name__)
                 yield Record(where, text[start.end() : stop].encode())
-                text, number, size = text[stop:], number + 1, _CHUNK_BYTES
+                at, number, size = stop, number + 1, _CHUNK_BYTES
                 continue
-        elif ended or text.strip(_WHITE_SPACE):
+        elif ended or text[at:].strip(_WHITE_SPACE):
             raise InputError("is not a JSON array of objects", where=where, advice="Is the file cut off?")
+        text, at = text[at:], 0
         _check_size(len(text), where)
         chunk = file.read(size)
         size *= 2  # an item that is still not whole is tried again at twice the length: linear in all

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from helpers import ROOT
 from helpers.tiny_tokenizer import write_tiny_checkpoint
@@ -16,11 +17,11 @@ from typer.testing import CliRunner
 
 from telechat_mindie.cli import app
 from telechat_mindie.data.conversations import Conversation
-from telechat_mindie.data.encoding import Encoding, encode_records
+from telechat_mindie.data.encoding import Encoding, _batches, encode_records
 from telechat_mindie.data.examples import encode
 from telechat_mindie.data.packing import IGNORED, PADDING
 from telechat_mindie.data.recipe import Markers, Recipe
-from telechat_mindie.data.records import read_records
+from telechat_mindie.data.records import Record, read_records
 from telechat_mindie.errors import InputError, TelechatMindieError
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
@@ -177,13 +178,21 @@ def test_show_marks_what_is_trained(tmp_path, data, checkpoint):
     arguments = ["preprocess", str(data), "-o", str(tmp_path / "out"), "--tokenizer", str(checkpoint)]
     result = RUNNER.invoke(app, [*arguments, "--show", "0"])
     assert result.exit_code == 0 and "<_bot>[咸。<_end>]" in result.stdout.replace("\n", "")
-    result = RUNNER.invoke(app, [*arguments, "--show", "5", "--force"])
-    assert "there is no such row" in str(result.exception)
+    missing = ["preprocess", str(data), "-o", str(tmp_path / "none"), "--tokenizer", str(checkpoint), "--show", "5"]
+    result = RUNNER.invoke(app, missing)
+    assert "there is no such row" in str(result.exception) and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--format", "x"], ["--train-on", "x"], ["--overflow", "x"], ["--max-length", "0"], ["--compat", "--skip-bad"]],
+    [
+        ["--format", "x"],
+        ["--train-on", "x"],
+        ["--overflow", "x"],
+        ["--max-length", "0"],
+        ["--compat", "--skip-bad"],
+        ["--compat", "--shard-size", "0.5"],
+    ],
 )
 def test_options_are_checked_first(tmp_path, data, checkpoint, arguments):
     run(data, "-o", tmp_path / "out", "--tokenizer", checkpoint, *arguments, code=2)
@@ -238,6 +247,30 @@ def test_default_mode_keeps_every_example(tmp_path, shared):
         "<_user>问二<_bot>答二",
     ):
         assert turn in text
+
+
+@pytest.mark.parametrize("name", ["user", "bot", "end", "pad"])
+def test_only_the_start_token_may_be_empty(name):
+    assert Markers(start="").start == ""
+    with pytest.raises(InputError, match=f"--{name}_token: is empty"):
+        Markers(**{name: ""})
+
+
+def test_a_task_is_bounded_in_records_and_bytes(monkeypatch):
+    monkeypatch.setattr("telechat_mindie.data.encoding._BATCH", 3)
+    monkeypatch.setattr("telechat_mindie.data.encoding._BATCH_BYTES", 10)
+    batches = list(_batches(Record("", b"x" * size) for size in (1, 1, 1, 1, 20, 4, 7, 1)))
+    assert [[len(record.data) for record in batch] for batch in batches] == [[1, 1, 1], [1, 20], [4, 7], [1]]
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(data, checkpoint, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    encoded = encode_records(Encoding(checkpoint), list(read_records(data)) * 4000, 1 << 30)
+    next(encoded)
+    for worker in psutil.Process().children():
+        worker.kill()
+    with pytest.raises(InputError, match="a process that made tokens ended"):
+        list(encoded)
 
 
 def test_the_recipe_packs_shuffles_and_pads_as_published(tmp_path, checkpoint):

@@ -97,8 +97,9 @@ def test_files_are_found_by_name_and_pattern(tmp_path, monkeypatch):
     for name in ("b.jsonl", "a.jsonl", "c[1].jsonl"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "gone.txt").symlink_to("nowhere")
     assert [str(path) for path in data_files(["b.jsonl", "*.jsonl"])] == ["b.jsonl", "a.jsonl", "c[1].jsonl"]
     assert [str(path) for path in data_files(["c[1].jsonl"])] == ["c[1].jsonl"]
-    for name in ("none.jsonl", "*.txt", "folder"):
+    for name in ("none.jsonl", "*.md", "*.txt", "folder"):
         with pytest.raises(TelechatMindieError, match="Name"):
             data_files([name])
