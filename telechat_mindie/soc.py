@@ -1,4 +1,4 @@
-"""Which chips the Ascend path is not made for, by the names that MindSpore and CANN give them.
+"""Which chips the Ascend path is not made for, by the names that MindSpore and CANN give them, and where CANN is.
 
 Atlas 300I Duo, 300I Pro and 200I (310 family) and the first Atlas 300T/800 training cards (910 before the A2 series)
 want their key/value cache in the NZ layout, [blocks, ceil(kv heads * head_dim / 16), block_size, 16], and know no
@@ -9,6 +9,11 @@ version_control.py, need_nz). Atlas 800I A2 (Ascend910B1 to B4) and A3 (Ascend91
 from __future__ import annotations
 
 import re
+
+CANN_HOME_VARIABLE = "ASCEND_HOME_PATH"
+"""CANN's home, under which the kernel library looks for the chip's description; it fails without one."""
+
+SOURCE_CANN = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 
 ADVICE = "Use Atlas 800I A2 or A3 cards (Ascend910B1 to B4, Ascend910_93)."
 

@@ -26,6 +26,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.export import compiled_graph, rank_decoder
 from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG
 from telechat_mindie.model.mindir import OperatorNode, Value, operator_nodes
+from telechat_mindie.model.rope import RotaryTable
 from telechat_mindie.model_dir.serving import LAYER_FORMS
 
 REVIEWED = Path(__file__).with_name("graph_differences.yaml")
@@ -51,7 +52,7 @@ Graphs = dict[str, list[OperatorNode]]
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What differs; `argument` is an index, or "calls" for their number."""
+    """What differs; `argument` is an index, or "arguments" or "calls" for their number."""
 
     model: str
     form: str
@@ -120,7 +121,9 @@ def mindformers_graphs(config: TelechatConfig, dtype: str, packed: bool) -> Grap
 
 
 def our_graphs(config: TelechatConfig, dtype: str, layer_form: str) -> Graphs:
-    decoder = rank_decoder(config, 1, dtype, NUM_BLOCKS, BLOCK_SIZE, LONGEST, layer_form)
+    rotary = RotaryTable.of(config, rotary_dtype=dtype)  # as in mindformers' yamls
+    options: dict[str, Any] = {"rotary": rotary, "max_seq_len": LONGEST, "layer_form": layer_form}
+    decoder = rank_decoder(config, 1, dtype, NUM_BLOCKS, BLOCK_SIZE, **options)
     return {kind: operator_nodes(compiled_graph(decoder, kind, external_cache=False)) for kind in GRAPHS}
 
 
@@ -134,6 +137,9 @@ def differences(model: str, form: str, theirs: Graphs, ours: Graphs) -> Iterator
                 yield Difference(*at, "calls", str(len(calls)), str(len(own)))
                 continue
             for their_call, our_call in zip(calls, own, strict=True):
+                counts = len(their_call.arguments), len(our_call.arguments)
+                if counts[0] != counts[1]:
+                    yield Difference(*at, "arguments", *map(str, counts))
                 pairs = zip(their_call.arguments, our_call.arguments, strict=False)
                 for index, pair in enumerate(pairs):
                     if _essence(pair[0]) != _essence(pair[1]):

@@ -15,7 +15,7 @@ import mindspore as ms
 from telechat_mindie.backend.ranks import use_device
 from telechat_mindie.errors import InputError
 from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG
-from telechat_mindie.soc import ADVICE, refused_by_mindspore
+from telechat_mindie.soc import ADVICE, CANN_HOME_VARIABLE, SOURCE_CANN, refused_by_mindspore
 
 ENVIRONMENT = {
     "MS_ALLOC_CONF": "enable_vmm:False",  # the device's memory pool without virtual addresses
@@ -29,9 +29,6 @@ DISABLED_KERNELS = ("PagedAttention",)
 """Custom kernels that the library replaces by its asdops ones, as in mindformers' processes (build_context.py:336-340):
 the custom PagedAttention reads a query of two axes in another layout. Calls with a trapezoidal mask stay with it, which
 alone knows that. The library reads the variable when it makes its first kernel."""
-
-KERNELS_HOME = "ASCEND_HOME_PATH"
-"""CANN's home, under which the kernel library looks for the chip's description; it fails without one."""
 
 
 def rank_environment(present: Mapping[str, str]) -> dict[str, str]:
@@ -48,11 +45,11 @@ def prepare_process(rank: int, world_size: int, device_id: int) -> None:
     Raises:
         InputError: CANN's environment is missing, or the chip is one that the operators here are not made for.
     """
-    if not os.environ.get(KERNELS_HOME):
+    if not os.environ.get(CANN_HOME_VARIABLE):
         raise InputError(
             "is not set, and Ascend's kernel library fails without it",
-            where=KERNELS_HOME,
-            advice="Source CANN's set_env.sh before the service: . /usr/local/Ascend/ascend-toolkit/set_env.sh",
+            where=CANN_HOME_VARIABLE,
+            advice=f"Before the service: {SOURCE_CANN}",
         )
     os.environ |= rank_environment(os.environ)
     bind_to_share(rank, world_size)

@@ -12,7 +12,6 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from telechat_mindie.backend.ascend_process import prepare_process
 from telechat_mindie.backend.caches import AscendHostCache, HostCache, as_rows, block_pairs, external_caches
 from telechat_mindie.backend.ranks import join_ranks, use_device
 from telechat_mindie.errors import InputError
@@ -47,16 +46,9 @@ class DeviceModel:
     def __init__(self, rank: Rank) -> None:
         directory, config = rank.directory, rank.directory.config
         self.rank = rank
-        self.rotary = RotaryTable(
-            config.head_dim,
-            config.training_seqlen,
-            config.base_seqlen,
-            directory.serving.extend_method,
-            directory.serving.rotary_dtype,
-            directory.serving.scaling_factor,
-            config.rope_theta,
-        )
-        self.dtype = directory.serving.dtype  # of the caches: the runner's, whatever else a device computes in
+        serving = directory.serving
+        self.rotary = RotaryTable.of(config, serving.extend_method, serving.rotary_dtype, serving.scaling_factor)
+        self.dtype = serving.dtype  # of the caches: the runner's, whatever else a device computes in
         self.width = config.kv_size // rank.world_size
         self.kernels: Any
         self.decoder: TelechatForCausalLM
@@ -154,7 +146,6 @@ class AscendModel(DeviceModel):
             rank.world_size,
             cache,
             self.rotary,
-            serving.rotary_dtype,
             max_seq_len=serving.max_seq_len,
             layer_form=serving.layer_form,
         )
@@ -164,7 +155,7 @@ class AscendModel(DeviceModel):
         self.network = AscendGraphs(self.decoder, self.kernels.call_shape(external_layers))
         self._given: list[ms.Tensor] = []
         self._external: tuple[Any, int] = (None, 0)
-        self._to_compile = {DECODE, *(graph for name in rank.plugins if (graph := PLUGIN_GRAPHS.get(name)))}
+        self._to_compile = {DECODE, *(graph for name in rank.plugins for graph in PLUGIN_GRAPHS.get(name, ()))}
 
     def external(self, key_cache: Sequence[ms.Tensor], value_cache: Sequence[ms.Tensor]) -> tuple[Any, int]:
         """As the base says, each side as graphs take it.
@@ -224,6 +215,8 @@ def open_device_model(rank: Rank) -> DeviceModel:
     """The rank's model on this process's device, in graph mode; joins the other ranks first."""
     device = device_name()
     if device == "ascend":
+        from telechat_mindie.backend.ascend_process import prepare_process
+
         prepare_process(rank.rank, rank.world_size, rank.device_id)
     else:
         ms.set_context(mode=ms.GRAPH_MODE)

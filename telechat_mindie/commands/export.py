@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, BlockSize, Overwrite, Variant
+from telechat_mindie.commands.options import AsJson, Overwrite, Variant
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
     tp: int = typer.Option(None, "--tp", help="Tensor parallel size; default: the directory's, or 1."),
     dtype: str = typer.Option(None, "--dtype", help="float16 or bfloat16; default: the directory's, or as published."),
     output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
-    block_size: BlockSize = 128,
+    block_size: int = typer.Option(None, "--block-size", help="Tokens of a block; default: the directory's, or 128."),
     external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
     layer_form: str = typer.Option(None, "--layer-form", help="flat or split; default: the directory's, or flat."),
     force: Overwrite = False,
@@ -27,6 +27,7 @@ def export(
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
+    from telechat_mindie.model.rope import RotaryTable
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.model_dir.serving import LAYER_FORMS
 
@@ -36,13 +37,17 @@ def export(
         config = variants.named(variant)
         tp = tp or 1
         dtype = choose_dtype(dtype or "auto", "float32", config)
+        rotary, block_size = RotaryTable.of(config), block_size or 128
         max_seq_len, layer_form = config.training_seqlen, layer_form or LAYER_FORMS[0]
     else:
         directory = ModelDir.open(model_path)
         config = directory.config
+        serving = directory.serving
         tp = tp or directory.tp
-        dtype = dtype or directory.serving.dtype
-        max_seq_len, layer_form = directory.serving.max_seq_len, layer_form or directory.serving.layer_form
+        dtype = dtype or serving.dtype
+        rotary = RotaryTable.of(config, serving.extend_method, serving.rotary_dtype, serving.scaling_factor)
+        block_size = block_size or serving.block_size
+        max_seq_len, layer_form = serving.max_seq_len, layer_form or serving.layer_form
     if layer_form not in LAYER_FORMS:
         raise InputError("is unknown", where="--layer-form", expected=" or ".join(LAYER_FORMS), found=layer_form)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore warns of every shape check that it evaluates again
@@ -56,6 +61,7 @@ def export(
         f"telechat2_{variant or variants.label_for(config)}",
         block_size=block_size,
         external_cache=external_cache,
+        rotary=rotary,
         max_seq_len=max_seq_len,
         layer_form=layer_form,
         force=force,

@@ -98,6 +98,7 @@ def export(
     num_blocks: int = 1024,
     block_size: int = 128,
     external_cache: bool = False,
+    rotary: RotaryTable | None = None,
     max_seq_len: int | None = None,
     layer_form: str = FLAT,
     force: bool = False,
@@ -117,6 +118,7 @@ def export(
         num_blocks: blocks of the key/value cache.
         block_size: tokens of a block.
         external_cache: keys and values come in with every call, as MindIE's npu_mem_size -1 has it.
+        rotary: the tables; by default those of a directory that `build` makes.
         max_seq_len: tokens of the longest sequence, which the rotary tables go up to; by default the training length.
         layer_form: "flat" or "split", see AscendKernels.
         force: replace files that exist.
@@ -135,7 +137,14 @@ def export(
     written = min(WRITTEN_LAYERS, config.num_layers)
     decoders = [
         rank_decoder(
-            dataclasses.replace(config, num_layers=layers), tp, dtype, num_blocks, block_size, max_seq_len, layer_form
+            dataclasses.replace(config, num_layers=layers),
+            tp,
+            dtype,
+            num_blocks,
+            block_size,
+            rotary=rotary,
+            max_seq_len=max_seq_len,
+            layer_form=layer_form,
         )
         for layers in sorted({1, written})
     ]
@@ -179,6 +188,8 @@ def rank_decoder(
     dtype: str,
     num_blocks: int,
     block_size: int,
+    *,
+    rotary: RotaryTable | None = None,
     max_seq_len: int | None = None,
     layer_form: str = FLAT,
 ) -> TelechatForCausalLM:
@@ -194,7 +205,7 @@ def rank_decoder(
         cache = AscendCache(
             config.num_layers, num_blocks, block_size, kv_heads, config.head_dim, dtype, on_device=False
         )
-        rotary = RotaryTable(config.head_dim, config.training_seqlen, config.base_seqlen, theta=config.rope_theta)
+        rotary = rotary or RotaryTable.of(config)
         kernels = AscendKernels(config, tp, cache, rotary, max_seq_len=max_seq_len, layer_form=layer_form)
         return TelechatForCausalLM(config, take, kernels, NamedCollectives(0, tp), cache)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import ParameterTuple, Tensor, nn
+
+from telechat_mindie.model.parameters import parameter_over
 
 
 class KVCache(nn.Cell):
@@ -67,13 +69,6 @@ def address_of(array: Tensor | np.ndarray) -> int:
 
 
 def _parameters(name: str, count: int, shape: tuple[int, int], dtype: np.dtype) -> ParameterTuple:
-    parameters = []
-    for layer in range(count):
-        # Parameter copies its tensor; what it is assigned from numpy it shares. numpy's zeros are pages that nothing
-        # has touched, so that memory which no token has used is not resident (MindSpore 2.7 and 2.10).
-        parameter = Parameter(
-            Tensor.from_numpy(np.zeros((1, shape[1]), dtype)), name=f"{name}.{layer}", requires_grad=False
-        )
-        parameter.assign_value(Tensor.from_numpy(np.zeros(shape, dtype)))
-        parameters.append(parameter)
-    return ParameterTuple(parameters)
+    # numpy's zeros are pages that nothing has touched: memory that no token has used is not resident.
+    zeros = (Tensor.from_numpy(np.zeros(shape, dtype)) for _ in range(count))
+    return ParameterTuple([parameter_over(tensor, f"{name}.{layer}") for layer, tensor in enumerate(zeros)])

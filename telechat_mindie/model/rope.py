@@ -49,7 +49,20 @@ class RotaryTable:
         self._dynamic = extend_method == "DYNAMIC_NTK"
         self._theta = theta * (scaling_factor if extend_method == "NTK" else 1.0)
         self._interpolation = np.float32(scaling_factor if extend_method == "PI" else 1.0)
+        self.dtype = rotary_dtype
         self._round = DTYPES[rotary_dtype].numpy
+
+    @classmethod
+    def of(
+        cls,
+        config: TelechatConfig,
+        extend_method: str = "DYNAMIC_NTK",
+        rotary_dtype: str = "float32",
+        scaling_factor: float = 1.0,
+    ) -> RotaryTable:
+        """A model's, extended and rounded as its directory's yaml says; by default as `build` writes it."""
+        lengths = config.training_seqlen, config.base_seqlen
+        return cls(config.head_dim, *lengths, extend_method, rotary_dtype, scaling_factor, config.rope_theta)
 
     def tables(self, positions: np.ndarray, sequence_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines [T, head_dim / 2] in float32, rounded to the rotary dtype.

@@ -9,10 +9,7 @@ from telechat_mindie import soc
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.service.cards import VISIBLE, Card, Cards, device_files
-
-CANN_VARIABLE = "ASCEND_HOME_PATH"
-
-SOURCE_CANN = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+from telechat_mindie.soc import CANN_HOME_VARIABLE, SOURCE_CANN
 
 
 def check_card(card: Card, holder: str | None = None) -> Iterator[Finding]:
@@ -81,11 +78,11 @@ def check_toolkit(environment: Mapping[str, str], root: Path = Path("/")) -> Ite
     """CANN's ASCEND_HOME_PATH, where there are cards: MindSpore's library of Ascend kernels raises without it."""
     if not device_files(root):
         return
-    home = environment.get(CANN_VARIABLE, "")
+    home = environment.get(CANN_HOME_VARIABLE, "")
     if not home:
-        yield error("cann-home", CANN_VARIABLE, "is not set, without which MindSpore's kernels fail", SOURCE_CANN)
+        yield error("cann-home", CANN_HOME_VARIABLE, "is not set, without which MindSpore's kernels fail", SOURCE_CANN)
     elif not (root / home.lstrip("/")).is_dir():
-        yield error("cann-home", CANN_VARIABLE, f"names {home}, which is not a folder", SOURCE_CANN)
+        yield error("cann-home", CANN_HOME_VARIABLE, f"names {home}, which is not a folder", SOURCE_CANN)
 
 
 def card_memory(cards: Cards, devices: Sequence[int] | None = None) -> tuple[float, str | None]:

@@ -14,13 +14,14 @@ from helpers.ascend_host import HostKernels
 from helpers.kernel_calls import kernel_lines
 from helpers.operator_trace import Recorder
 
-from telechat_mindie.backend.ascend_process import DISABLED_KERNELS_VARIABLE, KERNELS_HOME, rank_environment
+from telechat_mindie.backend.ascend_process import DISABLED_KERNELS_VARIABLE, rank_environment
 from telechat_mindie.dtypes import HALF_DTYPES
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.kernels.ascend import AscendKernels
 from telechat_mindie.model.kernels.ascend_graphs import FLAT, AscendGraphs
+from telechat_mindie.soc import CANN_HOME_VARIABLE
 
 TILED_BY_CANN = ("Add", "Sub", "Mul", "Swish", "Gather", "Transpose")
 """Kernels whose tiling is in CANN's libraries, which are stood in for: their dtypes and shapes are looked at alone."""
@@ -40,7 +41,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 @pytest.fixture
 def environment(kernels: HostKernels) -> dict[str, str]:
     """A rank's, as the runner sets it before it makes the first kernel."""
-    return {KERNELS_HOME: str(kernels.home), **rank_environment({})}
+    return {CANN_HOME_VARIABLE: str(kernels.home), **rank_environment({})}
 
 
 def lines(models: Iterable[TelechatForCausalLM], batches: Sequence[RaggedBatch]) -> list[str]:
@@ -73,8 +74,8 @@ def refusals(kernels: HostKernels, calls: Sequence[str], environment: Mapping[st
 def every_call() -> list[str]:
     """Of each size, rank count and dtype, with each kind of batch; layers are alike, so one layer's."""
     models = [decoder(*size) for size in sizes()]
-    # Rotary tables that a call's scales stretch are float32, and cast in the graph.
-    models += [decoder("7b", 1, dtype, FLAT, longest=4 * TRAINED) for dtype in HALF_DTYPES]
+    for dtype in HALF_DTYPES:  # rotary tables of 16 bits; those that a call's scales stretch are cast in the graph
+        models += [decoder("7b", 1, dtype, FLAT, longest=most, rotary_dtype=dtype) for most in (TRAINED, 4 * TRAINED)]
     return lines(models, list(BATCHES.values()))
 
 
@@ -97,7 +98,7 @@ def test_without_the_variable_paged_attention_is_refused(
 def test_without_canns_home_nothing_runs(
     kernels: HostKernels, environment: dict[str, str], every_call: list[str]
 ) -> None:
-    del environment[KERNELS_HOME]
+    del environment[CANN_HOME_VARIABLE]
     refused = refusals(kernels, every_call, environment)
     assert {"MatMul", "FlashAttentionScore"} <= {call.partition(" ")[0] for call in refused}
 

@@ -13,7 +13,7 @@ from helpers.operator_trace import Recorder, Traced
 from mindspore.common.api import _cell_graph_executor
 
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.model.export import _decoder
+from telechat_mindie.model.export import rank_decoder
 from telechat_mindie.model.kernels.ascend_graphs import JIT_CONFIG, AscendGraphs
 from telechat_mindie.model.mindir import Value, operator_nodes
 from telechat_mindie.model_dir.serving import LAYER_FORMS
@@ -53,7 +53,7 @@ FLAT, SPLIT = LAYER_FORMS
 )
 def test_the_record_is_what_is_compiled(config: TelechatConfig, tp: int, form: str, kind: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, jit_config=JIT_CONFIG)
-    model = _decoder(config, tp, "bfloat16", NUM_BLOCKS, BLOCK, TRAINED, form)
+    model = rank_decoder(config, tp, "bfloat16", NUM_BLOCKS, BLOCK, max_seq_len=TRAINED, layer_form=form)
     graphs = AscendGraphs(model, model.kernels.call_shape())
     (call,) = model.kernels.calls(BATCHES[kind])
     with Recorder() as recorder:
@@ -84,7 +84,7 @@ def _tensors(arguments: Any) -> Iterator[tuple[str, tuple[int | None, ...]]]:
 
 
 def test_an_operator_without_a_rule_is_named() -> None:
-    model = _decoder(DENSE, 1, "bfloat16", NUM_BLOCKS, BLOCK)
+    model = rank_decoder(DENSE, 1, "bfloat16", NUM_BLOCKS, BLOCK)
     (call,) = model.kernels.calls(BATCHES["decode"])
     model.kernels.swiglu = ms.ops.GeLU()
     graphs = AscendGraphs(model, model.kernels.call_shape())

@@ -142,11 +142,18 @@ def networks(monkeypatch):
 
 
 PREFIX_CACHE = '{"plugin_type": "prefix_cache"}'
-LOOKAHEAD = '{"plugin_type": "la,splitfuse", "level": 4, "window": 5, "guess_set_size": 5}'
+MEMORY_DECODING = '{"plugin_type": "memory_decoding", "decoding_length": 4}'
+LOOKAHEAD = '{"plugin_type": "la", "level": 4, "window": 5, "guess_set_size": 5}'
 
 
 @pytest.mark.parametrize(
-    ("plugins", "more"), [(None, []), (PREFIX_CACHE, ["history"]), (LOOKAHEAD, ["drafts", "history"])]
+    ("plugins", "more"),
+    [
+        (None, []),
+        (PREFIX_CACHE, ["history"]),
+        (MEMORY_DECODING, ["history"]),
+        (LOOKAHEAD, ["drafts", "history"]),
+    ],
 )
 def test_the_first_prompt_compiles_what_comes_after_it(ascend, networks, plugins, more):
     """MindIE warms up with prompts alone."""

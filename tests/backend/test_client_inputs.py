@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import mindspore as ms
 import numpy as np
 import pytest
 from helpers.mindie_batching import Batching, Request
@@ -12,7 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from telechat_mindie.backend import inputs
+from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import InputError
+from telechat_mindie.model.kernels.ascend import AscendKernels
+from telechat_mindie.model.kernels.ascend_graphs import DECODE, PLUGIN_GRAPHS, PREFILL, AscendCache
+from telechat_mindie.model.rope import RotaryTable
 
 VOCAB, LONGEST = 512, 64
 PLUGINS = ([], ["prefix_cache"], ["splitfuse"], ["la"], ["memory_decoding"], ["prefix_cache", "memory_decoding"])
@@ -63,15 +68,54 @@ def test_whatever_clients_send_is_answered(model, requests, plugins, knows_vocab
     )
     if twice:  # the same prompts again: hits, of whole prompts too
         requests = requests + [Request(list(r.ids), r.max_tokens, r.adapter) for r in requests]
+    drive(service, requests, rng)
+
+
+def drive(service, requests, rng):
+    """Serve the requests to their end, or until the pool is full."""
     for request in requests:
         service.submit(request)
     for _ in range(40):
-        if not service.waiting and not service.running:
+        answer = service.step(simulate=bool(rng.integers(4) == 0))
+        if answer is None:
             break
-        if not service.running and all(not r.table for r in service.waiting) and len(service._free) < 6:
-            break  # the pool is full, and MindIE would wait
-        logits, rows = service.step(simulate=bool(rng.integers(4) == 0))
+        logits, rows = answer
         assert logits.shape == (rows, VOCAB) and np.isfinite(logits).all()
+
+
+class AscendHost:
+    """What an NPU's runner does before its graph: the batch, the kernels' call, and the graph that it is for."""
+
+    def __init__(self, plugins):
+        config = TelechatConfig(VOCAB, 64, 1, 4, 96, num_kv_heads=2)
+        cache = AscendCache(1, NUM_BLOCKS, BLOCK, config.num_kv_heads, config.head_dim, "float16", on_device=False)
+        self.kernels = AscendKernels(config, 1, cache, RotaryTable.of(config), max_seq_len=LONGEST)
+        self.limits = inputs.BatchLimits(VOCAB, NUM_BLOCKS, BLOCK, LONGEST)
+        self.graphs = {PREFILL, DECODE, *(graph for name in plugins for graph in PLUGIN_GRAPHS[name])}
+
+    def forward(self, input_ids, adapter_ids=None, key_cache=None, value_cache=None, **arguments):
+        inputs.ignore_adapters(adapter_ids)
+        batch = inputs.ragged_batch(self.limits, input_ids=input_ids, **arguments)
+        (call,) = self.kernels.calls(batch)
+        assert call.kind in self.graphs  # which the first prompt has compiled
+        if call.kind != PREFILL:
+            for table, context in zip(batch.block_tables, batch.context_lens, strict=True):
+                assert (table[: -(-context // BLOCK)] >= 0).all()
+        return ms.Tensor(np.zeros((len(batch.logits_rows), VOCAB), np.float32))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=6),
+    plugins=st.sampled_from(PLUGINS),
+    max_seq_len=st.sampled_from([LONGEST // 2, LONGEST, LONGEST + 16]),
+    spare=st.sampled_from([1, Batching.DRAFTS]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_an_npu_gets_calls_of_the_graphs_that_it_has(requests, plugins, max_seq_len, spare, seed):
+    rng = np.random.default_rng(seed)
+    options = {"vocab_size": VOCAB, "max_seq_len": max_seq_len, "plugins": plugins, "spare": spare}
+    drive(Batching(AscendHost(plugins), BLOCK, NUM_BLOCKS, rng, **options), requests, rng)
 
 
 @pytest.mark.parametrize("odd", [-1, -5, VOCAB, 2**32 + 7, 2**63 - 1, -(2**63)])

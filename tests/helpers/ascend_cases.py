@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from telechat_mindie.model.decoder import TelechatForCausalLM
 from telechat_mindie.model.export import rank_decoder
 from telechat_mindie.model.kernels.ascend_batches import first_batch
 from telechat_mindie.model.kernels.ascend_graphs import GRAPHS, PREFILL
+from telechat_mindie.model.rope import RotaryTable
 from telechat_mindie.model_dir.serving import LAYER_FORMS
 from telechat_mindie.variants import VARIANTS
 
@@ -73,8 +75,18 @@ def sizes() -> Iterator[tuple[str, int, str, str]]:
 
 
 def decoder(
-    variant: str, tp: int, dtype: str, layer_form: str, *, block: int = BLOCK, longest: int = TRAINED
+    variant: str,
+    tp: int,
+    dtype: str,
+    layer_form: str,
+    *,
+    block: int = BLOCK,
+    longest: int = TRAINED,
+    rotary_dtype: str = "float32",
 ) -> TelechatForCausalLM:
-    """One layer of rank 0, without data, with rotary tables for sequences of `longest` tokens."""
+    """One layer of rank 0, without data, with rotary tables for sequences of `longest` tokens; by default in the dtype
+    that `build` writes into the yaml."""
     config = dataclasses.replace(VARIANTS[variant], num_layers=1)
-    return rank_decoder(config, tp, dtype, NUM_BLOCKS, block, longest, layer_form)
+    rotary = RotaryTable.of(config, rotary_dtype=rotary_dtype)
+    options: dict[str, Any] = {"rotary": rotary, "max_seq_len": longest, "layer_form": layer_form}
+    return rank_decoder(config, tp, dtype, NUM_BLOCKS, block, **options)

@@ -74,14 +74,20 @@ class Batching:
         self.waiting.append(request)
         return True
 
-    def step(self, simulate: bool = False) -> tuple[np.ndarray, int]:
-        """One call: its logits, and how many rows MindIE's sampler would look for."""
+    def step(self, simulate: bool = False) -> tuple[np.ndarray, int] | None:
+        """One call: its logits, and how many rows MindIE's sampler would look for; None where none is possible.
+
+        A request for whose next token there is no block leaves: MindIE takes it up again when others have ended.
+        """
+        self.running = [r for r in self.running if self._allocate(r, len(r.ids))]
         chosen = [r for r in self.waiting[:2] if self._allocate(r, len(r.ids))]
         if "splitfuse" in self.plugins and chosen:
             return self._mixed(chosen)
         if chosen:
             self.waiting = [r for r in self.waiting if r not in chosen]
             return self._prefill(chosen)
+        if not self.running:
+            return None
         for request in self.running:
             self._allocate(request, len(request.ids) + self.spare, must=False)
         return self._decode(self.running, simulate)

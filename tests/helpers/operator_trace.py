@@ -81,17 +81,11 @@ class Traced:
     def __lt__(self, other: Any) -> Traced:
         return self._record("Less", other)
 
-    def astype(self, dtype: Any) -> Traced:
-        return self._record("Cast", dtype)
-
     def reshape(self, *shape: Any) -> Traced:
         return self._record("Reshape", tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape)
 
     def expand_dims(self, axis: int) -> Traced:
         return self._record("ExpandDims", axis)
-
-    def squeeze(self, axis: int) -> Traced:
-        return self._record("Squeeze", axis)
 
     def transpose(self, *axes: int) -> Traced:
         return self._record("Transpose", axes)
@@ -210,16 +204,11 @@ class _Functions:
 
 
 FUNCTIONS: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]] = {
-    "gather": lambda table, indices, axis: ("Gather", (table, indices, axis)),
     "cast": lambda x, dtype: ("Cast", (x, dtype)),
     "select": lambda condition, x, y: ("Select", (condition, x, y)),
     "logical_and": lambda x, y: ("LogicalAnd", (x, y)),
     "zeros_like": lambda x: ("ZerosLike", (x,)),
     "zeros": lambda shape, dtype: ("Zeros", (shape, dtype)),
-    "reshape": lambda x, shape: ("Reshape", (x, tuple(shape))),
-    "expand_dims": lambda x, axis: ("ExpandDims", (x, axis)),
-    "squeeze": lambda x, axis: ("Squeeze", (x, axis)),
-    "transpose": lambda x, axes: ("Transpose", (x, tuple(axes))),
 }
 """Function -> the operator that it is, with its arguments."""
 
@@ -267,12 +256,6 @@ def _reduce(attributes: Mapping[str, Any], x: Traced, axis: int) -> list[tuple[S
     return [((*x.shape[:axis], *([1] if attributes["keep_dims"] else []), *x.shape[axis + 1 :]), x.kind)]
 
 
-def _squeeze(attributes: Mapping[str, Any], x: Traced, axis: int) -> list[tuple[Shape, str]]:
-    axis %= x.ndim
-    assert x.shape[axis] == 1
-    return [((*x.shape[:axis], *x.shape[axis + 1 :]), x.kind)]
-
-
 def _expand(attributes: Mapping[str, Any], x: Traced, axis: int) -> list[tuple[Shape, str]]:
     axis %= x.ndim + 1
     return [((*x.shape[:axis], 1, *x.shape[axis:]), x.kind)]
@@ -311,7 +294,6 @@ RULES: dict[str, Rule] = {
     "Cast": lambda a, x, dtype: [(x.shape, _kind(dtype))],
     "Reshape": _reshape,
     "ExpandDims": _expand,
-    "Squeeze": _squeeze,
     "Transpose": lambda a, x, axes: [(tuple(x.shape[axis] for axis in axes), x.kind)],
     "ReduceSum": _reduce,
     "Gather": lambda a, table, indices, axis: [(indices.shape + table.shape[1:], table.kind)],

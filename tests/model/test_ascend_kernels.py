@@ -9,6 +9,8 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from helpers import ascend_cases
+from helpers.ascend_operators import emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Parameter, Tensor, nn
@@ -38,7 +40,6 @@ from telechat_mindie.model.kernels.cpu import CpuKernels
 from telechat_mindie.model.kv_cache import KVCache
 from telechat_mindie.model.parallel import TensorParallel
 from telechat_mindie.model.rope import RotaryTable
-from tests.helpers.ascend_operators import emulate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,8 +82,11 @@ def _cache(config: TelechatConfig, dtype: str = "float16", block_size: int = BLO
     )
 
 
-def _kernels(config: TelechatConfig = DENSE, dtype: str = "float16", **options: Any) -> AscendKernels:
-    return AscendKernels(config, 1, _cache(config, dtype), RotaryTable(config.head_dim), **options)
+def _kernels(
+    config: TelechatConfig = DENSE, dtype: str = "float16", rotary_dtype: str = "float32", **options: Any
+) -> AscendKernels:
+    rotary = RotaryTable(config.head_dim, rotary_dtype=rotary_dtype)
+    return AscendKernels(config, 1, _cache(config, dtype), rotary, **options)
 
 
 def _call(batch: RaggedBatch, **options: Any) -> AscendCall:
@@ -136,7 +140,7 @@ class TestCalls:
         assert (mask == np.triu(np.full((128, 128), blocked), 1)).all()
 
     def test_tables_in_float32_where_asked(self) -> None:
-        kernels = _kernels(rotary_dtype="float32")
+        kernels = _kernels()
         assert kernels.cos.dtype == kernels.sin.dtype == ms.float32
         assert kernels.cos.shape == (8192, 16)
         assert (kernels.cos.asnumpy()[:, :8] == kernels.cos.asnumpy()[:, 8:]).all()
@@ -192,24 +196,8 @@ class TestCalls:
             assert (batch.slots == -1).all() and (batch.block_tables == 0).all()
 
 
-def _large(query_lens: list[int], context_lens: list[int]) -> RaggedBatch:
-    """A batch with blocks of 128 and tables as wide as the longest sequence asks for."""
-    total, width = sum(query_lens), -(-max(context_lens) // 128)
-    ends = np.cumsum(query_lens)
-    positions = np.concatenate([np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)])
-    return RaggedBatch(
-        token_ids=np.zeros(total, np.int32),
-        positions=positions.astype(np.int32),
-        slots=np.zeros(total, np.int32),
-        query_lens=np.array(query_lens, np.int32),
-        context_lens=np.array(context_lens, np.int32),
-        block_tables=np.zeros((len(query_lens), width), np.int32),
-        logits_rows=(ends - 1).astype(np.int32),
-    )
-
-
 class TestUploads:
-    """What a call brings to the device, in bytes, at TeleChat2-7B's sizes."""
+    """What a call brings to the device, in bytes: the same for every size of model."""
 
     @pytest.mark.parametrize(
         ("query_lens", "context_lens", "most"),
@@ -227,7 +215,7 @@ class TestUploads:
         """With a training length of 4096 the longer sequences' tables are stretched and scaled."""
         rotary = RotaryTable(16, training, training)
         kernels = AscendKernels(DENSE, 1, _cache(DENSE), rotary, max_seq_len=32768)
-        (call,) = kernels.calls(_large(query_lens, context_lens))
+        (call,) = kernels.calls(ascend_cases.batch(query_lens, context_lens))
         assert sum(tensor.nbytes for tensor in _tensors(call)) <= most
 
 
@@ -414,14 +402,14 @@ class TestMisuse:
     @pytest.mark.parametrize("kind", GRAPHS)
     def test_right_arguments_pass(self, kind: str) -> None:
         arguments = [_dynamic(*shape, dtype=dtype) for shape, dtype in ATTENTION.values()]
-        _trace(AttentionProbe(_kernels(), kind), *arguments)
+        _trace(AttentionProbe(_kernels(rotary_dtype="float16"), kind), *arguments)
 
     @pytest.mark.parametrize(("name", "shape", "dtype"), WRONG_ATTENTION)
     def test_attention(self, name: str, shape: tuple[int | None, ...], dtype: str) -> None:
         arguments = {**ATTENTION, name: (shape, dtype)}
         with pytest.raises(InputError, match=f": {name}: has the wrong (shape|dtype)"):
             _trace(
-                AttentionProbe(_kernels(), DRAFTS),
+                AttentionProbe(_kernels(rotary_dtype="float16"), DRAFTS),
                 *(_dynamic(*sizes, dtype=kind) for sizes, kind in arguments.values()),
             )
 

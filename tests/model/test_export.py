@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.cli import app
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, InputError, OutputError
 from telechat_mindie.model.export import ExportReport, export
 from telechat_mindie.model.kernels.ascend_graphs import GRAPHS
 from telechat_mindie.model.mindir import GraphFile, parse_mindir
+from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.variants import VARIANTS
 
 CASES = {
@@ -176,7 +180,9 @@ class TestReleasedSizes:
             parameters = case.graph(kind).parameters
             routers = {value for value in parameters if value.name.endswith("router.dense.weight")}
             assert {value.dtype for value in routers} <= {"float32"} and len(routers) == (2 if two.is_moe else 0)
-            assert {value.dtype for value in parameters if value not in routers} == {case.dtype}
+            rotary = {value for value in parameters if value.name.endswith(("kernels.cos", "kernels.sin"))}
+            assert {value.dtype for value in rotary} == {"float32"} and len(rotary) == 2
+            assert {value.dtype for value in parameters if value not in routers | rotary} == {case.dtype}
             shapes = {value.name: value.shape for value in parameters}
             tables = dict.fromkeys(("cos", "sin"), (8192, two.head_dim))
             own = {name.partition("kernels.")[2]: shapes.pop(name) for name in list(shapes) if "kernels." in name}
@@ -311,6 +317,23 @@ class TestExport:
         assert [path.name for path in tmp_path.iterdir()] == [kept.name]
         export(TINY, 1, tmp_path, "float16", "tiny", force=True)
         assert len(read_mindir(kept).inputs) == 7
+
+    def test_a_directorys_graphs_have_its_own_tables_and_blocks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: ExportReport
+    ) -> None:
+        write_checkpoint(tmp_path / "nano")
+        build(tmp_path / "model", tmp_path / "nano", BuildOptions(block_size=32))
+        yaml = next((tmp_path / "model").glob("*.yaml"))
+        text = yaml.read_text().replace("rotary_dtype: 'float32'", "rotary_dtype: 'float16'")
+        yaml.write_text(text.replace("extend_method: 'DYNAMIC_NTK'", "extend_method: 'None'"))
+        given: dict[str, Any] = {}
+        monkeypatch.setattr(
+            "telechat_mindie.model.export.export", lambda *_, **options: given.update(options) or report
+        )
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "model")])
+        assert result.exit_code == 0, result.exception
+        rotary = given["rotary"]
+        assert (rotary.dtype, rotary.extension(1 << 20), given["block_size"]) == ("float16", (1.0, 1.0), 32)
 
     @pytest.mark.parametrize(
         ("tp", "dtype", "block_size", "error", "message"),

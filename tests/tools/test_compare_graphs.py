@@ -44,6 +44,7 @@ def test_dtypes_axes_constants_and_numbers_of_calls_do(tool):
 
     assert found(matmul("float32")) == found(matmul("float16", None, 32)) == [0]
     assert found(node("MatMul", Value("x", "float16", (None, 64)), True)) == [1]
+    assert found(node("MatMul", Value("x", "float16", (None, 64)))) == ["arguments"]
     assert found() == found(matmul(), matmul()) == ["calls"]
 
 

@@ -78,8 +78,9 @@ def measure(calls: int) -> dict[str, dict[str, float]]:
     config = TelechatConfig(VOCABULARY, 4096, 1, 32, 12288)
     cache = AscendCache(1, 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim, "float16", on_device=False)
     known = inspect.signature(AscendKernels.__init__).parameters
-    options: dict[str, Any] = {"max_seq_len": MAX_SEQ_LEN} if "max_seq_len" in known else {}
-    kernels = AscendKernels(config, 1, cache, RotaryTable(config.head_dim), "float32", **options)
+    named = {"max_seq_len": MAX_SEQ_LEN, "rotary_dtype": "float32"}  # of which earlier commits know one or the other
+    options: dict[str, Any] = {name: value for name, value in named.items() if name in known}
+    kernels = AscendKernels(config, 1, cache, RotaryTable(config.head_dim), **options)
     limits = BatchLimits(VOCABULARY, NUM_BLOCKS, BLOCK_SIZE, MAX_SEQ_LEN)
     device = AscendModel.__new__(AscendModel)
     rank: Any = SimpleNamespace(directory=SimpleNamespace(config=config))

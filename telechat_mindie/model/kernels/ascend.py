@@ -71,8 +71,7 @@ class AscendKernels(nn.Cell):
         config: the model's shape.
         tp: tensor parallel size; heads, kv heads and feed-forward are divided by it.
         cache: this rank's cache; its dtype is the dtype of all computing.
-        rotary: gives the cosines and sines.
-        rotary_dtype: "float32" hands these over in float32, anything else in the dtype of computing.
+        rotary: gives the cosines and sines, handed over in float32 where that is its dtype, else in that of computing.
         max_seq_len: tokens of the longest sequence, which the tables go up to; by default the training length.
         layer_form: one of LAYER_FORMS.
 
@@ -89,7 +88,6 @@ class AscendKernels(nn.Cell):
         tp: int,
         cache: AscendCache,
         rotary: RotaryTable,
-        rotary_dtype: str = "",
         *,
         max_seq_len: int | None = None,
         layer_form: str = FLAT,
@@ -111,7 +109,7 @@ class AscendKernels(nn.Cell):
         self.chosen = config.experts_per_token
         self.dtype = cache.dtype
         self.dtypes = (cache.dtype,)
-        self.table_dtype = "float32" if rotary_dtype == "float32" else cache.dtype
+        self.table_dtype = "float32" if rotary.dtype == "float32" else cache.dtype
         self.table_kind = getattr(mstype, self.table_dtype)
         self._resident = ResidentRotary(rotary, max_seq_len or config.training_seqlen)
         table_dtype = "float32" if self._resident.has_scale else self.table_dtype

@@ -49,6 +49,7 @@ def draft_mask(batch: RaggedBatch) -> np.ndarray | None:
     ends = np.repeat(batch.context_lens, batch.query_lens) - after + 1
     if (visible == (position < ends[:, None])).all():
         return None
+    # ragged_batch passes no mask where every sequence has one new token, so no call of MindIE's comes here.
     if batch.query_lens.max() == 1:
         raise InputError("hides context from a sequence with one new token", where="spec_mask")
     return np.where(visible, np.float32(0), np.float32(BLOCKED))

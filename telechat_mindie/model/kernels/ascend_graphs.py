@@ -24,8 +24,14 @@ inputs' are unchanged (DataPrepareActor::RecordInputAndConvertStatic), with eith
 arguments (nn/cell.py, _predict), and the fusion of MatMul with AllReduce tells the two apart. mindformers r1.6.0
 generation/text_generator.py sets them."""
 
-PLUGIN_GRAPHS = {"splitfuse": HISTORY, "prefix_cache": HISTORY, "la": DRAFTS, "memory_decoding": DRAFTS}
-"""MindIE's plugin -> the graph that its calls take beside prefill and decode."""
+PLUGIN_GRAPHS = {
+    "splitfuse": (HISTORY,),
+    "prefix_cache": (HISTORY,),
+    "la": (DRAFTS, HISTORY),
+    "memory_decoding": (HISTORY,),
+}
+"""MindIE's plugin -> the graphs that its calls take beside prefill and decode. Drafts in a row, as all of
+memory_decoding's and some of lookahead's are, are history."""
 
 FLAT, SPLIT = LAYER_FORMS
 

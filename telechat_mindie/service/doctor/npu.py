@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.service.card_rules import CANN_VARIABLE, SOURCE_CANN, check_card, check_mask, check_toolkit
+from telechat_mindie.service.card_rules import check_card, check_mask, check_toolkit
 from telechat_mindie.service.cards import device_files
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.support import same_version, stack_with, stacks
+from telechat_mindie.soc import CANN_HOME_VARIABLE, SOURCE_CANN
 
 DEVICE_FILES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 """What a container needs beside /dev/davinciN: MindIE-LLM v3.0.0.beta.2 docs/zh/user_guide/install/source/
@@ -57,7 +58,7 @@ def check_cards(machine: Machine) -> Iterator[Finding]:
 
 def cann_version(machine: Machine) -> str | None:
     """The toolkit's version, from the install info in its home."""
-    home = machine.environment.get(CANN_VARIABLE) or machine.environment.get("ASCEND_TOOLKIT_HOME") or CANN_HOME
+    home = machine.environment.get(CANN_HOME_VARIABLE) or machine.environment.get("ASCEND_TOOLKIT_HOME") or CANN_HOME
     architecture = platform.machine()
     for name in (f"{architecture}-linux/ascend_toolkit_install.info", "version.cfg", "compiler/version.info"):
         text = machine.read(f"{home}/{name}") or ""
