@@ -27,15 +27,13 @@ def check(
     """
     from telechat_mindie.commands.findings import show_report
     from telechat_mindie.commands.output import byte_progress
-    from telechat_mindie.service.card_rules import card_memory
-    from telechat_mindie.service.cards import read_cards
     from telechat_mindie.service.check import CheckOptions
     from telechat_mindie.service.check import check as run
 
     options = CheckOptions(
         service_config=service_config,
         generation=mindie,
-        device_mem_gb=card_memory(read_cards())[0] if device_mem is None else device_mem,
+        device_mem_gb=device_mem,
         full=full,
         fix=fix,
         mindie_home=mindie_home,

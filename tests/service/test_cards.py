@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ from typer.testing import CliRunner
 from telechat_mindie.cli import app
 from telechat_mindie.findings import Report
 from telechat_mindie.model_dir.build import BuildOptions, build
+from telechat_mindie.model_dir.layout import ModelDir
+from telechat_mindie.service import schema
 from telechat_mindie.service.card_rules import card_memory, check_card, check_devices, check_mask, check_toolkit
 from telechat_mindie.service.cards import Card, Cards, Process, device_files, parse_npu_smi, read_cards, trouble_in
+from telechat_mindie.service.check import CheckOptions, check, check_config
+from telechat_mindie.service.facts import model_facts
 from telechat_mindie.service.launch.prepare import LaunchOptions, prepare
 from telechat_mindie.service.options import ServiceOptions
 
@@ -328,16 +333,38 @@ def test_service_config_warns_of_the_cards_that_it_names(command):
     assert refused.returncode == 0 and "knows no bfloat16" in refused.stderr and "Atlas 800I A2" in refused.stderr
 
 
-def test_check_measures_by_the_cards_too(monkeypatch):
+def test_service_config_and_check_measure_the_same_cards(command, model, tmp_path):
+    """On a machine with cards of 32 and of 64 GB, and npu-smi is asked only where its answer counts."""
+    mixed = table((0, 0, "", "910B4", 100, 32768), (1, 0, "", "910B3", 100, 65536))
+    file, asked = tmp_path / "conf.json", tmp_path / "asked"
+    done = command("service-config", mixed, *HTTP, "--devices", "1", "-o", str(file))
+    assert done.returncode == 0, done.stderr
+    asked.unlink()
+    config, facts = schema.load(file), model_facts(ModelDir.open(model))
+    options = CheckOptions(environment={"PATH": str(tmp_path / "bin")})
+
+    def found(options: CheckOptions) -> list[str]:
+        return [found.message for found in check_config(config, file, facts, options) if found.id == "memory"]
+
+    assert found(options) == []
+    config["BackendConfig"]["npuDeviceIds"] = [[0]]
+    (message,) = found(options)
+    assert "do not fit a card of 32 GB" in message and asked.read_text() == "asked\n" * 2
+    asked.unlink()
+    assert found(replace(options, device_mem_gb=64)) == []
+    check(tmp_path / "none", options)
+    assert not asked.exists()
+
+
+def test_check_leaves_the_cards_to_the_config(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "telechat_mindie.service.check.check", lambda path, options, start: asked.append(options) or Report(())
     )
-    monkeypatch.setattr("telechat_mindie.service.cards.read_cards", lambda: cards_of(CONTAINER))
     runner = CliRunner()
     for options in ([], ["--device-mem", "16"]):
         assert runner.invoke(app, ["check", "somewhere", *options]).exit_code == 0
-    assert [options.device_mem_gb for options in asked] == [32, 16]
+    assert [options.device_mem_gb for options in asked] == [None, 16]
 
 
 # ---- launch ----

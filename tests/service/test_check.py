@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from telechat_mindie.findings import Report
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
@@ -68,7 +69,7 @@ def options(monkeypatch: pytest.MonkeyPatch) -> CheckOptions:
     monkeypatch.setattr(isolated, "_tokenizer", lambda *_: iter(()))
     port = ports.free_run(38090, 2)
     environment = {"PATH": os.environ["PATH"], "MS_SCHED_PORT": str(port), "LCAL_IF_PORT": str(port + 1)}
-    return CheckOptions(uid=os.geteuid() or OWNER, environment=environment)
+    return CheckOptions(uid=os.geteuid() or OWNER, environment=environment, device_mem_gb=DEFAULT_CARD_GB)
 
 
 @pytest.fixture(autouse=True)
@@ -718,6 +719,7 @@ class TestEnvironment:
             ({"NPU_MEMORY_FRACTION": "nan"}, "variable", "error"),
             ({"RANK_TABLE_FILE": "/no/such/file"}, "rank-table", "warning"),
             ({"ASCEND_RT_VISIBLE_DEVICES": "3"}, "visible-devices", "error"),
+            ({"ASCEND_RT_VISIBLE_DEVICES": "1,0"}, "visible-devices", "error"),
             ({"MIES_CONFIG_JSON_PATH": "/other.json"}, "config-path", "warning"),
         ],
     )

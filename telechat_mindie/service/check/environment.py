@@ -25,6 +25,8 @@ from telechat_mindie.mindie import (
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE, permission_findings
 from telechat_mindie.reading import read_json
 from telechat_mindie.service import ports
+from telechat_mindie.service.card_rules import check_mask
+from telechat_mindie.service.cards import VISIBLE, Cards, visible_devices
 from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.check.service_file import device_rows, is_local
 from telechat_mindie.service.port_holder import port_holder
@@ -191,18 +193,19 @@ def _rank_table(config: Mapping[str, Any] | None, options: CheckOptions) -> Iter
 
 
 def _devices(config: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """npuDeviceIds count within ASCEND_RT_VISIBLE_DEVICES, where it is set."""
-    text = environment.get("ASCEND_RT_VISIBLE_DEVICES")
+    """ASCEND_RT_VISIBLE_DEVICES, where it is set, as CANN takes it; npuDeviceIds count within it."""
+    text = environment.get(VISIBLE)
     if text is None or config is None:
         return
+    yield from check_mask(Cards(mask=visible_devices(environment)))
     visible = [part for part in text.split(",") if part.strip()]
     highest = max((device for row in device_rows(config) for device in row), default=-1)
     if highest >= len(visible):
         yield error(
             "visible-devices",
-            "ASCEND_RT_VISIBLE_DEVICES",
+            VISIBLE,
             f"shows {len(visible)} card(s), numbered from 0, and npuDeviceIds name card {highest}",
-            "unset ASCEND_RT_VISIBLE_DEVICES, or number the devices from 0.",
+            f"unset {VISIBLE}, or number the devices from 0.",
         )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.mindie import certificate_home
 from telechat_mindie.model_dir.modes import SKIP_VARIABLE, User
 from telechat_mindie.service import DEFAULT_GENERATION
@@ -20,7 +19,7 @@ class CheckOptions:
     Attributes:
         service_config: the conf/config.json that will serve the directory; None checks the directory alone.
         generation: the generation of MindIE, a key of `schema.GENERATIONS`.
-        device_mem_gb: memory of one card, in GB of 2^30 bytes.
+        device_mem_gb: memory of one card, in GB of 2^30 bytes; None asks npu-smi for the cards of the service config.
         full: hash every file and compare with the manifest.
         fix: repair modes before looking.
         uid: the user that MindIE will run as; MindIE's file rules depend on it.
@@ -31,7 +30,7 @@ class CheckOptions:
 
     service_config: Path | None = None
     generation: str = DEFAULT_GENERATION
-    device_mem_gb: float = DEFAULT_CARD_GB
+    device_mem_gb: float | None = None
     full: bool = False
     fix: bool = False
     uid: int = field(default_factory=os.geteuid)

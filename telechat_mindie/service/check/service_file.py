@@ -16,6 +16,8 @@ from telechat_mindie.kv_budget import CacheShape, CardBudget
 from telechat_mindie.mindie import GENERATIONS, SERVER_PORTS
 from telechat_mindie.model_dir.modes import permission_findings
 from telechat_mindie.service import ports, schema
+from telechat_mindie.service.card_rules import card_memory
+from telechat_mindie.service.cards import read_cards
 from telechat_mindie.service.certificates import fault, tls_paths
 from telechat_mindie.service.check.home_file import CONFIG, check_home_file
 from telechat_mindie.service.check.options import CheckOptions
@@ -76,7 +78,7 @@ def check_config(
     yield from check_home_file(config, where, options)
     if facts is not None:
         yield from _model(config, where, facts)
-        yield from _memory(config, where, facts, options.device_mem_gb)
+        yield from _memory(config, where, facts, options)
     if options.home is not None and not any(violation.severity == "error" for violation in violations):
         yield from _certificates(config, where, options.home, options)
     yield from _addresses(config, where, options)
@@ -138,7 +140,7 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
         )
 
 
-def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_mem_gb: float) -> Iterator[Finding]:
+def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, options: CheckOptions) -> Iterator[Finding]:
     """Weights and KV cache of a card, and whether the cache holds one request of maxSeqLen."""
     here = model_location(0, "npuMemSize")
     size = typed_at(config, here)
@@ -148,7 +150,11 @@ def _memory(config: Mapping[str, Any], where: Path, facts: ModelFacts, device_me
         return
     if size == 0 or not -1 <= size <= INT32_MAX:
         return  # the schema tells it
-    budget = CardBudget.of(device_mem_gb, facts.weight_bytes_per_rank, facts.vocab_size)
+    card = options.device_mem_gb
+    if card is None:
+        devices = [device for row in device_rows(config) for device in row]
+        card, _ = card_memory(read_cards(options.environment), devices)
+    budget = CardBudget.of(card, facts.weight_bytes_per_rank, facts.vocab_size)
     cache = budget.cache_for(size)
     if not cache or not budget.holds(cache):
         parts = f"{budget.weights:.1f} GB of weights and {cache:.1f} GB of KV cache"
