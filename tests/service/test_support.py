@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,7 +54,13 @@ def test_the_table_and_the_requirement_agree():
     for stack in support.stacks():
         release = tuple(map(int, stack.mindspore.split(".")[:2]))
         allowed = software.OLDEST_MINDSPORE <= release < software.NEWEST_MINDSPORE
-        assert allowed is not stack.telechat_mindie.startswith("no"), stack
+        assert allowed is stack.runs, stack
+
+
+def test_only_a_plain_no_keeps_this_package_off():
+    stack = support.stacks()[-1]
+    assert replace(stack, telechat_mindie="not run on an NPU").runs
+    assert not replace(stack, telechat_mindie="no: it lacks an operator").runs
 
 
 def test_advice_names_only_releases_that_can_run():

@@ -78,7 +78,7 @@ def check_mindformers(machine: Machine) -> Iterator[Finding]:
         yield warning(
             "mindformers", found.folder, f"is {version or 'of unknown version'}", f"Releases that are known: {known}."
         )
-    elif row.telechat_mindie.startswith("no"):
+    elif not row.runs:
         yield error(
             "mindformers",
             found.folder,

@@ -25,13 +25,18 @@ class MindieRelease:
     config: str  # their generation, as `--mindie` calls it
     python: str
     cann: str
-    mindformers: str | None  # the `Stack` made for the same CANN; None where no ms backend needs one
+    mindformers: str | None  # of `stack`
     source: str
 
     @property
     def ms_backend(self) -> bool:
         """Whether their workers know backendType ms."""
         return GENERATIONS[self.config].ms_backend
+
+    @property
+    def stack(self) -> Stack | None:
+        """The row of `mindspore` made for the same CANN; None where no ms backend needs one."""
+        return stack_with(mindformers=self.mindformers) if self.mindformers else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,13 @@ class Stack:
     mindspore: str
     cann: str
     driver: str | None
-    telechat_mindie: str  # what it means for this package: begins with "no" where it cannot run there
+    telechat_mindie: str  # what it means for this package: begins with "no:" where it cannot run there
     telechat_mindie_zh: str
+
+    @property
+    def runs(self) -> bool:
+        """Whether this package can run there."""
+        return not self.telechat_mindie.startswith("no:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +98,7 @@ def matrix(language: str = "en") -> tuple[Support, ...]:
     column = "telechat_mindie" if language == "en" else f"telechat_mindie_{language}"
     rows = []
     for release in mindie_releases():
-        stack = stack_with(mindformers=release.mindformers) if release.mindformers else None
+        stack = release.stack
         driver, mindspore = (stack.driver or "-", stack.mindspore) if stack else ("-", "-")
         meaning = getattr(stack, column) if stack else _table()["no_ms_backend"][column]
         named = release.mindformers or "-"
@@ -117,9 +127,8 @@ def release_of(version: str | None) -> MindieRelease | None:
 
 
 def working_releases() -> str:
-    """`1.0.0, 2.1.RC1 and 3.0.0.beta.1`, for advice: those on which this package can run."""
-    rows = zip(mindie_releases(), matrix(), strict=True)
-    names = [release.versions for release, row in rows if not row.telechat_mindie.startswith("no")]
+    """`2.1.RC1, 2.1.RC2 and 2.3.0`, for advice: those on which this package can run."""
+    names = [release.versions for release in mindie_releases() if release.stack and release.stack.runs]
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
