@@ -14,10 +14,12 @@ from telechat_mindie.commands.options import (
     Devices,
     Generation,
     InsecureHttp,
+    Instances,
     MaxInputLen,
     MaxSeqLen,
     ModelPath,
     Overwrite,
+    Reserve,
     Set,
 )
 from telechat_mindie.service import DEFAULT_GENERATION
@@ -34,11 +36,9 @@ def service_config(
     model_path: ModelPath,
     output: Path = typer.Option(None, "--output", "-o", help="File to write; default: print it."),
     devices: Devices = None,
-    instances: int = typer.Option(
-        1, "--instances", help="Copies of the model, each on as many cards as it was built for."
-    ),
+    instances: Instances = None,
     device_mem: CardMem = None,
-    reserve: float = typer.Option(None, "--reserve", help="GB of a card kept free; default: a fifth of it."),
+    reserve: Reserve = None,
     dynamic_kv: bool = typer.Option(False, "--dynamic-kv", help="npuMemSize -1: the KV cache takes what is left."),
     max_seq_len: MaxSeqLen = None,
     max_input_len: MaxInputLen = None,
@@ -59,6 +59,9 @@ def service_config(
     as_json: AsJson = False,
 ) -> None:
     """Render MindIE's conf/config.json for a model directory."""
+    import os
+
+    from telechat_mindie.mindie import certificate_home
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service import ports
     from telechat_mindie.service.card_rules import card_memory
@@ -66,14 +69,16 @@ def service_config(
     from telechat_mindie.service.facts import model_facts
     from telechat_mindie.service.options import ServiceOptions, parse_devices
     from telechat_mindie.service.render import render_service_config
+    from telechat_mindie.staging import write_file
 
+    home = certificate_home(os.environ, mindie_home) if mindie_home is not None or make_test_certificates else None
     cards = read_cards()
     assumed = None
     if device_mem is None:
         device_mem, assumed = card_memory(cards, None if devices is None else parse_devices(devices))
     options = ServiceOptions(
         devices=devices,
-        instances=instances,
+        instances=1 if instances is None else instances,
         device_mem_gb=device_mem,
         reserve_gb=reserve,
         dynamic_kv=dynamic_kv,
@@ -85,16 +90,18 @@ def service_config(
         generation=mindie,
         template=template,
         overrides=tuple(set_ or ()),
-        mindie_home=mindie_home,
+        mindie_home=home,
     )
     directory = ModelDir.open(model_path)
     # The file may be for another machine; `launch` goes round the ports that are taken on its own.
     rendered = render_service_config(model_facts(directory), options, ports.assume_free)
-    if make_test_certificates:
-        rendered = _make_certificates(rendered, mindie_home, replace=force)
     if output is not None:
-        _write(output, rendered, replace=force or (template is not None and _same_file(output, template)))
-    _tell(rendered, mindie_home)
+        _check_output(output, replace=force or (template is not None and _same_file(output, template)))
+    if make_test_certificates:
+        rendered = _make_certificates(rendered, home, replace=force)
+    if output is not None:
+        write_file(output, rendered.text.encode())
+    _tell(rendered, home)
     _tell_cards(rendered, cards, directory.serving.dtype, assumed)
     if explain:
         _explain(rendered, str(output or model_path), as_json)
@@ -106,17 +113,14 @@ def service_config(
         print(f"{output}: for MindIE {mindie}, {len(rendered.derived)} values derived; --explain lists them")
 
 
-def _make_certificates(rendered: RenderedConfig, mindie_home: Path | None, replace: bool) -> RenderedConfig:
+def _make_certificates(rendered: RenderedConfig, home: Path | None, replace: bool) -> RenderedConfig:
     """Make them and say so on stderr."""
-    import os
     from dataclasses import replace as changed
 
     from telechat_mindie.errors import InputError
-    from telechat_mindie.mindie import certificate_home
     from telechat_mindie.service.certificates import https_certificates
     from telechat_mindie.service.trial_certificates import OPTION, make_trial_certificates
 
-    home = certificate_home(os.environ, mindie_home)
     if home is None:
         raise InputError("does not know MindIE's home", where=OPTION, advice="Name it: --mindie-home DIR.")
     generation = rendered.options.generation
@@ -131,9 +135,8 @@ def _make_certificates(rendered: RenderedConfig, mindie_home: Path | None, repla
     return changed(rendered, certificates=https_certificates(rendered.config, generation, home))
 
 
-def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
+def _check_output(output: Path, replace: bool) -> None:
     from telechat_mindie.errors import OutputError
-    from telechat_mindie.staging import write_file
 
     if output.is_symlink():
         raise OutputError("is a symbolic link", where=output, advice="MindIE refuses links; name the real file.")
@@ -143,10 +146,9 @@ def _write(output: Path, rendered: RenderedConfig, replace: bool) -> None:
         )
     if not output.parent.is_dir():
         raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
-    write_file(output, rendered.text.encode())
 
 
-def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
+def _tell(rendered: RenderedConfig, home: Path | None) -> None:
     """On stderr: what MindIE only warns about, and the certificates that are missing, refused or to be provided."""
     import os
 
@@ -154,13 +156,13 @@ def _tell(rendered: RenderedConfig, mindie_home: Path | None) -> None:
 
     for violation in rendered.warnings:
         print(f"warning: {violation}", file=sys.stderr)
-    if mindie_home is not None:
+    if home is not None:
         for item in rendered.certificates:
-            if item.present and (reason := fault(item, mindie_home, os.getuid())):
+            if item.present and (reason := fault(item, home, os.geteuid())):
                 print(f"warning: {item.path}: names {item.file}, {reason[0]}. {reason[1]}", file=sys.stderr)
     absent = [f"{item.file} ({item.path.rpartition('.')[2]})" for item in rendered.certificates if not item.present]
     if absent:
-        state = "must be in MindIE's home" if mindie_home is None else f"are missing in {mindie_home}"
+        state = "must be in MindIE's home" if home is None else f"are missing in {home}"
         note = f"note: HTTPS is on, and these files {state}: {', '.join(dict.fromkeys(absent))}."
         print(f"{note} --insecure-http is without.", file=sys.stderr)
 

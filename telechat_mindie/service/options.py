@@ -40,7 +40,7 @@ class ServiceOptions:
         max_seq_len: tokens of prompt and answer together.
         max_input_len: tokens of a prompt.
         request_tokens: tokens of a typical request, prompt and answer, for which the batch is sized.
-        port_base: the first of three ports in a row; the next free three from there on are taken.
+        port_base: the first of three ports in a row; those that `is_free` denies are passed over.
         insecure_http: httpsEnabled false.
         generation: the generation of MindIE, a key of `schema.GENERATIONS`.
         template: an existing conf/config.json to patch; None renders MindIE's default.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from telechat_mindie.errors import InputError, OutputError, name_some
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.reading import read_text
+from telechat_mindie.service.addresses import url_of
 from telechat_mindie.service.certificates import Plane, https_planes, place
 from telechat_mindie.staging import DIR_MODE, reporting_os_errors, write_file
 
@@ -74,11 +75,12 @@ def make_trial_certificates(
     until = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=DAYS)
     names = sorted({name for plane in planes for name, _ in _names(config, plane)} | set(_client_names()))
     _check_targets(home, names, replace)
+    listed = sorted({*names, *(name for name in _listed(home) if place(home, name).is_file())})
     made = _make(config["ServerConfig"], until)
     content = {name: made[part] for plane in planes for name, part in _names(config, plane)}
     content |= {name: made[part] for name, part in _client_names().items()}
     write_file(
-        _prepared(home, README), _readme(config["ServerConfig"], names, until).encode()
+        _prepared(home, README), _readme(config["ServerConfig"], listed, until).encode()
     )  # first: what it lists may be replaced
     for name in names:
         write_file(_prepared(home, name), content[name])
@@ -152,9 +154,7 @@ def _prepared(home: Path, name: str) -> Path:
 
 
 def _readme(server: Mapping[str, Any], names: list[str], until: datetime) -> str:
-    address = str(server["ipAddress"]).strip("[]")
-    host = f"[{address}]" if ":" in address else address
-    url = f"https://{host}:{server['port']}"
+    url = url_of("https", server["ipAddress"], server["port"])
     ca, certificate, key = _client_names()
     return "\n".join(
         [

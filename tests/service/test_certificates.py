@@ -20,7 +20,7 @@ from helpers.server import Server, nano_directory
 
 from telechat_mindie.errors import InputError, OutputError
 from telechat_mindie.findings import Finding
-from telechat_mindie.service import ports, schema
+from telechat_mindie.service import ports, schema, trial_certificates
 from telechat_mindie.service.certificates import fault, https_certificates, place, tls_paths
 from telechat_mindie.service.check import CheckOptions, check_config
 from telechat_mindie.service.trial_certificates import CLIENT_FOLDER, MARK, README, make_trial_certificates
@@ -214,6 +214,26 @@ class TestTrialSet:
             make_trial_certificates(config, BETA, home, replace=True)
         assert (home / KEY).read_bytes() == before
 
+    def test_files_of_earlier_runs_stay_its_own(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Planes merged and taken apart again; a file that is gone is forgotten."""
+        monkeypatch.setattr(trial_certificates, "KEY_BITS", 2048)
+        apart, merged = schema.default_config(BETA), schema.default_config(BETA)
+        merged["ServerConfig"] |= {"managementIpAddress": "127.0.0.1", "managementPort": 1025, "metricsPort": 1025}
+        metrics, management = ("security/keys/metrics/server.key.pem", "security/keys/management/server.key.pem")
+        (home / metrics).unlink()
+        make_trial_certificates(merged, BETA, home, replace=True)
+        listed = (home / README).read_text().splitlines()
+        assert management in listed and metrics not in listed
+        make_trial_certificates(apart, BETA, home, replace=True)
+        assert (home / metrics).is_file() and certificate_findings(home) == []
+
+    def test_a_client_of_this_host_reaches_a_wildcard(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(trial_certificates, "KEY_BITS", 2048)
+        config = schema.default_config(BETA)
+        config["ServerConfig"] |= {"ipAddress": "0.0.0.0", "allowAllZeroIpListening": True}
+        readme = make_trial_certificates(config, BETA, tmp_path).readme.read_text()
+        assert "https://127.0.0.1:1025/v1/models" in readme and "0.0.0.0" not in readme
+
     def test_refusals(self, tmp_path: Path) -> None:
         plain = schema.default_config(BETA)
         plain["ServerConfig"]["httpsEnabled"] = False
@@ -269,5 +289,5 @@ def test_https_end_to_end(tmp_path: Path) -> None:
         with httpx.Client(verify=context, trust_env=False) as client:
             assert client.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "nano"
             assert client.get(f"https://127.0.0.2:{base + 1}/v1/config").status_code == 200
-            assert client.get(f"https://127.0.0.2:{base + 2}/metrics").status_code in (200, 500)
+            assert client.get(f"https://127.0.0.2:{base + 2}/metrics").status_code == 200
         assert server.stop() == 0

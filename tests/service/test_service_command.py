@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import make_checkpoint
+from typer.testing import CliRunner
 
+from telechat_mindie.cli import app
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service import schema
@@ -134,6 +136,37 @@ def test_certificates_that_mindie_would_refuse_are_warned_about(model, tmp_path)
     done = run(model, "--json", "--mindie-home", tmp_path, *FREE, cwd=tmp_path)
     assert "warning: $.ServerConfig.tlsPk: names security/keys/server.key.pem, which has mode 0644" in done.stderr
     assert "chmod 640" in done.stderr and "server_crl.pem (tlsCrlFiles)" in done.stderr
+
+
+def test_certificates_are_made_and_looked_up_in_the_home_below_the_named_folder(model, tmp_path):
+    daemon = tmp_path / "mindie/latest/mindie-service/bin/mindieservice_daemon"
+    daemon.parent.mkdir(parents=True)
+    daemon.touch(mode=0o750)
+    for made in (("--make-test-certificates",), ()):
+        done = run(model, "--json", "--mindie-home", tmp_path / "mindie", *made, *FREE, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert {item["present"] for item in json.loads(done.stdout)["certificates"]} == {True}
+        assert "missing" not in done.stderr and "which is not in" not in done.stderr
+    assert (daemon.parent.parent / "security/keys/server.key.pem").is_file()
+
+
+def test_no_certificates_are_made_where_the_output_is_refused(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("config.json")
+    for output in ("config.json", "link.json", "missing/config.json"):
+        made = ("--make-test-certificates", "--mindie-home", tmp_path)
+        assert run(model, "-o", output, *made, *FREE, cwd=tmp_path).returncode == 2
+        assert not (tmp_path / "security").exists(), output
+
+
+def test_certificates_belong_to_the_effective_user(model, tmp_path, monkeypatch):
+    key = tmp_path / "security/keys/server.key.pem"
+    key.parent.mkdir(parents=True)
+    key.write_text("PEM")
+    key.chmod(0o640)
+    monkeypatch.setattr(os, "geteuid", lambda: key.stat().st_uid + 1)
+    done = CliRunner().invoke(app, ["service-config", str(model), "--mindie-home", str(tmp_path), *FREE])
+    assert f"MindIE runs as {key.stat().st_uid + 1}" in done.stderr
 
 
 def test_log_settings_are_told_where_they_count(model, tmp_path):

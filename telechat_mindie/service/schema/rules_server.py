@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from telechat_mindie.mindie import is_since
+from telechat_mindie.service.addresses import WILDCARDS
 from telechat_mindie.service.ports import HIGHEST, LOWEST
 from telechat_mindie.service.schema.base import is_address
 from telechat_mindie.service.schema.settings import BACKEND, SERVER, Rule, Settings
@@ -33,7 +34,7 @@ def all_zero_address(settings: Settings) -> Iterator[Violation]:
     expected = "the address of one interface, or allowAllZeroIpListening true"
     repair = "Name the interface to serve on, or set allowAllZeroIpListening to true behind a firewall."
     for name, address in _written(settings).items():
-        if name in ("ipAddress", "managementIpAddress") and address.strip("[]") in ("0.0.0.0", "::"):
+        if name in ("ipAddress", "managementIpAddress") and address.strip("[]") in WILDCARDS:
             yield report((*SERVER, name), "all-zero-ip", expected, address, repair)
 
 
