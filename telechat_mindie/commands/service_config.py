@@ -201,8 +201,6 @@ def _explain(rendered: RenderedConfig, title: str, as_json: bool) -> None:
 
 
 def _print_result(rendered: RenderedConfig, output: Path | None) -> None:
-    from dataclasses import asdict
-
     from telechat_mindie.commands.output import print_json
 
     print_json(
@@ -210,7 +208,7 @@ def _print_result(rendered: RenderedConfig, output: Path | None) -> None:
             "output": None if output is None else str(output),
             "config": rendered.config,
             "warnings": [violation.as_dict() for violation in rendered.warnings],
-            "certificates": [asdict(certificate) for certificate in rendered.certificates],
+            "certificates": [certificate.as_dict() for certificate in rendered.certificates],
         }
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from telechat_mindie.service.schema.violations import Location
 from telechat_mindie.staging import FILE_MODE
 
 Kind = Literal["file", "folder", "locked folder"]
+Role = Literal["server", "server key", "authority", "revoked", "key store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,22 @@ class Certificate:
         path: JSON path of the field.
         file: relative to MindIE's home. MindIE joins the two as text, so that `/a` is a file of the home as well.
         present: whether it is there; None where MindIE's home is not known.
-        is_revocation: a revocation list, or the folder of some.
+        role: what the file holds, or those of the folder: `revoked` are revocation lists.
         kind: of a `locked folder` MindIE wants the mode of a file.
     """
 
     path: str
     file: str
     present: bool | None
-    is_revocation: bool = False
+    role: Role
     kind: Kind = "file"
+
+    @property
+    def is_revocation(self) -> bool:
+        return self.role == "revoked"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"is_revocation": self.is_revocation}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,34 +111,32 @@ def _https(config: Mapping[str, Any], generation: str, home: Path | None) -> Ite
     if server["httpsEnabled"]:
         for name in https_fields(server, generation):
             if name.startswith("kmc"):
-                yield _certificate((*SERVER, name), server[name], home)
+                yield _certificate((*SERVER, name), server[name], home, "key store")
 
 
 def _of_plane(section: Mapping[str, Any], plane: Plane, home: Path | None) -> Iterator[Certificate]:
     """:428-474, :477-535, :566-619, backend_config.cpp:101-135. A folder and a name are joined as text."""
     here = plane.section
     ca_folder = section[plane.ca_folder]
-    yield _certificate((*here, plane.certificate), section[plane.certificate], home)
-    yield _certificate((*here, plane.key), section[plane.key], home)
-    yield _certificate((*here, plane.ca_folder), ca_folder, home, kind="folder")
+    yield _certificate((*here, plane.certificate), section[plane.certificate], home, "server")
+    yield _certificate((*here, plane.key), section[plane.key], home, "server key")
+    yield _certificate((*here, plane.ca_folder), ca_folder, home, "authority", "folder")
     for name in section[plane.ca_files]:
-        yield _certificate((*here, plane.ca_files), ca_folder + name, home)
+        yield _certificate((*here, plane.ca_files), ca_folder + name, home, "authority")
     single = plane.crl_folder.removesuffix("Path")  # 1.0 names one file
     if section.get(single):
-        yield _certificate((*here, single), section[single], home, is_revocation=True)
+        yield _certificate((*here, single), section[single], home, "revoked")
     folder, files = section.get(plane.crl_folder), section.get(plane.crl_files)
     if folder and files:  # else none is read
-        yield _certificate((*here, plane.crl_folder), folder, home, is_revocation=True, kind=plane.crl_folder_kind)
+        yield _certificate((*here, plane.crl_folder), folder, home, "revoked", plane.crl_folder_kind)
         for name in files:
-            yield _certificate((*here, plane.crl_files), folder + name, home, is_revocation=True)
+            yield _certificate((*here, plane.crl_files), folder + name, home, "revoked")
 
 
-def _certificate(
-    location: Location, file: str, home: Path | None, *, is_revocation: bool = False, kind: Kind = "file"
-) -> Certificate:
+def _certificate(location: Location, file: str, home: Path | None, role: Role, kind: Kind = "file") -> Certificate:
     is_there = os.path.isfile if kind == "file" else os.path.isdir  # pathlib's raise where this user may not look
     present = None if home is None else is_there(place(home, file))
-    return Certificate(json_path(location), file, present, is_revocation, kind)
+    return Certificate(json_path(location), file, present, role, kind)
 
 
 def place(home: Path, file: str) -> Path:

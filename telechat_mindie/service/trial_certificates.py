@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ from telechat_mindie.errors import InputError, OutputError, name_some
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.reading import read_text
 from telechat_mindie.service.addresses import url_of
-from telechat_mindie.service.certificates import Plane, https_planes, place
+from telechat_mindie.service.certificates import Certificate, https_certificates, place
 from telechat_mindie.staging import DIR_MODE, reporting_os_errors, write_file
 
 if TYPE_CHECKING:
@@ -70,21 +70,20 @@ def make_trial_certificates(
             would be outside of it, or the package cryptography is missing.
         OutputError: a file is there already, or cannot be written.
     """
-    planes = https_planes(config, generation)
-    _check_wanted(planes, generation, home)
+    certificates = https_certificates(config, generation, None)
+    _check_wanted(certificates, generation, home)
     until = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=DAYS)
-    names = sorted({name for plane in planes for name, _ in _names(config, plane)} | set(_client_names()))
+    roles = {item.file: item.role for item in certificates} | _client_names()
+    names = sorted(roles)
     _check_targets(home, names, replace)
     listed = sorted({*names, *(name for name in _listed(home) if place(home, name).is_file())})
     made = _make(config["ServerConfig"], until)
-    content = {name: made[part] for plane in planes for name, part in _names(config, plane)}
-    content |= {name: made[part] for name, part in _client_names().items()}
     write_file(
         _prepared(home, README), _readme(config["ServerConfig"], listed, until).encode()
     )  # first: what it lists may be replaced
     for name in names:
-        write_file(_prepared(home, name), content[name])
-        if content[name] in (made["server key"], made["client key"]):
+        write_file(_prepared(home, name), made[roles[name]])
+        if roles[name] in ("server key", "client key"):
             place(home, name).chmod(0o600)
     closed = (
         ""
@@ -94,26 +93,14 @@ def make_trial_certificates(
     return TrialCertificates(tuple(place(home, name) for name in names), place(home, README), until, closed)
 
 
-def _check_wanted(planes: list[Plane], generation: str, home: Path) -> None:
-    if not planes:
+def _check_wanted(certificates: Sequence[Certificate], generation: str, home: Path) -> None:
+    if not certificates:
         raise InputError("has nothing to make", where=OPTION, expected="httpsEnabled true", advice="Leave it out.")
     if generation == "1.0":
         advice = "Make them with the certificate tool of MindIE 1.0, or try the config with --insecure-http."
         raise InputError("cannot make the key stores (kmcKsf...) of MindIE 1.0", where=OPTION, advice=advice)
     if not home.is_dir():
         raise InputError("is no folder", where=f"MindIE's home {home}", advice="Name it: --mindie-home DIR.")
-
-
-def _names(config: Mapping[str, Any], plane: Plane) -> Iterator[tuple[str, str]]:
-    """The files of a plane, and which of the parts made they hold."""
-    section = config[str(plane.section[0])]
-    yield section[plane.certificate], "server"
-    yield section[plane.key], "server key"
-    for name in section[plane.ca_files]:
-        yield section[plane.ca_folder] + name, "authority"
-    if folder := section.get(plane.crl_folder):
-        for name in section.get(plane.crl_files, []):
-            yield folder + name, "revoked"
 
 
 def _client_names() -> dict[str, str]:

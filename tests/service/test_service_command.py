@@ -125,6 +125,10 @@ def test_json_names_the_certificates(model, tmp_path):
     result = json.loads(done.stdout)
     assert result["config"]["ServerConfig"]["httpsEnabled"] is True
     assert {item["present"] for item in result["certificates"]} == {False}
+    keys = {"path", "file", "present", "role", "kind", "is_revocation"}
+    assert all(set(item) == keys for item in result["certificates"])
+    roles = {(item["role"], item["is_revocation"]) for item in result["certificates"]}
+    assert roles == {("server", False), ("server key", False), ("authority", False), ("revoked", True)}
     assert "tlsPk" in done.stderr and "--insecure-http" in done.stderr
 
 
