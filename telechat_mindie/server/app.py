@@ -61,6 +61,7 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> ASGIA
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            allow_private_network=True,  # else Chrome keeps pages of other networks from a server on this machine
             expose_headers=["RequestUUID", "Retry-After"],
         )
     app.add_middleware(BrowserGuard, is_local=is_local, allowed_origins=origins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,17 @@ from telechat_mindie.errors import ConfigError, InputError
 from telechat_mindie.mindie import SERVER_PORTS, certificate_home
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.server.http.limits import Limits
+from telechat_mindie.server.http.middleware import ANY_ORIGIN
 from telechat_mindie.server.http.tls import TlsFiles
 from telechat_mindie.service import schema
-from telechat_mindie.service.certificates import place
+from telechat_mindie.service.certificates import BUSINESS, MANAGEMENT, METRICS, Plane, place
 from telechat_mindie.service.schema.settings import SERVER, Settings
 
 DEFAULT_CACHE_GB = 2.0
 DEFAULT_BATCH, DEFAULT_PREFILL_BATCH = 32, 8  # a laptop's; MindIE ships 200 and 50
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[a-z0-9._:-]+")  # browsers send a name of other letters in ASCII, as xn--...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +94,33 @@ def checked_origin(text: str) -> str:
     """An origin as browsers write it, or `*`.
 
     Raises:
-        InputError: another text, such as a whole URL.
+        InputError: another text, such as a whole URL, or an origin that no browser writes so.
     """
     origin = text.rstrip("/").lower()
-    parts = urlsplit(origin)
-    if origin != "*" and (not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}" or "@" in parts.netloc):
+    if origin not in (ANY_ORIGIN, _as_browsers_write(origin)):
         raise InputError(
             "is not the origin of a page",
             where="--allow-origin",
-            expected="scheme://host[:port] as in the browser's address bar, or *",
+            expected=f"scheme://host[:port] as browsers send it, or {ANY_ORIGIN}",
             found=text,
             advice="A page from a file has none: serve its folder with python -m http.server --bind 127.0.0.1",
         )
     return origin
+
+
+def _as_browsers_write(origin: str) -> str | None:
+    """Without what is more than scheme, host and a port that is not the scheme's own; None where that is no origin."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:  # an open bracket, or a port that is none
+        return None
+    host = parts.hostname or ""
+    if not _HOST.fullmatch(host):
+        return None
+    host = f"[{host}]" if ":" in host else host
+    is_default = port is None or port == _DEFAULT_PORTS.get(parts.scheme)
+    return f"{parts.scheme}://{host}" if is_default else f"{parts.scheme}://{host}:{port}"
 
 
 def plain_settings(directory: ModelDir, *, prefix_cache: bool = False, chunked_prefill: bool = False) -> ServerSettings:
@@ -149,11 +168,20 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
             found=found.server["inferMode"],
             advice="The embedded server runs both in one process.",
         )
+    truncation = found.deploy["truncation"]
+    if truncation == 1 and truncation is not True:  # for Qwen and DeepSeek alone, says the document of schema/deploy.py
+        raise ConfigError(
+            "cuts prompts at their beginning",
+            where=f"{path}: BackendConfig.ModelDeployConfig.truncation",
+            expected="true, false, -1 or 0",
+            found=truncation,
+            advice="MindIE does not do that for TeleChat2: -1 cuts at the end, 0 refuses what is too long.",
+        )
     home = certificate_home(environment, home) or path.resolve().parent.parent
     model = found.models[0]
     # Without certificates of its own, as in 2.0, the metrics plane has those of the management plane.
-    metrics_prefix = "metricsTls" if found.given(*SERVER, "metricsTlsCert") else "managementTls"
-    business, management, metrics = _addresses(found.server, metrics_prefix, home, environment)
+    metrics_plane = METRICS if found.given(*SERVER, METRICS.certificate) else MANAGEMENT
+    business, management, metrics = _addresses(found.server, metrics_plane, home, environment)
     limits = Limits(
         body_bytes=found.server.get("maxRequestLength", 40) << 20,
         requests=3 * found.server["maxLinkNum"],
@@ -172,7 +200,7 @@ def read_settings(path: Path, generation: str, home: Path | None, environment: M
         host_cache_gb=model["cpuMemSize"] if found.schedule["maxPreemptCount"] else 0,
         npu_mem_size=memory,
         threads=found.backend["tokenizerProcessNumber"],
-        truncation=bool(found.deploy["truncation"]),  # 3.0 has -1 and 1 as well
+        truncation=bool(truncation),
         full_text=found.server["fullTextEnabled"],
         prefill_policy=found.schedule["prefillPolicyType"],
         decode_policy=found.schedule["decodePolicyType"],
@@ -207,14 +235,14 @@ def _as_text(value: object) -> str | None:
 
 
 def _addresses(
-    server: Mapping[str, Any], metrics_prefix: str, home: Path, environment: Mapping[str, str]
+    server: Mapping[str, Any], metrics_plane: Plane, home: Path, environment: Mapping[str, str]
 ) -> tuple[Address, Address, Address]:
     """Business, management and metrics; the last two share an address, not a port."""
     host = environment.get("MIES_CONTAINER_IP") or server["ipAddress"]
     inner = environment.get("MIES_CONTAINER_MANAGEMENT_IP") or server.get("managementIpAddress") or host
-    business = Address(host, server["port"], _tls(server, "tls", home))
-    management = Address(inner, server["managementPort"], _tls(server, "managementTls", home))
-    metrics = Address(inner, server["metricsPort"], _tls(server, metrics_prefix, home))
+    business = Address(host, server["port"], _tls(server, BUSINESS, home))
+    management = Address(inner, server["managementPort"], _tls(server, MANAGEMENT, home))
+    metrics = Address(inner, server["metricsPort"], _tls(server, metrics_plane, home))
     # Planes of one address and port are one listener, with the certificate of the outermost.
     if (management.host, management.port) == (business.host, business.port):
         management = business
@@ -224,15 +252,14 @@ def _addresses(
     return business, management, metrics
 
 
-def _tls(server: Mapping[str, Any], prefix: str, home: Path) -> TlsFiles | None:
+def _tls(server: Mapping[str, Any], plane: Plane, home: Path) -> TlsFiles | None:
     if not server["httpsEnabled"]:
         return None
-    folder = server["tlsCaPath"]  # of all planes
-    lists_folder = server.get(f"{prefix}CrlPath", "")
-    lists = server.get(f"{prefix}CrlFiles", ()) if lists_folder else ()
+    lists_folder = server.get(plane.crl_folder, "")
+    lists = server.get(plane.crl_files, ()) if lists_folder else ()
     return TlsFiles(
-        place(home, server[f"{prefix}Cert"]),
-        place(home, server[f"{prefix}Pk"]),
-        tuple(place(home, folder + name) for name in server[f"{prefix}CaFile"]),
+        place(home, server[plane.certificate]),
+        place(home, server[plane.key]),
+        tuple(place(home, server[plane.ca_folder] + name) for name in server[plane.ca_files]),
         tuple(place(home, lists_folder + name) for name in lists),
     )

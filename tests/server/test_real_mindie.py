@@ -380,6 +380,7 @@ class TestOrigins:
         "Origin": PAGE,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "content-type,authorization",
+        "Access-Control-Request-Private-Network": "true",  # Chrome's, on the way from a public page to this machine
         "Sec-Fetch-Site": "cross-site",
     }
 
@@ -400,6 +401,7 @@ class TestOrigins:
         assert preflight.headers["access-control-allow-origin"] in (self.PAGE, "*")
         assert "POST" in preflight.headers["access-control-allow-methods"]
         assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        assert preflight.headers["access-control-allow-private-network"] == "true"
         response = self.ask(origins, "GET", "/v1/models", {"Origin": self.PAGE, "Sec-Fetch-Site": "cross-site"})
         assert response.status_code == 200 and response.json()["data"]
         assert response.headers["access-control-allow-origin"] in (self.PAGE, "*")
@@ -410,6 +412,8 @@ class TestOrigins:
             {"Origin": "https://evil.example"},
             {"Origin": "http://localhost:5174"},
             {"Origin": "null"},
+            {"Origin": "http://["},
+            {"Origin": self.PAGE, "Host": "["},
             {"Sec-Fetch-Site": "cross-site"},  # an image, say, which brings no origin
             {"Origin": self.PAGE, "Host": "evil.example"},  # a name that someone made point here
         ):
@@ -440,8 +444,30 @@ class TestOrigins:
             )
         assert [settings.allowed_origins for settings in found] == [(), (self.PAGE, "https://app.example:8443")]
 
+    @pytest.mark.parametrize("text", ["http://[::1]:5173", "http://xn--r8jz45g.jp", "chrome-extension://abc", "*"])
+    def test_what_is_an_origin(self, text):
+        assert checked_origin(text) == text
+
     @pytest.mark.parametrize(
-        "text", ["null", "localhost:5173", "http://a.example/page", "file:///x", "http://u@a.b", ""]
+        "text",
+        [
+            "null",
+            "localhost:5173",
+            "http://a.example/page",
+            "file:///x",
+            "http://u@a.b",
+            "",
+            "http://[::1",
+            "https://app.example:443",
+            "http://a:080",
+            "http://a:",
+            "http://a:x",
+            "http://a:99999",
+            "http:// a",
+            "http://a\tb",
+            "http://例え.jp",
+            "https://*.example",
+        ],
     )
     def test_what_is_no_origin(self, text):
         with pytest.raises(InputError, match="--allow-origin"):

@@ -13,6 +13,9 @@ from helpers.server import shared_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+TRITON = ["/v2/models/nano/infer", "/v2/models/nano/generate", "/v2/models/nano/generate_stream"]
+"""What schemathesis does not reach: to it the model's name in a path is any text."""
+
 PATHS = ["/generate", "/", "/generate_stream", "/infer", "/v1/chat/completions", "/v1/completions", "/v1/tokenizer"]
 
 
@@ -54,11 +57,12 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = """inputs prompt parameters stream messages model tools tool_choice max_tokens temperature top_k top_p seed
-    stop n best_of logprobs top_logprobs details truncate priority timeout input_id text_input stop_token_ids"""
+    stop n best_of logprobs top_logprobs details truncate priority timeout input_id text_input stop_token_ids
+    outputs id shape data"""
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS.split()), JSON, max_size=6) | JSON)
+@given(st.sampled_from([*PATHS, *TRITON]), st.dictionaries(st.sampled_from(FIELDS.split()), JSON, max_size=6) | JSON)
 def test_any_json_gets_an_answer(path, body):
     base = {"max_tokens": 2, "parameters": {"max_new_tokens": 2}} if isinstance(body, dict) else None
     raw = json.dumps({**base, **body} if base is not None else body).encode()

@@ -100,6 +100,30 @@ class TestSettings:
         with pytest.raises(ConfigError, match="inferMode"):
             read_settings(self.write(tmp_path, change), "3.0.0.beta", None, {})
 
+    @pytest.mark.parametrize(("value", "is_cut"), [(True, True), (-1, True), (0, False), (False, False), (1, None)])
+    def test_truncation_of_3_0(self, tmp_path, value, is_cut):
+        def change(config, model):
+            config["BackendConfig"]["ModelDeployConfig"]["truncation"] = value
+            model["backendType"] = "atb"  # 3.0 has no other
+
+        path = self.write(tmp_path, change, "3.0")
+        if is_cut is None:
+            with pytest.raises(ConfigError, match="truncation: cuts prompts at their beginning"):
+                read_settings(path, "3.0", None, {})
+        else:
+            assert read_settings(path, "3.0", None, {}).truncation is is_cut
+
+    def test_the_metrics_have_certificates_of_their_own_or_those_of_the_management(self, tmp_path):
+        def change(config, model):
+            config["ServerConfig"]["httpsEnabled"] = True
+
+        for generation, folder in (("3.0.0.beta", "metrics"), ("2.0", "management")):
+            path = self.write(tmp_path, change, generation)
+            server = json.loads(path.read_text())["ServerConfig"]
+            settings = read_settings(path, generation, tmp_path, {})
+            for plane, prefix in ((settings.business, "tls"), (settings.metrics, f"{folder}Tls")):
+                assert plane.tls.certificate == tmp_path / server[f"{prefix}Cert"]
+
     def test_the_cache_is_no_larger_than_it_can_be_used(self, directory):
         settings = plain_settings(directory).with_flags(None, None, 1000.0)
         longest = -(-directory.serving.max_seq_len // directory.serving.block_size)

@@ -53,11 +53,14 @@ class BrowserGuard:
             return True
         if origin is not None and not {origin, ANY_ORIGIN}.isdisjoint(self._allowed_origins):
             return False
-        return site in ("cross-site", "same-site") or (origin is not None and urlsplit(origin).netloc != host)
+        return site in ("cross-site", "same-site") or (origin is not None and origin.partition("://")[2] != host)
 
 
 def _is_loopback(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # an open bracket
+        return False
     return name == "localhost" or is_loopback(name)
 
 
