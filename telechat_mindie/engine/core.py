@@ -126,7 +126,9 @@ class EngineCore:
                 self._end(request, FinishReason.CANCELLED)
             elif isinstance(result, Exception):
                 self._end(request, FinishReason.ERROR, _sentence(result))
-            elif result is not None:
+            elif result is None:
+                request.progressed(self._clock())
+            else:
                 self._accept(request, *result, size)
 
     def abandon(self, batch: Batch) -> None:

@@ -49,7 +49,7 @@ class Output:
         seed: of the request's draws.
         timings: when it came, and when its first token was there.
         batch_size: answers that got a token in the same step.
-        wait: seconds from its arrival, or its last token, to the step that computed this one.
+        wait: seconds from its arrival, or the end of its last step, to the step that computed the token.
     """
 
     request_id: str

@@ -62,6 +62,10 @@ class Request:
         """Seconds on the engine's clock."""
         return None if self.params.timeout is None else self.arrival + self.params.timeout
 
+    def progressed(self, now: float) -> None:
+        """A part of the prompt, but not yet a token, has been computed."""
+        self._idle_since = now
+
     def accept(self, token: int, logprobs: TokenLogprobs | None, now: float, began: float, batch_size: int) -> Output:
         """Add a token to the answer, one of `batch_size` of a step that began and ended when it says."""
         if self.first_token is None:

@@ -23,7 +23,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     intervals: list[float] = field(default_factory=list)  # seconds between tokens
     batch_sizes: list[int] = field(default_factory=list)  # answers that got a token in the same step
-    waits: list[float] = field(default_factory=list)  # seconds before each step, in which nothing was done for it
+    waits: list[float] = field(default_factory=list)  # seconds before each token's step without work for it
     lengths: list[int] = field(default_factory=list)  # characters of the text with each token
     last: Output | None = None
 

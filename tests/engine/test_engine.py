@@ -377,6 +377,25 @@ def test_cancel_during_a_forward_takes_effect_right_after_it() -> None:
     assert made.stats().blocks_used == 0
 
 
+def test_the_computation_of_earlier_parts_of_a_prompt_is_no_wait() -> None:
+    now = [100.0]
+
+    def compute(_: object) -> None:
+        now[0] += 7
+
+    runner = NullRunner()
+    runner.before_forward = compute
+    made = Engine(runner, TOKENIZER, config(chunked_prefill=True, split_chunk_tokens=8), clock=lambda: now[0])
+    made.add([9] * 20, GenerationParams(max_new_tokens=2))
+    now[0] += 3
+    outputs = []
+    while made.has_work:
+        outputs += made.step()
+        now[0] += 1
+    assert [call.form for call in runner.calls] == ["mixed"] * 3 + ["decode"]
+    assert [output.wait for output in outputs] == [1, 1]  # not the seven seconds of each forward
+
+
 def test_deadlines_end_running_and_waiting_requests() -> None:
     now = [100.0]
     made = Engine(NullRunner(), TOKENIZER, config(max_batch_size=1, max_prefill_batch_size=1), clock=lambda: now[0])
