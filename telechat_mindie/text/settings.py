@@ -88,7 +88,7 @@ def constructor_arguments(written: Mapping[str, Any], directory: Path) -> dict[s
         source = read_json(file, TEMPLATE_BYTES).get("chat_template") if is_json else read_text(file, TEMPLATE_BYTES)
     if source is not None or file is not None:
         settings["chat_template"] = named_templates(source, file or directory / "tokenizer_config.json")
-    if further := [directory / name for name in template_names(directory) if "/" in name]:
+    if further := _further(directory):
         where = directory / NAMED_TEMPLATES
         if len(further) > _MAX_NAMED:
             raise TokenizerError("holds too many templates", where=where, expected=_MAX_NAMED, found=len(further))
@@ -99,9 +99,13 @@ def constructor_arguments(written: Mapping[str, Any], directory: Path) -> dict[s
 
 def template_names(directory: Path) -> list[str]:
     """The files of a directory that hold chat templates, as paths in it."""
-    found = [directory / name for name in TEMPLATE_FILES if (directory / name).exists()]
-    found += sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
-    return [str(path.relative_to(directory)) for path in found]
+    names = [name for name in TEMPLATE_FILES if (directory / name).exists()]
+    return names + [f"{NAMED_TEMPLATES}/{file.name}" for file in _further(directory)]
+
+
+def _further(directory: Path) -> list[Path]:
+    """The files of templates with a name of their own."""
+    return sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
 
 
 def template_file(directory: Path) -> Path | None:

@@ -26,29 +26,27 @@ def run_within(seconds: float, function: Callable[[], T]) -> T:
     """
     made: list[T] = []
     failed: list[BaseException] = []
-    is_running = False
+    clock: int | None = None  # of the thread's processor time, while the function runs
     end = threading.Lock()  # who holds it keeps the thread from ending, and its clock and its name from being another's
 
     def work() -> None:
-        nonlocal is_running
+        nonlocal clock
         with suppress(_Stop):  # one that comes when the function is over
-            is_running = True
+            clock = time.pthread_getcpuclockid(threading.get_ident())
             try:
                 made.append(function())
             except BaseException as error:  # for the caller
                 failed.append(error)
             with end:
-                is_running = False
+                clock = None
 
     thread = threading.Thread(target=work, name="time limit", daemon=True)
-    with end:
-        thread.start()
-        assert thread.ident is not None
-        clock = time.pthread_getcpuclockid(thread.ident)
+    thread.start()
+    assert thread.ident is not None
     thread.join(seconds)
     while thread.is_alive():
         with end:
-            left = seconds - time.clock_gettime(clock) if is_running else 0.01
+            left = 0.01 if clock is None else seconds - time.clock_gettime(clock)
             if left <= 0:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop))
         # Stopped again after a second: Python drops what is raised while it finalizes an object.
