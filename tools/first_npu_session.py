@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 import signal
@@ -30,7 +31,6 @@ KEPT = (".log", ".json", ".txt", ".md", ".tsv")
 """What goes into the archive; weights, logits and caches do not."""
 
 PACKAGES = ("telechat-mindie", "mindspore", "mindformers", "mindie-llm", "numpy", "torch", "torch-npu", "te", "hccl")
-READY = "Daemon start success!"
 
 
 def versions() -> None:
@@ -176,7 +176,10 @@ def timed(name: str) -> Iterator[None]:
 
 
 def service(model: Path, report: Path, device: str, requests: int) -> None:
-    """Start MindIE on a card, or this package's server on a CPU; load it by `bench serve`; stop it."""
+    """Start MindIE on a card, or this package's server on a CPU; load it by `bench serve`; stop it.
+
+    The service stays in this process's group: a step's time limit signals the group, and nothing is left on the card.
+    """
     port = free_port()
     program = [sys.executable, "-m", "telechat_mindie"]
     if device == "cpu":
@@ -184,7 +187,7 @@ def service(model: Path, report: Path, device: str, requests: int) -> None:
     else:
         start = [*program, "launch", str(model), "--insecure-http", "--port-base", str(port)]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(start, start_new_session=True)
+    process = subprocess.Popen(start)
     try:
         wait_for(url, process)
         load = ["bench", "serve", "--url", url, "--requests", str(requests), "--output-tokens", "64", "--json"]
@@ -203,13 +206,14 @@ def service(model: Path, report: Path, device: str, requests: int) -> None:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Until the service answers; the step's own time limit bounds it."""
+    """Until the service answers; the step's own time limit bounds it. It is on this machine: no proxy is asked."""
     import urllib.error
     import urllib.request
 
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+            with opener.open(f"{url}/v1/models", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
@@ -238,15 +242,22 @@ def pack(folder: Path) -> None:
     print(f"\nSend back: {archive} ({archive.stat().st_size >> 10} KiB)")
 
 
-SECRET = re.compile(
-    r"(?i)\b([\w-]*(?:token(?![s_i])|secret|passw(?:or)?d|credential|api[_-]?key)[\w-]*)([\"']?\s*[=:]\s*)[^\s,;|}]{8,}"
+SECRETS = (
+    (r"\b([\w-]*(?:secret|passw(?:or)?d|credential|api[_-]?key)[\w-]*[\"']?\s*[=:]\s*)[^\s,;|}]+", r"\1<removed>"),
+    # A shorter one is a number of tokens, or its id.
+    (r"\b([\w-]*token(?![s_i])[\w-]*[\"']?\s*[=:]\s*)[^\s,;|}]{8,}", r"\1<removed>"),
+    (r"\b(bearer\s+)[^\s,;\"']+", r"\1<removed>"),
+    (r"(://)[^\s/]+@", r"\1<removed>@"),
 )
+IPV6 = re.compile(r"(?<![\w.])(?:[0-9a-fA-F]{0,4}:){2,8}(?:[0-9a-fA-F]{1,4}|(?<=::))(?!\w)")  # and times, and the like
 ADDRESS = re.compile(r"\b(?!127\.0\.0\.)(?:\d{1,3}\.){3}\d{1,3}\b(?!\.\w)|\b(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}\b")
 
 
 def scrub(text: str) -> str:
     """The text without secrets, host name, home folder, user name, and addresses of IP and Ethernet."""
-    text = SECRET.sub(r"\1\2<removed>", text)
+    for pattern, shown in SECRETS:
+        text = re.sub(pattern, shown, text, flags=re.IGNORECASE)
+    text = IPV6.sub(without_ipv6, text)
     text = ADDRESS.sub("<address>", text)
     names = {socket.gethostname(): "<host>", str(Path.home()): "~"}
     if user := os.environ.get("USER", ""):
@@ -255,6 +266,15 @@ def scrub(text: str) -> str:
         if len(name) > 3 and name != "root":
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", shown, text)
     return text
+
+
+def without_ipv6(match: re.Match[str]) -> str:
+    """What a match of IPV6 becomes: only ipaddress can tell an address from a time or a card's PCI address."""
+    try:
+        address = ipaddress.IPv6Address(match[0])
+    except ValueError:
+        return match[0]
+    return match[0] if address.is_loopback or address.is_unspecified else "<address>"
 
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

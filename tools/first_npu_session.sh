@@ -7,7 +7,7 @@
 #   --output       folder of the logs, made anew; default: ./first-npu-session-DATE
 #   --mindformers  a command that generates with mindformers on the same card; the line with its speed is kept
 #   --fast         few requests to the service, to try the script itself
-# TELECHAT_DEVICE=cpu runs what needs no card. PYTHON names the interpreter, else the one of telechat-mindie or python3.
+# TELECHAT_DEVICE=cpu runs what needs no card. PYTHON names the interpreter, else python3.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 checkpoint="" output="first-npu-session-$(date +%Y%m%d-%H%M%S)" mindformers="" requests=64
@@ -30,6 +30,9 @@ if [ -z "${TELECHAT_DEVICE:-}" ]; then
 fi
 export TELECHAT_DEVICE
 python=${PYTHON:-python3}
+# The steps run in another folder than the caller's. The link of a virtual environment's interpreter is not followed.
+if [ -n "$checkpoint" ]; then checkpoint=$(realpath -m "$checkpoint"); fi
+case $python in */*) python=$(realpath -ms "$python") ;; esac
 cards=$(find /dev -maxdepth 1 -name 'davinci[0-9]*' 2>/dev/null | wc -l)
 mkdir -p "$output/work"
 output=$(cd "$output" && pwd)
