@@ -21,12 +21,12 @@ def stop(
     """End a launch with everything that belongs to it: daemon, workers, scheduler, shared memory."""
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
-    from telechat_mindie.service.launch.rundir import all_runs, find_run, state_home
+    from telechat_mindie.service.launch.rundir import active_runs, find_run, state_home
 
     if every and name is not None:
         raise InputError("exclude each other", where=f"--all and {name}")
     home = state_home(os.environ)
-    runs = [run for run in all_runs(home) if run.is_active()] if every else [find_run(home, name)]
+    runs = active_runs(home) if every else [find_run(home, name)]
     ended = []
     for run in runs:
         ended.append(_stop(run))

@@ -298,6 +298,16 @@ def test_a_worker_that_dies_takes_everything_with_it(begin):
     assert not launch.run.members()  # the scheduler neither, which had left the group
 
 
+def test_the_last_line_is_named_whatever_its_level(begin, tmp_path, monkeypatch):
+    daemon = tmp_path / "daemon"
+    daemon.write_text("#!/bin/sh\necho '[INFO] reading the config'\necho '[INFO] the last word'\necho\nexit 3\n")
+    daemon.chmod(0o755)
+    monkeypatch.setattr(RunDirectory, "create", _create_with_command(RunDirectory.create, (str(daemon),)))
+    launch, _ = begin()
+    with pytest.raises(LaunchError, match=r"ended with status 3.*the log's last line: \[INFO\] the last word"):
+        launch.wait_until_up(20)
+
+
 def test_a_port_that_is_taken_meanwhile_is_named_with_its_holder(begin):
     launch, _ = begin("slow=0.5")
     with socket.socket() as other:
@@ -604,7 +614,15 @@ def test_a_name_is_held_while_its_run_is_active(run_command, begin, model, mindi
 def test_a_setting_of_the_log_that_mindie_would_not_read(run_command, model, mindie, state):
     arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run")
     done = run_command(*arguments, "--set", "dynamicLogLevel=debug")
-    assert done.returncode == 0 and "warning: --set LogConfig: has no effect" in done.stderr
+    assert done.returncode == 0 and done.stderr.count("has no effect") == 1
+    assert re.search(r"^warning: .*\$\.LogConfig: has no effect", done.stderr, re.MULTILINE)
+
+
+def test_nor_would_a_mindie_that_is_not_found(run_command, model, state, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = run_command("launch", model, "--insecure-http", "--dry-run", "--set", "dynamicLogLevel=debug")
+    assert done.returncode == 0 and done.stderr.count("has no effect") == 1
+    assert re.search(r"^warning: .*/config\.json: \$\.LogConfig", done.stderr, re.MULTILINE)
 
 
 def test_dry_run_starts_nothing(run_command, model, mindie, state):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -24,7 +26,7 @@ from telechat_mindie.service.check.options import CheckOptions
 from telechat_mindie.service.doctor.machine import Machine
 from telechat_mindie.service.doctor.software import find_daemon, mindie_version
 from telechat_mindie.service.facts import model_facts
-from telechat_mindie.service.launch import client, shared_memory
+from telechat_mindie.service.launch import client, log_tail, shared_memory
 from telechat_mindie.service.launch.environment import SHADOW, daemon_environment
 from telechat_mindie.service.launch.errors import LaunchError
 from telechat_mindie.service.launch.installation import NotInstalledError, find_installation
@@ -35,7 +37,9 @@ from telechat_mindie.service.launch.rundir import (
     LaunchPlan,
     RunDirectory,
     State,
+    active_runs,
     all_runs,
+    cards_held,
     find_run,
     locked,
     state_home,
@@ -308,6 +312,29 @@ def test_a_name_that_is_no_folders(model, tmp_path, name):
         prepare(model, ServiceOptions(insecure_http=True), tmp_path / "runs", {"PATH": ""}, how)
 
 
+def test_the_names_of_runs_have_one_limit(model, tmp_path, monkeypatch):
+    def launch(name=None, overrides=()):
+        how = LaunchOptions(name=name, need_mindie=False, reuse=False)
+        options = ServiceOptions(insecure_http=True, overrides=overrides)
+        return prepare(model, options, tmp_path / "runs", {"PATH": ""}, how).plan.name
+
+    assert launch("x" * 200) == "x" * 200
+    with pytest.raises(InputError, match=r"is no name for a run.*at most 200"):
+        launch("x" * 201)
+    made = launch(overrides=(f"modelName={'m' * 256}",))
+    assert len(made) <= 200 and re.fullmatch(r"m{194}-\d+", made)
+
+
+def test_a_config_is_read_once_before_it_is_rendered_over(model, tmp_path, monkeypatch):
+    options = ServiceOptions(insecure_http=True, port_base=2700)
+    template = tmp_path / "config.json"
+    template.write_text(render_service_config(model_facts(ModelDir.open(model)), options, ports.assume_free).text)
+    loaded, load = [], schema.load
+    monkeypatch.setattr(schema, "load", lambda path: loaded.append(path) or load(path))
+    assert "named by --service-config" in prepared(model, tmp_path, template=template).notes[0]
+    assert loaded == [template]
+
+
 def test_the_config_that_was_rendered_before_is_started_from(model, tmp_path, monkeypatch, mindie):
     """As it stands, but for what the launch names; where it is named itself, or lies at a usual place."""
     monkeypatch.chdir(tmp_path)
@@ -390,6 +417,29 @@ def test_the_log_is_read_by_whole_lines_and_survives_truncation(tmp_path):
     assert tail.read() == ["new"]
 
 
+def test_the_last_lines_of_a_log_of_many_blocks(tmp_path, monkeypatch):
+    """Whatever they are to a block; and of the file no more is read than a few times what they take."""
+    path = tmp_path / "daemon.log"
+    written = [f"{number} {'x' * (number % 50)}" for number in range(4000)]
+    path.write_text("\n".join([*written, "unfinished"]))
+    read = []
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            read.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(log_tail, "BLOCK", 100)
+    monkeypatch.setattr(log_tail, "open", lambda path, mode: Counting(path, mode), raising=False)
+    for count in (0, 1, 3, 100, 3999, 4000, 9000):
+        tail = LogTail(path)
+        tail.skip_to_last(count)
+        kept = written[len(written) - min(count, len(written)) :]
+        assert sum(read) <= 4 * len("\n".join([*kept, "unfinished"])) + 400
+        assert tail.read(final=True) == [*kept, "unfinished"]
+        read.clear()
+
+
 def test_a_line_cannot_drive_the_terminal():
     assert clean("\x1b[31mred\x1b[0m\a \x1b]0;title\x07\tend\r") == "red 0;title    end"
     assert len(clean("x" * 100_000)) == 4096
@@ -452,6 +502,27 @@ def test_damaged_runs_are_passed_over(make_run, tmp_path):
     assert all_runs(tmp_path) == [run]
     with pytest.raises(ConfigError, match="not what `launch` writes"):
         RunDirectory(tmp_path / "old").plan()
+
+
+def test_a_run_that_vanishes_meanwhile_is_passed_over(make_run, tmp_path, monkeypatch):
+    """Between the moment it is listed and the moment it is asked, and between that and the look at its cards."""
+    me = Identity.of(os.getpid())
+    first, second, third = (make_run(name, me) for name in ("first", "second", "third"))
+    plan = json.loads((third.path / "plan.json").read_text())
+    (third.path / "plan.json").write_text(json.dumps(plan | {"cards": [2, 3]}))
+    is_active = RunDirectory.is_active
+
+    def vanishing(run):
+        if run == first:
+            first.remove()
+        found = is_active(run)
+        if run == second:
+            second.remove()
+        return found
+
+    monkeypatch.setattr(RunDirectory, "is_active", vanishing)
+    assert cards_held(tmp_path) == {2: "third", 3: "third"}
+    assert active_runs(tmp_path) == [third]
 
 
 def test_a_run_that_is_still_being_checked_cannot_be_stopped(make_run):

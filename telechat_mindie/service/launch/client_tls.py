@@ -40,8 +40,14 @@ def client_tls(run: RunDirectory, listener: Listener = "business") -> ssl.SSLCon
 
 
 def remembered_tls(home: Path, url: str) -> ssl.SSLContext | None:
-    """For the address of a run that is active, so that who launched it need not name its certificates again; None
-    where no run has this address, or its certificates cannot be used."""
+    """For the address of a run that is active, so that who launched it need not name its certificates again.
+
+    Returns:
+        None where no active run has this address.
+
+    Raises:
+        ClientRefusedError: its certificates cannot be used.
+    """
     wanted = url.rstrip("/").removesuffix("/v1")
     for run in reversed(all_runs(home)):
         if run.plan().urls["business"] == wanted and run.is_active():

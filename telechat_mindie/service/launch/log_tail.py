@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 MAX_LINE = 4096  # characters shown of a line
-BLOCK = 1 << 16  # bytes read at a time from the end
+BLOCK = 1 << 16  # bytes read first from the end; then twice as many, and so on
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -26,9 +26,9 @@ class LogTail:
         """Begin with the last `lines` whole lines that are there now."""
         with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
             begin = end = file.seek(0, os.SEEK_END)
-            found = b""
+            found, size = b"", BLOCK
             while begin > 0 and found.count(b"\n") <= lines:
-                begin = max(0, begin - BLOCK)
+                begin, size = max(0, end - size), 2 * size
                 file.seek(begin)
                 found = file.read(end - begin)
             kept = found.split(b"\n")[-lines - 1 :]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.errors import InputError
-from telechat_mindie.findings import Finding, error, warning
+from telechat_mindie.findings import Finding, error
 from telechat_mindie.mindie import DAEMON, RANK_PORTS, SERVER_PORTS
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
@@ -29,7 +29,7 @@ from telechat_mindie.service.launch.installation import (
 )
 from telechat_mindie.service.launch.processes import Identity
 from telechat_mindie.service.launch.reuse import as_it_stands, changes, find_usual, is_for
-from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, all_runs, cards_held
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory, active_runs, cards_of
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, parse_devices
 from telechat_mindie.service.render import RenderedConfig, render_service_config
 from telechat_mindie.service.schema.settings import SERVER
@@ -121,7 +121,7 @@ def prepare(
             raise
     generation = launch.generation or (installation.generation if installation else DEFAULT_GENERATION)
     mindie_home = installation.home if installation else None
-    active = [run for run in all_runs(home) if run.is_active()]
+    active = active_runs(home)
     taken = {port for run in active for port in run.plan().ports.values()}
 
     def is_free(port: int) -> bool:
@@ -129,8 +129,8 @@ def prepare(
 
     seen = read_cards(environment)
     options = replace(options, generation=generation, mindie_home=mindie_home)
-    options, notes = _sourced(options, launch, facts, mindie_home, seen)
-    rendered = render_service_config(facts, _with_free_ports(options, is_free), is_free)
+    options, config, notes = _sourced(options, launch, facts, mindie_home, seen)
+    rendered = render_service_config(facts, _with_free_ports(options, config, is_free), is_free)
     if options.template is not None and (changed := changes(rendered)):
         notes.append(f"config: changed in a copy: {'; '.join(changed)}")
     server = rendered.config["ServerConfig"]
@@ -140,7 +140,7 @@ def prepare(
         base = int(wanted) if wanted.isdigit() and ports.LOWEST <= int(wanted) <= ports.HIGHEST else default
         used[name] = ports.free_run(base, 1, set(used.values()), is_free)
     model_name = str(rendered.config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["modelName"])
-    run = RunDirectory(home / _run_name(launch.name or f"{model_name[:MAX_NAME]}-{used['port']}", active))
+    run = RunDirectory(home / _run_name(launch.name or f"{model_name[: MAX_NAME - 6]}-{used['port']}", active))
     variables = daemon_environment(
         environment,
         run,
@@ -166,7 +166,7 @@ def prepare(
         client=launch.client,
         cards=tuple(seen.unmasked(device) for device in devices),
     )
-    cards = (*check_devices(seen, devices, directory.serving.dtype, cards_held(home)), *check_toolkit(environment))
+    cards = (*check_devices(seen, devices, directory.serving.dtype, cards_of(active)), *check_toolkit(environment))
     return Prepared(
         run, plan, rendered, facts, installation, {**environment, **variables}, cards=cards, notes=tuple(notes)
     )
@@ -174,18 +174,20 @@ def prepare(
 
 def _sourced(
     options: ServiceOptions, launch: LaunchOptions, facts: ModelFacts, mindie_home: Path | None, cards: Cards
-) -> tuple[ServiceOptions, list[str]]:
-    """The options with a config to start from and the memory of a card filled in, and what to say of that."""
+) -> tuple[ServiceOptions, dict[str, Any] | None, list[str]]:
+    """The options with a config to start from and the memory of a card filled in; that config; what to say of it."""
     named, notes = set(launch.named), []
-    template, how = options.template, "named by --service-config"
-    if template is None and launch.reuse:
-        template = find_usual(facts, mindie_home)
+    template, config, how = options.template, None, "named by --service-config"
+    if template is not None:
+        config = schema.load(template)
+    elif launch.reuse and (usual := find_usual(facts, mindie_home)):
+        template, config = usual
         how = "which was rendered for this directory; --new-config renders another"
-    if template is None:
+    if template is None or config is None:
         notes.append("config: rendered for this launch")
-    elif is_for(template, facts):
+    elif is_for(config, facts):
         notes.append(f"config: started from {template}, {how}")
-        options = as_it_stands(template, options, named)
+        options = as_it_stands(template, config, options, named)
     else:
         notes.append(f"config: started from {template}, whose model is another: what follows from this one is changed")
     if launch.host is not None:
@@ -196,11 +198,11 @@ def _sourced(
         options = replace(options, device_mem_gb=size)
         if assumed is not None and template is None:
             notes.append(assumed)
-    return options, notes
+    return options, config, notes
 
 
 def _run_name(name: str, active: list[RunDirectory]) -> str:
-    if not re.fullmatch(rf"[a-zA-Z0-9][a-zA-Z0-9_.-]{{0,{MAX_NAME + 5}}}", name):
+    if not re.fullmatch(rf"[a-zA-Z0-9][a-zA-Z0-9_.-]{{0,{MAX_NAME - 1}}}", name):
         raise InputError(
             "is no name for a run", where=f"--name {name}", expected=f"letters, digits, `_.-`, at most {MAX_NAME}"
         )
@@ -221,7 +223,10 @@ def check_prepared(prepared: Prepared) -> list[Finding]:
     config = list(check_config(prepared.rendered.config, prepared.run.config, prepared.facts, options))
     if missing := list(_https(prepared, config)):
         config = [*missing, *(finding for finding in config if finding.id != "certificate")]
-    found = (*report.findings, *config, *_log_config(prepared), *prepared.cards)
+    if options.home is None:  # else check_config has told it
+        without_effect = (item for item in prepared.rendered.warnings if item.rule == "other-file")
+        config += [replace(item, where=f"{prepared.run.config}: {item.where}") for item in without_effect]
+    found = (*report.findings, *config, *prepared.cards)
     return [finding for finding in found if finding.severity != "ok"]
 
 
@@ -240,24 +245,12 @@ def _https(prepared: Prepared, config: list[Finding]) -> Iterator[Finding]:
         )
 
 
-def _log_config(prepared: Prepared) -> Iterator[Finding]:
-    """MindIE reads LogConfig from its own file alone, whatever config it is given (MindIE-LLM v3.0.0.beta.2
-    src/utils/log/log_level_dynamic_handler.cpp:38)."""
-    own_file_alone = prepared.plan.generation.startswith("3.")
-    if own_file_alone and any(entry.location[0] == "LogConfig" for entry in prepared.rendered.derived):
-        yield warning(
-            "log-config",
-            "--set LogConfig",
-            "has no effect: MindIE reads it from conf/config.json in its own home alone",
-            "Change it there, or export MINDIE_LOG_LEVEL.",
-        )
-
-
-def _with_free_ports(options: ServiceOptions, is_free: ports.IsFree) -> ServiceOptions:
+def _with_free_ports(
+    options: ServiceOptions, config: Mapping[str, Any] | None, is_free: ports.IsFree
+) -> ServiceOptions:
     """A template's ports are kept while they are free; else the next free ones from there on are taken."""
-    if options.template is None or options.port_base is not None:
+    if config is None or options.port_base is not None:
         return options
-    config = schema.load(options.template)
     named = [port for name in SERVER_PORTS if (port := typed_at(config, (*SERVER, name))) is not None]
     if all(map(is_free, named)):
         return options

@@ -11,15 +11,13 @@ from typing import Any
 
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.service import schema
+from telechat_mindie.service.check.home_file import CONFIG
 from telechat_mindie.service.check.service_file import device_rows
 from telechat_mindie.service.explain import explain
 from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.render import RenderedConfig
 from telechat_mindie.service.schema.settings import BACKEND, DEPLOY, SCHEDULE, model_location
 from telechat_mindie.service.schema.violations import Location, show, typed_at
-
-USUAL = Path("conf", "config.json")
-"""Below the current folder, where docs/deploy.md has `service-config` write it, and below MindIE's home."""
 
 _SETTLED: tuple[tuple[Location, frozenset[str]], ...] = tuple(
     (location, frozenset(options))
@@ -35,23 +33,21 @@ _SETTLED: tuple[tuple[Location, frozenset[str]], ...] = tuple(
 """Values that would be derived again, and the options of this launch that mean just that."""
 
 
-def find_usual(facts: ModelFacts, mindie_home: Path | None) -> Path | None:
-    """The first config at a usual place that was rendered for this model directory."""
+def find_usual(facts: ModelFacts, mindie_home: Path | None) -> tuple[Path, dict[str, Any]] | None:
+    """The first config at a usual place that was rendered for this model directory, and its content.
+
+    They are the current folder, where docs/deploy.md has `service-config` write it, and MindIE's home.
+    """
     for folder in (Path(), *filter(None, [mindie_home])):
-        path = folder / USUAL
+        path = folder / CONFIG
         with contextlib.suppress(ConfigError, OSError):
-            if path.is_file() and is_for(path, facts):
-                return path
+            if path.is_file() and is_for(config := schema.load(path), facts):
+                return path, config
     return None
 
 
-def is_for(path: Path, facts: ModelFacts) -> bool:
-    """Whether a config serves this model directory, or one of its name and tp at another place, as on another machine.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    config = schema.load(path)
+def is_for(config: Mapping[str, Any], facts: ModelFacts) -> bool:
+    """Whether it serves this model directory, or one of its name and tp at another place, as on another machine."""
     weights = typed_at(config, model_location(0, "modelWeightPath"), str) or ""
     if typed_at(config, model_location(0, "backendType"), str) != "ms":
         return False
@@ -62,20 +58,19 @@ def is_for(path: Path, facts: ModelFacts) -> bool:
     return same_tp and Path(weights).name == Path(facts.model_path).name
 
 
-def as_it_stands(template: Path, options: ServiceOptions, named: Collection[str]) -> ServiceOptions:
+def as_it_stands(
+    template: Path, config: Mapping[str, Any], options: ServiceOptions, named: Collection[str]
+) -> ServiceOptions:
     """The options that start from `template` and keep its values, but for what the user named for this launch.
 
     What follows from the model directory (worldSize, cacheBlockSize, modelWeightPath) is derived all the same.
 
     Args:
         template: a conf/config.json.
+        config: its content.
         options: of this launch.
         named: the fields of `options` that the user gave.
-
-    Raises:
-        ConfigError: the template cannot be read.
     """
-    config = schema.load(template)
     kept = {
         location: value
         for location, released in _SETTLED

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,13 +178,35 @@ def all_runs(home: Path) -> list[RunDirectory]:
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
 
+def active_runs(home: Path) -> list[RunDirectory]:
+    """Those of `all_runs` that may hold ports and cards."""
+    return _active(all_runs(home))
+
+
+def _active(runs: Iterable[RunDirectory]) -> list[RunDirectory]:
+    active = []
+    for run in runs:
+        with contextlib.suppress(ConfigError):  # it vanishes meanwhile
+            if run.is_active():
+                active.append(run)
+    return active
+
+
 def cards_held(home: Path) -> dict[int, str]:
-    """Names of the active runs by the cards that they hold, counted as `Cards.unmasked` gives them; none where the
-    folder cannot be read."""
+    """`cards_of` the active runs; none where the folder cannot be read."""
     try:
-        return {card: run.name for run in all_runs(home) if run.is_active() for card in run.plan().cards}
+        return cards_of(active_runs(home))
     except OSError:
         return {}
+
+
+def cards_of(active: Iterable[RunDirectory]) -> dict[int, str]:
+    """Names of active runs by the cards that they hold, counted as `Cards.unmasked` gives them."""
+    held = {}
+    for run in active:
+        with contextlib.suppress(ConfigError):  # it vanishes meanwhile
+            held.update(dict.fromkeys(run.plan().cards, run.name))
+    return held
 
 
 def find_run(home: Path, name: str | None, *, or_last: bool = False) -> RunDirectory:
@@ -194,7 +216,7 @@ def find_run(home: Path, name: str | None, *, or_last: bool = False) -> RunDirec
         InputError: there is none, or several to choose from.
     """
     runs = all_runs(home)
-    active = [run for run in runs if run.is_active()]
+    active = _active(runs)
     listed = ", ".join(run.name for run in active) or "none"
     if name is not None:
         for run in runs:

@@ -52,6 +52,7 @@ class Launch:
         self.on_line = on_line
         self._tail = LogTail(run.log)
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._last = ""  # line of the log that is not blank
         command = [sys.executable, "-m", "telechat_mindie.service.launch.supervisor", str(run.path)]
         if not detached:
             launcher = processes.Identity.of(os.getpid())
@@ -146,6 +147,8 @@ class Launch:
         for line in lines:
             if level(line) != "noise":
                 self._lines.append(line)
+            if line.strip():
+                self._last = line
             self.on_line(line)
         return lines
 
@@ -160,8 +163,7 @@ class Launch:
                 "could not be executed", where=self.plan.command[0], found=state.detail, advice="telechat-mindie doctor"
             )
         cause = find_cause(self._lines)
-        last = next((line for line in reversed(self._lines) if line.strip()), None)
-        found = f"the log's last line: {last}" if last else "an empty log"
+        found = f"the log's last line: {self._last}" if self._last else "an empty log"
         advice = otherwise
         if cause is not None and cause.severity == "error":
             holders = ""
