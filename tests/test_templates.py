@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "environment": {"E1": "E2"},
     },
     "start.sh.j2": {"mindie_home": "M1", "home_variables": ["V1", "V2"]},
-    "Dockerfile.j2": {"image": "I1", "wheel": "W1", "index": "X1", "requirement": "R1"},
+    "Dockerfile.j2": {"image": "I1", "wheel": "W1", "index_url": "X1", "requirement": "R1"},
     "telechat.py.j2": {}, "telechat_config.py.j2": {}, "telechat_tokenizer.py.j2": {},
 }  # fmt: skip
 VARIATIONS = {

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 from telechat_mindie.mindie import GENERATION_NAMES as GENERATION_NAMES
 
 VARIANT_NAMES = "3b, 7b, 35b, 115b or 39b-a12b"
@@ -63,7 +64,7 @@ Devices = Annotated[str | None, typer.Option("--devices", help="Cards, as 0-7 or
 DeviceMem = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
 CardMem = Annotated[
     float | None,
-    typer.Option("--device-mem", help="Memory of one card, in GB; default: as npu-smi says, else 64."),
+    typer.Option("--device-mem", help=f"Memory of one card, in GB; default: as npu-smi says, else {DEFAULT_CARD_GB}."),
 ]
 MaxSeqLen = Annotated[int | None, typer.Option("--max-seq-len", help="Tokens of prompt and answer together.")]
 MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="Tokens of a prompt.")]

@@ -124,7 +124,6 @@ def render_manifests(facts: ModelFacts, options: ManifestOptions, wheel: str | N
         **vars(options),
         "name": dns_label(facts.model_name),
         "wheel": wheel,
-        "index": options.index_url,
         "requirement": f"{own_wheel.DISTRIBUTION}=={__version__}",
         "cards": facts.tp,
         "groups": groups,
