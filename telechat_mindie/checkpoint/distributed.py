@@ -59,9 +59,10 @@ def gather(strategy: Strategy, ranks: Sequence[Tensors], where: object) -> dict[
             where=where,
             advice=ANOTHER_RUN,
         )
+    known = set().union(*strategy.stages)
     for tensors in ranks:
         for name, tensor in tensors.items():
-            if _common(name) and not any(name in layouts for layouts in strategy.stages):
+            if name not in known:
                 gathered.setdefault(name, []).append(tensor)
     return {name: _same(name, found, where) for name, found in gathered.items()}
 
@@ -139,14 +140,7 @@ def _gather_one(name: str, layout: Layout, holders: Sequence[Tensors], first: in
                 expected=f"{example.dtype} {list(example.shape)}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
-    if len(layout.axes) != len(example.shape):
-        raise CheckpointError(
-            "has another number of axes than the strategy says",
-            where=f"{where}: {name}",
-            expected=len(layout.axes),
-            found=list(example.shape),
-            advice=ANOTHER_RUN,
-        )
+    _check_axes(layout, example, where, ANOTHER_RUN)
     tiles: dict[tuple[int, ...], StoredTensor] = {}
     for place, group in _groups(layout).items():
         shards = []
@@ -169,13 +163,7 @@ def _gather_one(name: str, layout: Layout, holders: Sequence[Tensors], first: in
 
 def _share(tensor: StoredTensor, layout: Layout, rank: int, where: object) -> StoredTensor:
     """What a rank of a stage, counted from 0, holds of a whole tensor."""
-    if len(layout.axes) != len(tensor.shape):
-        raise CheckpointError(
-            "has another number of axes than the strategy says",
-            where=f"{where}: {tensor.name}",
-            expected=len(layout.axes),
-            found=list(tensor.shape),
-        )
+    _check_axes(layout, tensor, where)
     name, place = tensor.name, layout.place(rank)
     try:
         for axis, (part, parts) in enumerate(zip(place, layout.cuts, strict=True)):
@@ -186,6 +174,17 @@ def _share(tensor: StoredTensor, layout: Layout, rank: int, where: object) -> St
     except CheckpointError as error:
         raise CheckpointError(f"cannot be divided as the strategy says: {error}", where=f"{where}: {name}") from None
     return tensor
+
+
+def _check_axes(layout: Layout, tensor: StoredTensor, where: object, advice: str | None = None) -> None:
+    if len(layout.axes) != len(tensor.shape):
+        raise CheckpointError(
+            "has another number of axes than the strategy says",
+            where=f"{where}: {tensor.name}",
+            expected=len(layout.axes),
+            found=list(tensor.shape),
+            advice=advice,
+        )
 
 
 def _same(name: str, found: Iterable[StoredTensor], where: object) -> StoredTensor:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from telechat_mindie.checkpoint.formats.strategy import Layout, Strategy
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
-from telechat_mindie.checkpoint.mapping import mindformers_targets, training_state
+from telechat_mindie.checkpoint.mapping import OPTIMIZER_PREFIX, mindformers_targets, training_state
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, name_some
 
 PACKED = (".attention.w_qkv.weight", ".feed_forward.w_gate_hidden.weight")
-_OPTIMIZER = ("adam_m.", "adam_v.", "accu_grads.")
 
 
 def infer_strategy(ranks: Sequence[Mapping[str, StoredTensor]], config: TelechatConfig | None, where: Path) -> Strategy:
@@ -45,7 +44,8 @@ def infer_strategy(ranks: Sequence[Mapping[str, StoredTensor]], config: Telechat
     for name, tensor in ranks[0].items():
         if training_state(name) in ("counter", "buffer"):
             continue
-        parameter = next((name[len(prefix) :] for prefix in _OPTIMIZER if name.startswith(prefix)), name)
+        prefix = OPTIMIZER_PREFIX.match(name)
+        parameter = name[prefix.end() :] if prefix else name
         whole = shapes.get(parameter)
         if whole is None:
             raise refuse(f"{name} is no weight of the model of config.json")

@@ -78,12 +78,15 @@ MINDFORMERS_NAME = re.compile(
 )
 """How the names of mindformers' research/telechat2 begin, which safetensors files may have too."""
 
+OPTIMIZER_PREFIX = re.compile(r"(adam_[mv]|moments|moment[12]|accu_grads)\.")
+"""What an optimizer puts before a parameter's name for its state of it."""
+
 TRAINING_STATE = {
     "counter": re.compile(
         r"(adam_[mv]\.)?(global_(step|batch_size)|(epoch|step)_num|scale_sense|loss_scale|learning_rate|"
-        r"(current|last_overflow)_iterator_step)"
+        r"(current|last_overflow)_iterator_step)|beta[12]_power"
     ),
-    "optimizer": re.compile(r"(adam_[mv]|moments|moment[12]|accu_grads)\..+|beta[12]_power"),
+    "optimizer": re.compile(f"{OPTIMIZER_PREFIX.pattern}.+"),
     "buffer": re.compile(
         r"fi_parameter|.+\.(fi_parameter|expert_load)|.+\.router\.(router\.topk_bias|e_score_correction_bias)"
     ),

@@ -353,6 +353,18 @@ def test_shapes_without_doubt_need_no_strategy(dense, tmp_path, division):
         open_checkpoint(tmp_path / "output")
 
 
+@pytest.mark.parametrize("kinds", [("moments", "accu_grads"), ("moment1", "moment2")], ids=str)
+def test_every_optimizer_is_divided_as_its_parameters(dense, tmp_path, kinds):
+    hf, arrays = dense
+    optimizer = {"adam_m.": f"{kinds[0]}.", "adam_v.": f"{kinds[1]}."}
+    for rank, held in enumerate(rank_arrays(arrays, layouts(weights_of(arrays), tp=2))):
+        renamed = {optimizer.get(name[:7], name[:7]) + name[7:]: array for name, array in held.items()}
+        write_ckpt(tmp_path / f"output/checkpoint/rank_{rank}/t_rank_{rank}-2_9.ckpt", renamed | counters())
+    redistribute(tmp_path / "output", tmp_path / "whole.ckpt", Redistribution(), hf)
+    expected = {optimizer.get(name[:7], name[:7]) + name[7:]: array for name, array in arrays.items()}
+    assert_same(load(tmp_path / "whole.ckpt"), expected | counters())
+
+
 @pytest.mark.parametrize(
     ("division", "doubt"),
     [({"tp": 2, "dp": 2}, "is .* of"), ({"tp": 2, "stages": 2}, "as with pipeline stages")],

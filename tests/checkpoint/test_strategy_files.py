@@ -108,6 +108,7 @@ WRONG_JSON = {
     "text": (as_json({"a": Cut((2,), ("0",))}), "lists of integers"),
     "flag": (as_json({"a": Cut((True,), (0,))}), "lists of integers"),
     "matrix": (json.dumps({"parallel_layout_item": {"a": {"tensor_map": [0]}}}).encode(), "lists of integers"),
+    "stage": (as_json({"a": Cut((4,), (-1,))}, -1), "impossible pipeline stage .found -1"),
 }
 
 

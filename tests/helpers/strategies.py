@@ -143,6 +143,7 @@ def counters(step: int = 18) -> Arrays:
         "epoch_num": np.array(2, np.int32),
         "step_num": np.array(step, np.int32),
         "loss_scale": np.array(1, np.float32),
+        "beta1_power": np.array(0.9**step, np.float32),
         "global_batch_size": np.array(4, np.int32),
     }
 

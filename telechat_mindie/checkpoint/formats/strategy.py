@@ -343,7 +343,7 @@ def _by_stage(items: Sequence[tuple[str, Layout]], stage: int, path: Path) -> Ma
     for name, layout in items:
         merged = _MERGED_NAME.fullmatch(name)
         number, name = (int(merged[1]), merged[2]) if merged else (stage, name)
-        if number >= MAX_RUN_RANKS:
+        if not 0 <= number < MAX_RUN_RANKS:
             raise CheckpointError("is of an impossible pipeline stage", where=path, found=number)
         layouts = stages.setdefault(number, {})
         if name in layouts:
