@@ -18,7 +18,7 @@ from telechat_mindie.checkpoint.source import NoWeightsError, open_checkpoint
 from telechat_mindie.checkpoint.training_run import RunChoice
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
-from telechat_mindie.errors import CheckpointError
+from telechat_mindie.errors import CheckpointError, InputError
 from telechat_mindie.staging import reporting_os_errors
 
 INTERPRETER_BYTES = 80 << 20
@@ -31,7 +31,7 @@ PROBE_BYTES = 256 << 20
 class Source:
     """What is known of a checkpoint without its weights: config, dtype, bytes and number of tensors.
 
-    `assumed` says what of it nothing on disk tells.
+    `assumed` says what of it nothing on disk tells, `note` what a person should know of how it was read.
     """
 
     config: TelechatConfig
@@ -39,6 +39,7 @@ class Source:
     nbytes: int
     tensors: int
     assumed: str = ""
+    note: str = ""
 
 
 def source_facts(checkpoint: Path, config_dir: Path | None = None, choice: RunChoice | None = None) -> Source:
@@ -51,16 +52,22 @@ def source_facts(checkpoint: Path, config_dir: Path | None = None, choice: RunCh
 
     Raises:
         ConfigError, CheckpointError: as `open_checkpoint`; or nothing tells the dtype of what an index lists.
+        InputError: `config_dir` or `choice` beside a config.json.
     """
     if checkpoint.suffix == ".json":
+        if choice or config_dir:
+            raise InputError(
+                "is for a checkpoint, and --checkpoint names a config.json alone",
+                where="--config, --strategy, --step, --source, --packed-by-rank",
+            )
         return from_config(TelechatConfig.from_file(checkpoint))
-    if (index := index_alone(checkpoint)) is not None:
+    if not choice and (index := index_alone(checkpoint)) is not None:
         return _from_index(index, TelechatConfig.from_directory(config_dir or checkpoint))
     try:
         found = open_checkpoint(checkpoint, config_dir, choice=choice)
     except NoWeightsError:
         return from_config(TelechatConfig.from_directory(config_dir or checkpoint))
-    return Source(found.config, found.dtype, found.source_bytes, len(found.weights))
+    return Source(found.config, found.dtype, found.source_bytes, len(found.weights), note=found.note)
 
 
 def from_config(config: TelechatConfig) -> Source:

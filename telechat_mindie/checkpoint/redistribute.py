@@ -11,9 +11,9 @@ from telechat_mindie.checkpoint.distributed import scatter
 from telechat_mindie.checkpoint.formats.containers import CONTAINERS
 from telechat_mindie.checkpoint.formats.strategy import read_strategy
 from telechat_mindie.checkpoint.mapping import training_state
+from telechat_mindie.checkpoint.source import config_beside
 from telechat_mindie.checkpoint.stream import check_space
 from telechat_mindie.checkpoint.training_run import RunChoice, find_run
-from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError
 from telechat_mindie.reading import existing_path
 from telechat_mindie.staging import StagedDirectory
@@ -70,10 +70,7 @@ def redistribute(
         OutputError: the output exists or cannot be written.
     """
     run = find_run(source, options.choice, certain=True)
-    if run is None:
-        raise CheckpointError("holds no .ckpt or .safetensors file", where=source)
-    beside = config_dir or source
-    config = TelechatConfig.from_directory(beside) if (beside / "config.json").exists() else None
+    config = config_beside(source, config_dir) if run.needs_config else None
     tensors = run.whole(config, weights_only=not options.training_state)
     if not any(training_state(name) is None for name in tensors):
         raise CheckpointError("holds no weights", where=source)

@@ -89,13 +89,26 @@ def open_checkpoint(
     return replace(model, weights=weights, adapters=read)
 
 
+def config_beside(path: Path, config_dir: Path | None) -> TelechatConfig | None:
+    """The config.json in `config_dir`, by default in the folder of the weights at `path`; None where there is none.
+
+    Raises:
+        ConfigError: it is malformed or not TeleChat2's.
+    """
+    folder = config_dir or _folder(path)
+    return TelechatConfig.from_directory(folder) if (folder / "config.json").exists() else None
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
 def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], choice: RunChoice) -> Checkpoint:
     if existing_path(path, "checkpoint").is_file():
         _refuse_foreign_files(path)
-    config_dir = config_dir or (path if path.is_dir() else path.parent)
-    has_config = (config_dir / "config.json").exists()
     # A config.json of another model says more than its weights' names, or dtypes that no file of ours has.
-    config = TelechatConfig.from_directory(config_dir) if has_config else None
+    config = config_beside(path, config_dir)
+    config_dir = config_dir or _folder(path)
     run = find_run(path, choice)
     kind, stored = ("", {}) if run else hugging_face.read_stored(path)
     if stored and not mindformers.is_mindformers(stored):

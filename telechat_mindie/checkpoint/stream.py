@@ -108,17 +108,22 @@ def _remove_strays(root: Path, journal: Journal) -> None:
 def _fingerprint(plan: ConversionPlan, source: Checkpoint, *choices: object) -> str:
     """A hash of everything that decides the bytes of a conversion: plan, options, version, source.
 
-    The model's files go in by size and time, for they are too large to be read twice, adapters by their sha256.
+    The model's files go in by size and time, for they are too large to be read twice, and by what of them each stored
+    tensor is put together from, for a training run can be read in several ways; adapters go in by their sha256.
     """
-    tiles = [tile for weight in source.weights.values() for tile in weight.tiles]
-    paths = {extent.file for tile in tiles for extent in tile.stored.extents}
+    stored = {id(tile.stored): tile.stored for weight in source.weights.values() for tile in weight.tiles}
+    paths = {extent.file for tensor in stored.values() for extent in tensor.extents}
+    pieces = hashlib.sha256()
+    for tensor in stored.values():
+        pieces.update(repr(tensor).encode())
     files = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
     shards = [
         [shard.file, shard.nbytes, hashlib.sha256(b"".join(frame.prefix for frame in shard.frames)).hexdigest()]
         for shard in plan.shards
     ]
     adapters = [repr(adapter) for adapter in source.adapters]
-    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, sorted(files), *adapters]
+    read = [sorted(files), pieces.hexdigest(), *adapters]
+    decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, *read]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 from telechat_mindie.checkpoint.distributed import gather, part_by_part
 from telechat_mindie.checkpoint.formats.strategy import MAX_RUN_RANKS, Strategy, read_strategy
@@ -89,13 +90,18 @@ class TrainingRun:
         """
         strategy = read_strategy(self.strategies) if self.strategies else None
         count = strategy.ranks if strategy else max(self.files) + 1
-        if missing := [f"rank_{rank}" for rank in range(min(count, MAX_RUN_RANKS)) if rank not in self.files]:
+        if missing := [f"rank_{rank}" for rank in range(count) if rank not in self.files]:
             raise CheckpointError(
                 f"{len(missing)} of the run's {count} ranks are missing: {name_some(missing)}",
                 where=self.path,
                 advice="Name other machines' folders with --source; or the strategy is that of another run.",
             )
         return strategy
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether nothing but the model's shape can tell how the ranks divide it."""
+        return self.strategy is None and len(self.files) > 1
 
     def read(self, *, weights_only: bool = False) -> list[dict[str, StoredTensor]]:
         """Each rank's tensors.
@@ -131,6 +137,9 @@ class TrainingRun:
     def whole(self, config: TelechatConfig | None, *, weights_only: bool = False) -> dict[str, StoredTensor]:
         """Every tensor of the run, put together from the ranks' pieces.
 
+        Args:
+            config: looked at only where `needs_config`.
+
         Raises:
             CheckpointError: as `read` and `gather`; or there is no strategy file, and the shapes leave doubt.
         """
@@ -165,6 +174,10 @@ class TrainingRun:
         return weights
 
 
+@overload
+def find_run(path: Path, choice: RunChoice, *, certain: Literal[True]) -> TrainingRun: ...
+@overload
+def find_run(path: Path, choice: RunChoice) -> TrainingRun | None: ...
 def find_run(path: Path, choice: RunChoice, *, certain: bool = False) -> TrainingRun | None:
     """The training run at `path`; None where it is something else: its files have no step in their names.
 
@@ -173,7 +186,8 @@ def find_run(path: Path, choice: RunChoice, *, certain: bool = False) -> Trainin
         certain: it is one whatever the names are, as it is where `choice` says anything.
 
     Raises:
-        CheckpointError: the ranks do not have the same step, or hold several checkpoints of it.
+        CheckpointError: the ranks do not have the same step, or hold several checkpoints of it; or it is certain that
+            there is a run, and there are no files.
         InputError: a step that there is not.
     """
     files: dict[int, list[Path]] = {}
@@ -190,8 +204,10 @@ def find_run(path: Path, choice: RunChoice, *, certain: bool = False) -> Trainin
             files[rank] = found
     by_step = {rank: _by_step(found) for rank, found in files.items()}
     stepped = any(by_step.values()) and not path.is_file()
-    if not files or not (stepped or certain or choice):
+    if not (stepped or certain or choice):
         return None
+    if not files:
+        raise CheckpointError("holds no .ckpt or .safetensors file of a training run", where=path)
     if max(files) >= MAX_RUN_RANKS:
         raise CheckpointError("has too many ranks", where=path, expected=f"at most {MAX_RUN_RANKS}", found=max(files))
     strategies: tuple[Path, ...] = ()

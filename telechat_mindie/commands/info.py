@@ -41,9 +41,9 @@ def info(
 
 def _show_run(run: TrainingRun, config_dir: Path | None, *, as_json: bool) -> None:
     from telechat_mindie.checkpoint.mapping import training_state
+    from telechat_mindie.checkpoint.source import config_beside
     from telechat_mindie.checkpoint.training_run import counter_values, spelled
     from telechat_mindie.commands.output import Facts
-    from telechat_mindie.config import TelechatConfig
     from telechat_mindie.units import format_bytes
 
     facts, strategy = Facts(), run.strategy
@@ -57,9 +57,7 @@ def _show_run(run: TrainingRun, config_dir: Path | None, *, as_json: bool) -> No
         facts.add("strategy", text, stages=stages, parameter_cuts=cuts, optimizer_shards=shards)
     else:
         facts.add("strategy", "no strategy files beside the checkpoints", stages=None)
-    beside = config_dir or run.path
-    has_config = (beside / "config.json").exists()
-    tensors = run.whole(TelechatConfig.from_directory(beside) if has_config else None)
+    tensors = run.whole(config_beside(run.path, config_dir) if run.needs_config else None)
     for label, kind in (("weights", None), ("optimizer", "optimizer"), ("buffers", "buffer")):
         held = [tensor for name, tensor in tensors.items() if training_state(name) == kind]
         nbytes = sum(tensor.nbytes for tensor in held)

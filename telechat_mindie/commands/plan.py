@@ -81,6 +81,8 @@ def plan(
     )
     if source.assumed:
         facts.add("assumed", source.assumed, assumed=source.assumed)
+    if source.note:
+        facts.add("note", source.note, note=source.note)
     beside = config_dir or checkpoint
     if beside is not None and beside.is_dir():
         read_generation(beside, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -34,13 +35,17 @@ def verify(
     if (adapter or config or choice) and against is None:
         where = "--adapter, --config, --strategy, --step, --source, --packed-by-rank"
         raise InputError("is for a comparison", where=where, advice="Name the checkpoint too: --against DIR.")
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
     directory = ModelDir.open(model_path)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))
     if against is not None:
         with byte_progress("comparing") as start:
-            problems += check_against(directory, against, start, adapter or (), config, choice)
+            problems += check_against(directory, against, start, adapter or (), config, choice, note)
     if as_json:
         print_json({"model_path": str(model_path), "files": len(files), "problems": problems})
     else:

@@ -40,8 +40,12 @@ def check_against(
     adapters: Sequence[str | Path] = (),
     config_dir: Path | None = None,
     choice: RunChoice | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> list[str]:
     """The weights that differ from what the checkpoint gives, every element derived again; memory stays constant.
+
+    Args:
+        on_note: called with what a person should know of how the checkpoint was read.
 
     Raises:
         InputError: the manifest names more adapters, or fewer.
@@ -58,6 +62,8 @@ def check_against(
             found=name_some(adapters) if adapters else "none",
         )
     source = open_checkpoint(checkpoint, config_dir, adapters, choice)
+    if source.note:
+        on_note(source.note)
     if source.config != directory.config:
         raise ModelDirError("was built from a model of another shape", where=directory.path, expected=source.config)
     packed = directory.manifest["qkv_concat"]

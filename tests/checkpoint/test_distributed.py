@@ -34,7 +34,7 @@ from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.checkpoint.redistribute import Redistribution, redistribute
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.checkpoint.training_run import RunChoice
-from telechat_mindie.errors import CheckpointError, InputError, TelechatMindieError
+from telechat_mindie.errors import CheckpointError, ConfigError, InputError, OutputError, TelechatMindieError
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.verify import check_against
@@ -206,6 +206,28 @@ def test_weights_that_were_packed_rank_by_rank(tmp_path):
     assert opened.note == "" and "--packed-by-rank" in open_checkpoint(tmp_path / "output", hf).note
 
 
+@pytest.mark.parametrize("other", [{"packed_by_rank": True}, {"strategy": "crossed"}], ids=str)
+def test_what_was_read_in_another_way_is_not_resumed(tmp_path, other):
+    """The files are the same ones."""
+    hf, arrays = _model(tmp_path, packed=True)
+    stages = layouts(weights_of(arrays), tp=4)
+    write_run(tmp_path / "output", arrays, stages)
+    crossed = stages[0] | {"lm_head.weight": Cut((2, 2), ([0, 1], -1))}
+    write_strategy(tmp_path / "crossed", [crossed])
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    first, again = OutputOptions(), OutputOptions(resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        to_hugging_face(open_checkpoint(tmp_path / "output", hf), tmp_path / "out", first, lambda _: interrupt)
+    choice = RunChoice(**{key: tmp_path / value if key == "strategy" else value for key, value in other.items()})
+    with pytest.raises(OutputError, match="again without --resume"):
+        to_hugging_face(open_checkpoint(tmp_path / "output", hf, choice=choice), tmp_path / "out", again)
+    choice = RunChoice(strategy=tmp_path / "output" / "strategy")  # what it took of itself
+    to_hugging_face(open_checkpoint(tmp_path / "output", hf, choice=choice), tmp_path / "out", again)
+
+
 def test_weights_alone_on_wish(dense, run, tmp_path):
     redistribute(run, tmp_path / "whole.ckpt", Redistribution(training_state=False))
     assert_same(load(tmp_path / "whole.ckpt"), weights_of(dense[1]))
@@ -363,6 +385,31 @@ def test_every_optimizer_is_divided_as_its_parameters(dense, tmp_path, kinds):
     redistribute(tmp_path / "output", tmp_path / "whole.ckpt", Redistribution(), hf)
     expected = {optimizer.get(name[:7], name[:7]) + name[7:]: array for name, array in arrays.items()}
     assert_same(load(tmp_path / "whole.ckpt"), expected | counters())
+
+
+def test_a_config_that_is_not_needed_is_not_read(dense, run, tmp_path, command):
+    (run / "config.json").write_text("no JSON")
+    redistribute(run, tmp_path / "whole.ckpt", Redistribution())
+    assert_same(load(tmp_path / "whole.ckpt"), dense[1] | counters())
+    assert command("info", run)[0] == 0
+    shutil.rmtree(run / "strategy")
+    assert command("info", run)[0] == 2
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        redistribute(run, tmp_path / "x.ckpt", Redistribution())
+
+
+def test_the_config_beside_a_file_is_taken(dense, tmp_path):
+    hf, arrays = dense
+    write_run(tmp_path / "output", arrays, layouts(weights_of(arrays), tp=2))
+    first = tmp_path / "first" / "telechat_rank_0-2_9.ckpt"
+    first.parent.mkdir()
+    (tmp_path / "output/checkpoint/rank_0" / first.name).rename(first)
+    shutil.rmtree(tmp_path / "output/checkpoint/rank_0")
+    shutil.copy(hf / "config.json", first.parent)
+    shutil.rmtree(tmp_path / "output" / "strategy")
+    choice = RunChoice(sources=(tmp_path / "output",))
+    redistribute(first, tmp_path / "whole.ckpt", Redistribution(choice=choice))
+    assert_same(load(tmp_path / "whole.ckpt"), arrays | counters())
 
 
 @pytest.mark.parametrize(
@@ -539,6 +586,27 @@ def test_no_flag_is_ignored(dense, run, tmp_path, command):
     assert code == 2 and "nowhere: strategy is not there" in err
 
 
+def test_what_holds_no_run_takes_no_flag_of_one(dense, tmp_path, command):
+    """Neither a torch archive, nor an index or a config.json before the download."""
+    hf, _ = dense
+    for name, file in (("torch", "pytorch_model.bin"), ("index", "model.safetensors.index.json"), ("config", "x")):
+        (tmp_path / name).mkdir()
+        shutil.copy(hf / "config.json", tmp_path / name)
+        (tmp_path / name / file).write_text("{}")
+        for flag in (("--strategy", tmp_path / "nowhere"), ("--step", "5_1"), ("--packed-by-rank",)):
+            for arguments in (
+                ("plan", "--checkpoint", tmp_path / name, "--no-probe"),
+                ("convert", tmp_path / name, tmp_path / "out", "--to", "hf"),
+                ("build", tmp_path / "out", "--checkpoint", tmp_path / name),
+            ):
+                code, _, err = command(*arguments, *flag)
+                assert code == 2 and "no .ckpt or .safetensors file of a training run" in err, err
+    for flag in (("--strategy", tmp_path / "nowhere"), ("--step", "5_1"), ("--config", hf)):
+        code, _, err = command("plan", "--checkpoint", hf / "config.json", "--no-probe", *flag)
+        assert code == 2 and flag[0] in err, err
+    assert command("plan", "--checkpoint", tmp_path / "config", "--no-probe")[0] == 0
+
+
 def transform(*arguments):
     command = [sys.executable, ROOT / "tools" / "transform_ckpt.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -558,6 +626,31 @@ def test_the_published_script_by_its_flags(dense, run, tmp_path):
         assert_same(load(tmp_path / "b" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"), held | counters())
     done = transform(*source[:2], "--dst_ckpt_dir", tmp_path / "c", "--src_ckpt_strategy", tmp_path / "other")
     assert done.returncode == 2 and "another number of ranks" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_order_of_packed_weights_is_asked_about_everywhere(tmp_path, command):
+    hf, arrays = _model(tmp_path, packed=True)
+    write_run(tmp_path / "output", arrays, layouts(weights_of(arrays), tp=2))
+    which = (tmp_path / "output", "--config", hf)
+    code, out, _ = command("plan", "--checkpoint", *which, "--no-probe", "--json")
+    assert code == 0 and "--packed-by-rank" in json.loads(out)["note"]
+    code, out, _ = command("plan", "--checkpoint", *which, "--no-probe", "--json", "--packed-by-rank")
+    assert code == 0 and "note" not in json.loads(out)
+    assert command("build", tmp_path / "model", "--checkpoint", hf)[0] == 0
+    code, _, err = command("verify", tmp_path / "model", "--against", *which)
+    assert code == 0 and "--packed-by-rank" in err
+    arguments = ("--src_ckpt_dir", *which, "--tp", 2, "--dst_ckpt_dir")
+    done = transform(*arguments, tmp_path / "a")
+    assert done.returncode == 0 and "--packed-by-rank" in done.stderr, done.stderr
+    done = transform(*arguments, tmp_path / "b", "--packed-by-rank")
+    assert done.returncode == 0 and done.stderr == ""
+    held = [load(tmp_path / kind / "rank_0" / "checkpoint_0.ckpt") for kind in "ab"]
+    assert held[0].keys() == held[1].keys() == weights_of(arrays).keys()
+    name = "model.layers.0.attention.w_qkv.weight"
+    assert np.array_equal(held[1][name], arrays[name][: len(arrays[name]) // 2])
+    assert not np.array_equal(held[0][name], held[1][name])
+    done = transform("--src_ckpt_dir", *which, "--dst_ckpt_dir", tmp_path / "c", "--packed-by-rank")
+    assert done.returncode == 2 and "is for --tp" in done.stderr
 
 
 REAL = [
