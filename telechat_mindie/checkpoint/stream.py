@@ -122,7 +122,7 @@ def _fingerprint(plan: ConversionPlan, source: Checkpoint, *choices: object) -> 
         for shard in plan.shards
     ]
     adapters = [repr(adapter) for adapter in source.adapters]
-    read = [sorted(files), pieces.hexdigest(), *adapters]
+    read = [sorted(files), pieces.hexdigest(), repr(source.config), *adapters]
     decisive = [telechat_mindie.__version__, plan.dtype, plan.tp, choices, shards, *read]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 

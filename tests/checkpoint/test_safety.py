@@ -98,7 +98,8 @@ def test_kill_at_random_moments_then_resume(large, tmp_path):
             assert not target.exists()
             journal = partial / ".journal"
             resumed += journal.exists() and journal.read_text().count("\n") > 1
-            assert run("build", target, *arguments, "--resume").returncode == 0
+            done = run("build", target, *arguments, "--resume")
+            assert done.returncode == 0, done.stderr
         elif not target.exists():
             assert run("build", target, *arguments).returncode == 0
         assert digests(target) == expected
