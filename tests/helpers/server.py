@@ -82,13 +82,18 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        with self.client() as client:
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return client.post(path, content=content, **options)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._request("POST", path, content=content, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
+        return self._request("GET", path, **options)
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         with self.client() as client:
-            return client.get(path, **options)
+            try:
+                return client.request(method, path, **options)
+            except httpx.ConnectError as error:
+                raise RuntimeError(f"no server any more: exit code {self.process.poll()}: {self.output}") from error
 
     def resources(self) -> dict[str, int]:
         return self.get("/v1/status").json()["resource"]
