@@ -17,7 +17,7 @@ PACKAGE = "telechat_mindie"
 
 FLOORS = (
     {"errors"},
-    {"mindie", "soc", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign"},
+    {"mindie", "soc", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign", "installing"},
     {"config"},
     {"computation", "variants", "kv_budget", "text"},
     {"tokenizer", "checkpoint", "data", "nano"},

@@ -12,9 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from telechat_mindie.client.dialects import Delta, Dialect, Prompt, Sampling, error_text
-from telechat_mindie.client.errors import MissingExtraError, ServiceError
+from telechat_mindie.client.errors import ServiceError
 from telechat_mindie.client.sse import SseDecoder
 from telechat_mindie.errors import InputError
+from telechat_mindie.installing import MissingExtraError
 
 try:
     import aiohttp

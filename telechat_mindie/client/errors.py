@@ -7,13 +7,6 @@ from typing import Any
 from telechat_mindie.errors import TelechatMindieError
 
 
-class MissingExtraError(TelechatMindieError):
-    """A library of an optional extra is not installed."""
-
-    def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed", advice=f"`pip install 'telechat-mindie[{extra}]'` brings it.")
-
-
 class ServiceError(TelechatMindieError):
     """A service that cannot be reached, refuses a request, or breaks an answer off.
 

@@ -43,8 +43,8 @@ def serve(
     import dataclasses
     import math
 
-    from telechat_mindie.client.errors import MissingExtraError
     from telechat_mindie.errors import InputError
+    from telechat_mindie.installing import MissingExtraError
     from telechat_mindie.model_dir.layout import ModelDir
 
     try:

@@ -96,7 +96,7 @@ def service_config(
     # The file may be for another machine; `launch` goes round the ports that are taken on its own.
     rendered = render_service_config(model_facts(directory), options, ports.assume_free)
     if output is not None:
-        _check_output(output, replace=force or (template is not None and _same_file(output, template)))
+        _prepare_output(output, replace=force or (template is not None and _same_file(output, template)))
     if make_test_certificates:
         rendered = _make_certificates(rendered, home, replace=force)
     if output is not None:
@@ -135,8 +135,10 @@ def _make_certificates(rendered: RenderedConfig, home: Path | None, replace: boo
     return changed(rendered, certificates=https_certificates(rendered.config, generation, home))
 
 
-def _check_output(output: Path, replace: bool) -> None:
+def _prepare_output(output: Path, replace: bool) -> None:
+    """Refuse a target that MindIE or the user would not want written; make its folder."""
     from telechat_mindie.errors import OutputError
+    from telechat_mindie.staging import DIR_MODE, reporting_os_errors
 
     if output.is_symlink():
         raise OutputError("is a symbolic link", where=output, advice="MindIE refuses links; name the real file.")
@@ -144,8 +146,8 @@ def _check_output(output: Path, replace: bool) -> None:
         raise OutputError(
             "exists", where=output, advice=f"Patch it with --template {output}, or replace it with --force."
         )
-    if not output.parent.is_dir():
-        raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
+    with reporting_os_errors(output):
+        output.parent.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
 
 
 def _tell(rendered: RenderedConfig, home: Path | None) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from telechat_mindie.client.errors import MissingExtraError
 from telechat_mindie.errors import OutputError
+from telechat_mindie.installing import MissingExtraError
 from telechat_mindie.loadtest.record import Record
 from telechat_mindie.loadtest.report import Report, in_flight
 

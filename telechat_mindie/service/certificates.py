@@ -164,7 +164,11 @@ def fault(certificate: Certificate, home: Path, uid: int) -> tuple[str, str] | N
     if status is None or not certificate.present:
         if certificate.file.startswith("/"):
             return f"which is not in {home}: MindIE looks for {path}", f"Write the path relative to {home}."
-        return f"which is not in {home}", "Put it there, or set httpsEnabled to false where the network is trusted."
+        advice = (
+            "Put it there, or make a set to try HTTPS with (service-config --make-test-certificates), or serve "
+            "without HTTPS where the network is trusted (--insecure-http)."
+        )
+        return f"which is not in {home}", advice
     if stat.S_ISLNK(status.st_mode):
         advice = f"Copy what it points to: cp -rL {path} {path}.copy && rm {path} && mv {path}.copy {path}"
         return "which is a symbolic link", advice

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from telechat_mindie.errors import InputError, OutputError, name_some
+from telechat_mindie.installing import install_extra
 from telechat_mindie.mindie import GENERATIONS
 from telechat_mindie.reading import read_text
 from telechat_mindie.service.addresses import url_of
@@ -173,7 +174,7 @@ def _make(server: Mapping[str, Any], until: datetime) -> dict[str, bytes]:
         raise InputError(
             "needs the package cryptography",
             where=OPTION,
-            advice='pip install "telechat-mindie[tls]"',
+            advice=install_extra("tls"),
         ) from None
 
     authority_key, server_key, client_key = (rsa.generate_private_key(65537, KEY_BITS) for _ in range(3))

@@ -164,7 +164,7 @@ def test_workers_whose_python_lacks_this_package_are_refused(mindie, tmp_path):
     backend = mindie / "bin" / "mindie_llm_backend"
     backend.chmod(0o750)
     backend.write_text(f"#!{python}\n")
-    with pytest.raises(LaunchError, match=r"finds no telechat_mindie.*pip install telechat-mindie"):
+    with pytest.raises(LaunchError, match=r"finds no telechat_mindie.*-m pip install /"):
         find_installation(mindie, {})
     backend.write_text("#!/bin/false\n")
     with pytest.raises(LaunchError, match="cannot tell what MindIE's workers would import"):

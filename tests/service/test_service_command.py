@@ -157,10 +157,17 @@ def test_certificates_are_made_and_looked_up_in_the_home_below_the_named_folder(
 def test_no_certificates_are_made_where_the_output_is_refused(model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("config.json")
-    for output in ("config.json", "link.json", "missing/config.json"):
+    for output in ("config.json", "link.json", "config.json/config.json"):
         made = ("--make-test-certificates", "--mindie-home", tmp_path)
         assert run(model, "-o", output, *made, *FREE, cwd=tmp_path).returncode == 2
         assert not (tmp_path / "security").exists(), output
+
+
+def test_the_folder_of_the_output_is_made(model, tmp_path):
+    done = run(model, "--insecure-http", "-o", "conf/of/it/config.json", *FREE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "conf/of/it/config.json"
+    assert stat.S_IMODE(made.stat().st_mode) == 0o640 and stat.S_IMODE(made.parent.stat().st_mode) == 0o750
 
 
 def test_certificates_belong_to_the_effective_user(model, tmp_path, monkeypatch):
@@ -197,7 +204,7 @@ def test_instances(model, tmp_path):
         (("--device-mem", "0"), "--device-mem"),
         (("--mindie", "9"), "2.0"),
         (("--template", "nowhere.json"), "nowhere.json"),
-        (("-o", "missing/config.json"), "mkdir -p missing"),
+        (("-o", "link.json/config.json"), "cannot be written"),
         (("-o", "link.json"), "symbolic link"),
         (("--mindie", "3.0"), "no MindSpore backend"),
         (("--make-test-certificates", "--mindie-home", "."), "httpsEnabled true"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.installing import install_here
 from telechat_mindie.model_dir.manifest import REBUILD
 from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.service.check.options import CheckOptions
@@ -29,7 +30,7 @@ def check_by_running(parts: Parts, importable: list[str], options: CheckOptions)
             "module",
             parts.path,
             f"{name} cannot be imported in a fresh process: {failure}",
-            "Install what is missing in the Python that runs MindIE: pip install telechat-mindie",
+            "Install what is missing in the Python that runs MindIE.",
         )
     if not outcome["imports"]:
         yield ok("modules", parts.path, f"{len(importable)} modules and the runner, imported in a fresh process")
@@ -70,7 +71,7 @@ def _run(parts: Parts, importable: list[str], options: CheckOptions) -> dict[str
             "module",
             parts.path,
             f"a fresh process cannot run this package: exit code {done.returncode}, {last or 'no message'}",
-            "Install it in the Python that runs MindIE: pip install telechat-mindie",
+            f"Install it in the Python that runs MindIE: {install_here()}",
         )
     return outcome
 

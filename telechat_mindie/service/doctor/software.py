@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from telechat_mindie.findings import Finding, error, ok, warning
+from telechat_mindie.installing import install_here
 from telechat_mindie.mindie import (
     DAEMON,
     DEFAULT_HOME,
@@ -32,9 +33,7 @@ def check_python(machine: Machine) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     missing = [name for name in NEEDED if machine.package(name) is None]
     if missing:
-        yield error(
-            "python", sys.executable, f"Python {version} lacks {', '.join(missing)}", "pip install telechat-mindie"
-        )
+        yield error("python", sys.executable, f"Python {version} lacks {', '.join(missing)}", install_here())
     else:
         yield ok("python", sys.executable, f"Python {version}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.installing import install_here
 from telechat_mindie.mindie import DAEMON, MS_WRAPPER, SERVER, find_home, generation_of, recorded_version
 from telechat_mindie.service import DEFAULT_GENERATION
 from telechat_mindie.service.doctor.support import release_of, working_releases
@@ -94,12 +95,13 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
             found=f"no {MS_WRAPPER}",
             advice="Install one of these, or serve this directory without MindIE: telechat-mindie serve MODEL_PATH.",
         )
-    for name, package in (("telechat_mindie", "telechat-mindie"), ("mindspore", "mindspore")):
+    needed = (("telechat_mindie", install_here(python)), ("mindspore", f"{python} -m pip install mindspore"))
+    for name, command_line in needed:
         if folders[name] is None:
             raise LaunchError(
                 f"finds no {name}, which MindIE's workers load the model with",
                 where=python,
-                advice=f"{python} -m pip install {package}",
+                advice=command_line,
             )
     generation = generation_of(version) or DEFAULT_GENERATION
     return Installation(found, command, python, version, generation, folders["mindformers"] is not None)

@@ -85,7 +85,7 @@ def https_certificates(settings: Settings) -> Iterator[Violation]:
     server, rule = settings.server, "https-certificates"
     if server.get("httpsEnabled") is not True:
         return
-    repair = "Name what is there, or set httpsEnabled to false where the network is trusted."
+    repair = "Name what is there, or render it without HTTPS for a trusted network: service-config --insecure-http."
     for name in https_fields(_written(settings), settings.generation):
         value = server.get(name)
         if not settings.given(*SERVER, name):
