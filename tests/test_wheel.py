@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -50,3 +51,15 @@ def test_it_works_from_any_directory(wheel, tmp_path):
             cwd=tmp_path, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout: an sdist is made of what git holds")
+def test_the_sdist_holds_what_its_tests_need(tmp_path):
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), "source"], check=True, cwd=tmp_path, timeout=60)
+    listing = ["git", "-C", "source", "ls-files"]
+    tracked = subprocess.run(listing, check=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(tmp_path / "source")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300, stdout=subprocess.DEVNULL)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(tracked.stdout.split()) <= packed

@@ -6,13 +6,13 @@ cd "$root"
 
 find_python() {
     local candidate
-    for candidate in python3.11 python3.10 python3 python; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; then
+    for candidate in python3.11 python3.12 python3.10 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "Python 3.10 or 3.11 is needed and was not found on PATH." >&2
+    echo "Python 3.10, 3.11 or 3.12 is needed and was not found on PATH." >&2
     return 1
 }
 
