@@ -3,63 +3,44 @@
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 import typer
 
 from telechat_mindie import __version__
-from telechat_mindie.commands.bench import bench
-from telechat_mindie.commands.build import build
-from telechat_mindie.commands.chat import chat
-from telechat_mindie.commands.check import check
-from telechat_mindie.commands.convert import convert
-from telechat_mindie.commands.doctor import doctor
-from telechat_mindie.commands.export import export
-from telechat_mindie.commands.generate import generate
-from telechat_mindie.commands.info import info
-from telechat_mindie.commands.launch import launch
-from telechat_mindie.commands.logs import logs
-from telechat_mindie.commands.manifests import manifests
-from telechat_mindie.commands.nano import nano
-from telechat_mindie.commands.plan import plan
-from telechat_mindie.commands.preprocess import preprocess
-from telechat_mindie.commands.serve import serve
-from telechat_mindie.commands.service_config import service_config
-from telechat_mindie.commands.status import status
-from telechat_mindie.commands.stop import stop
-from telechat_mindie.commands.verify import verify
+from telechat_mindie.commands.group import SETTINGS, Sections
 from telechat_mindie.errors import TelechatMindieError
 
+
+class _Program(Sections):
+    """Each command is the function of that name in the module of that name in `telechat_mindie.commands`."""
+
+    sections: ClassVar = {
+        "Begin": ("nano", "info", "plan"),
+        "Train": ("preprocess",),
+        "Build": ("convert", "build", "verify", "check"),
+        "Run MindIE": ("service-config", "doctor", "launch", "status", "logs", "stop"),
+        "Run without an NPU": ("serve", "generate", "chat", "bench"),
+        "Take elsewhere": ("manifests", "export"),
+    }
+
+
 app = typer.Typer(
-    help="Build, check and serve TeleChat2 models for MindIE on Ascend.",
+    cls=_Program,
+    help="""Build, check and serve TeleChat2 models for MindIE on Ascend.
+
+    Examples:
+        telechat-mindie nano ckpt
+        telechat-mindie build model --checkpoint ckpt
+        telechat-mindie check model
+        telechat-mindie generate model "What is MindIE?"
+        telechat-mindie serve model
+    """,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=SETTINGS,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (
-    build,
-    chat,
-    check,
-    convert,
-    doctor,
-    export,
-    generate,
-    info,
-    launch,
-    logs,
-    manifests,
-    nano,
-    plan,
-    preprocess,
-    serve,
-    service_config,
-    status,
-    stop,
-    verify,
-)
-for command in COMMANDS:
-    app.command()(command)
-app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

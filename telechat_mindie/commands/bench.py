@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.group import Command, Group
 from telechat_mindie.commands.options import AsJson, CaCert, ClientCert, ClientKey, ServedModel
 
 if TYPE_CHECKING:
     from telechat_mindie.loadtest.run import Outcome, Plan
 
-bench = typer.Typer(help="Measure a service.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    cls=Group, help="Measure a service.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
 
 
 class Api(str, enum.Enum):
@@ -31,7 +34,7 @@ def _group() -> None:
     """Measure a service."""
 
 
-@bench.command()
+@bench.command(cls=Command)
 def serve(
     url: str = typer.Option("http://127.0.0.1:1025", "--url", help="The service: MindIE, or `telechat-mindie serve`."),
     api: Api = typer.Option(Api.openai, "--api", help="/v1/chat/completions, or TGI's /generate_stream."),
@@ -59,6 +62,10 @@ def serve(
     """Load a service and report TTFT, TPOT, ITL, end-to-end latency and throughput.
 
     Exit code 1 where no request succeeded. Ctrl-C ends the test early and reports what it has.
+
+    Examples:
+        telechat-mindie bench serve --concurrency 16 --requests 200
+        telechat-mindie bench serve --url http://127.0.0.1:1025 --rate 2 --duration 60 --plot load.svg
     """
     from telechat_mindie.commands.service_tls import service_tls
     from telechat_mindie.errors import InputError

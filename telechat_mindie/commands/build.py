@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import (
     Adapter,
     AllowNonfinite,
@@ -41,7 +42,10 @@ def build(
     max_seq_len: int = typer.Option(None, "--max-seq-len", help="Longest sequence in tokens; default: as trained."),
     block_size: BlockSize = 128,
     bare_prompt: str = typer.Option(
-        "chat", "--bare-prompt", help="chat: a prompt without control tokens is a user's question; raw: plain text."
+        "chat",
+        "--bare-prompt",
+        help="chat: a prompt without control tokens is a user's question; raw: plain text.",
+        autocompletion=names_in("text.settings", "BARE_PROMPT_MODES"),
     ),
     force: Force = False,
     resume: Resume = False,
@@ -49,7 +53,13 @@ def build(
     allow_overflow: AllowOverflow = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a checkpoint into a model directory that MindIE serves."""
+    """Turn a checkpoint into a model directory that MindIE serves.
+
+    Examples:
+        telechat-mindie build model --checkpoint TeleChat2-7B
+        telechat-mindie build model --checkpoint TeleChat2-35B --tp 4 --dtype bfloat16
+        telechat-mindie build model --checkpoint TeleChat2-7B --adapter lora --resume
+    """
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.errors import name_some

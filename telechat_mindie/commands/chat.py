@@ -40,6 +40,11 @@ def chat(
 
     What is not set is as the directory's yaml or the service has it; --model and certificates are for a service.
     In a pipe, each line is a question.
+
+    Examples:
+        telechat-mindie chat model
+        telechat-mindie chat http://127.0.0.1:1025 --temperature 0.7
+        telechat-mindie chat https://127.0.0.1:1025 --ca-cert ca.pem --client-cert client.pem --client-key client.key
     """
     from telechat_mindie.client.answers import Answers, LocalAnswers, RemoteAnswers
     from telechat_mindie.client.chat_loop import ChatLoop

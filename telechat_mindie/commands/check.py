@@ -24,6 +24,10 @@ def check(
     """Check a model directory, and the service config for it, as far as that goes without an NPU.
 
     Exit codes: 0 clean, 1 warnings, 2 errors.
+
+    Examples:
+        telechat-mindie check model
+        telechat-mindie check model --service-config conf/config.json --full
     """
     from telechat_mindie.commands.findings import show_report
     from telechat_mindie.commands.output import byte_progress

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import (
     Adapter,
     AllowNonfinite,
@@ -20,11 +21,18 @@ from telechat_mindie.commands.options import (
     Strategy,
 )
 
+FORMS = ("hf", "safetensors", "ckpt")
+
 
 def convert(
     checkpoint: Path = typer.Argument(help="A checkpoint in any form, a training run's output, or a model directory."),
     output: Path = typer.Argument(help="File or directory to make."),
-    to: str = typer.Option(..., "--to", help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file."),
+    to: str = typer.Option(
+        ...,
+        "--to",
+        help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file.",
+        autocompletion=names_in("commands.convert", "FORMS"),
+    ),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
     strategy: Strategy = None,
     step: Step = None,
@@ -37,7 +45,12 @@ def convert(
         False, "--keep-optimizer", help="MindSpore: keep the optimizer's state and the counters."
     ),
     adapter: Adapter = None,
-    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float16, bfloat16 or float32."),
+    dtype: str = typer.Option(
+        "auto",
+        "--dtype",
+        help="auto (as stored), float16, bfloat16 or float32.",
+        autocompletion=names_in("dtypes", "WEIGHT_DTYPES", "auto"),
+    ),
     tp: int = typer.Option(None, "--tp", help="MindSpore: write rank_N folders for this tensor parallel size."),
     qkv_concat: bool = typer.Option(False, "--qkv-concat", help="MindSpore: pack q/k/v and gate/up."),
     gmm: bool = typer.Option(False, "--gmm", help="MindSpore: store experts for the grouped matmul."),
@@ -49,6 +62,10 @@ def convert(
     """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers.
 
     With --to-strategy or --keep-optimizer tensors are copied as they are.
+
+    Examples:
+        telechat-mindie convert training/output TeleChat2-tuned --to hf --config TeleChat2-7B
+        telechat-mindie convert TeleChat2-7B telechat.ckpt --to ckpt
     """
     from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
     from telechat_mindie.checkpoint.redistribute import Redistribution, redistribute
@@ -59,9 +76,8 @@ def convert(
     from telechat_mindie.errors import InputError, name_some
     from telechat_mindie.units import format_bytes
 
-    forms = ("hf", "safetensors", "ckpt")
-    if to not in forms:
-        raise InputError("unknown form", where="--to", expected=" or ".join(forms), found=to)
+    if to not in FORMS:
+        raise InputError("unknown form", where="--to", expected=" or ".join(FORMS), found=to)
     if to == "hf" and (tp is not None or qkv_concat or gmm):
         raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
     choice = RunChoice(strategy, step, tuple(more_sources or ()), packed_by_rank)

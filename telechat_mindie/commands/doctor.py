@@ -14,6 +14,10 @@ def doctor(
     """Say what this machine has of what MindIE needs, and what works without the rest.
 
     Exit codes: 0 ready to launch, 1 warnings, 2 errors.
+
+    Examples:
+        telechat-mindie doctor
+        telechat-mindie doctor --matrix
     """
     if matrix:
         _print_matrix(as_json)

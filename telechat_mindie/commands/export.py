@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import AsJson, Overwrite, Variant
 
 
@@ -14,15 +15,30 @@ def export(
     model_path: Path = typer.Argument(None, help="A model directory; or name a released size with --variant."),
     variant: Variant = None,
     tp: int = typer.Option(None, "--tp", help="Tensor parallel size; default: the directory's, or 1."),
-    dtype: str = typer.Option(None, "--dtype", help="float16 or bfloat16; default: the directory's, or as published."),
+    dtype: str = typer.Option(
+        None,
+        "--dtype",
+        help="float16 or bfloat16; default: the directory's, or as published.",
+        autocompletion=names_in("dtypes", "WEIGHT_DTYPES"),
+    ),
     output: Path = typer.Option(Path(), "-o", "--output", help="Directory for the files."),
     block_size: int = typer.Option(None, "--block-size", help="Tokens of a block; default: the directory's, or 128."),
     external_cache: bool = typer.Option(False, "--external-cache", help="Caches as arguments (npuMemSize -1)."),
-    layer_form: str = typer.Option(None, "--layer-form", help="flat or split; default: the directory's, or flat."),
+    layer_form: str = typer.Option(
+        None,
+        "--layer-form",
+        help="flat or split; default: the directory's, or flat.",
+        autocompletion=names_in("model_dir.serving", "LAYER_FORMS"),
+    ),
     force: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model's graphs for Ascend as MINDIR files, without weights, and report what is in them."""
+    """Write a model's graphs for Ascend as MINDIR files, without weights, and report what is in them.
+
+    Examples:
+        telechat-mindie export model -o graphs
+        telechat-mindie export --variant 7b --tp 2 -o graphs
+    """
     from telechat_mindie import variants
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.commands.output import print_json

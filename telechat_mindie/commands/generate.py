@@ -32,7 +32,12 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt on the CPU, through the interface that MindIE calls."""
+    """Answer a prompt on the CPU, through the interface that MindIE calls.
+
+    Examples:
+        telechat-mindie generate model "What is MindIE?"
+        telechat-mindie generate model "Once upon a time" --raw --temperature 0.8 --seed 1
+    """
     from telechat_mindie.client.answers import local_params
     from telechat_mindie.client.dialects import Sampling
     from telechat_mindie.engine.local import open_local

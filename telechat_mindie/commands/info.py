@@ -23,7 +23,12 @@ def info(
     source: Source = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model directory holds, and how many tokens fit into a given cache; or what a training run has left."""
+    """Say what a model directory holds, and how many tokens fit into a given cache; or what a training run has left.
+
+    Examples:
+        telechat-mindie info model
+        telechat-mindie info training/output --json
+    """
     from telechat_mindie.checkpoint.training_run import RunChoice, find_run
     from telechat_mindie.errors import InputError
     from telechat_mindie.model_dir.layout import MANIFEST, ModelDir

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import (
     GENERATION_NAMES,
     AsJson,
@@ -63,7 +64,10 @@ def launch(
     name: str = typer.Option(None, "--name", help="What to call the run; default: the model's name and its port."),
     mindie_home: MindieHome = None,
     mindie: str = typer.Option(
-        None, "--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}; default: the installed one's."
+        None,
+        "--mindie",
+        help=f"Generation of MindIE: {GENERATION_NAMES}; default: the installed one's.",
+        autocompletion=names_in("mindie", "GENERATIONS"),
     ),
     timeout: float = typer.Option(1800, "--timeout", min=1, help="Seconds for the model to load."),
     prompt: str = typer.Option("你好", "--prompt", help="The first request."),
@@ -80,6 +84,11 @@ def launch(
     The directory and the config are checked first. Config and log lie in a folder of their own, never in MindIE's.
 
     Exit codes: 1 where the daemon is up, but its first request failed; 2 where it did not start or has ended by itself.
+
+    Examples:
+        telechat-mindie launch model --insecure-http
+        telechat-mindie launch model --service-config conf/config.json --detach
+        telechat-mindie launch model --dry-run
     """
     from telechat_mindie.errors import InputError
     from telechat_mindie.service.launch.client_tls import client_files

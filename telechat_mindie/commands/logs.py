@@ -7,15 +7,24 @@ import time
 
 import typer
 
+from telechat_mindie.commands.completion import runs
+
 POLL_SECONDS = 0.2
 
 
 def logs(
-    name: str = typer.Argument(None, help="A run; may be left out where only one runs, or none: then it is the last."),
+    name: str = typer.Argument(
+        None, help="A run; may be left out where only one runs, or none: then it is the last.", autocompletion=runs
+    ),
     follow: bool = typer.Option(False, "--follow", "-f", help="Go on until the run ends, or Ctrl-C."),
     lines: int = typer.Option(100, "--lines", "-n", min=0, help="Lines to begin with, counted from the end."),
 ) -> None:
-    """Print the log of a launch: what its daemon and the workers said."""
+    """Print the log of a launch: what its daemon and the workers said.
+
+    Examples:
+        telechat-mindie logs
+        telechat-mindie logs model-1025 --follow
+    """
     from telechat_mindie.service.launch.log_tail import LogTail
     from telechat_mindie.service.launch.rundir import find_run, state_home
 

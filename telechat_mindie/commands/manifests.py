@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import (
     AsJson,
     DeviceMem,
@@ -24,7 +25,9 @@ from telechat_mindie.service import DEFAULT_GENERATION
 
 def manifests(
     model_path: ModelPath,
-    kind: str = typer.Option(..., "--kind", help="docker or k8s."),
+    kind: str = typer.Option(
+        ..., "--kind", help="docker or k8s.", autocompletion=names_in("service.manifests", "KINDS")
+    ),
     output: Path = typer.Option(..., "--output", "-o", help="Folder to make."),
     image: str = typer.Option(None, "--image", help="Image with MindIE and this package; the Dockerfile makes one."),
     replicas: int = typer.Option(
@@ -53,7 +56,12 @@ def manifests(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write what runs a model directory in containers: a docker compose file, or Kubernetes manifests."""
+    """Write what runs a model directory in containers: a docker compose file, or Kubernetes manifests.
+
+    Examples:
+        telechat-mindie manifests model --kind docker -o deploy
+        telechat-mindie manifests model --kind k8s --claim models --tls-secret mindie-tls -o deploy
+    """
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service.facts import model_facts

@@ -13,7 +13,11 @@ def nano(
     directory: Path = typer.Argument(help="Directory to make."),
     force: Force = False,
 ) -> None:
-    """Write out telechat2-nano, the tiny TeleChat2 checkpoint that ships with the package."""
+    """Write out telechat2-nano, the tiny TeleChat2 checkpoint that ships with the package.
+
+    Examples:
+        telechat-mindie nano ckpt
+    """
     from telechat_mindie.nano import write_checkpoint
 
     write_checkpoint(directory, replace=force)

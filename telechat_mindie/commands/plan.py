@@ -40,7 +40,12 @@ def plan(
     no_probe: bool = typer.Option(False, "--no-probe", help="Do not write a file to measure the disk."),
     as_json: AsJson = False,
 ) -> None:
-    """Say what a build would write, need and leave room for, without building."""
+    """Say what a build would write, need and leave room for, without building.
+
+    Examples:
+        telechat-mindie plan --checkpoint TeleChat2-7B --tp 2 --device-mem 32
+        telechat-mindie plan --variant 35b --tp 4
+    """
     import shutil
 
     from telechat_mindie import variants

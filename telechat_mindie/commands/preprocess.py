@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.completion import names_in
 from telechat_mindie.commands.options import AsJson, Force
 
 if TYPE_CHECKING:
@@ -21,10 +22,23 @@ def preprocess(
     tokenizer: Path = typer.Option(..., "--tokenizer", help="Directory of tokenizer.model: the checkpoint's."),
     max_length: int = typer.Option(8192, "--max-length", help="Tokens of a row that the model is trained to say."),
     form: str = typer.Option(
-        None, "--format", help="messages, sharegpt, dialog, alpaca or pair; default: each record's fields tell."
+        None,
+        "--format",
+        help="messages, sharegpt, dialog, alpaca or pair; default: each record's fields tell.",
+        autocompletion=names_in("data.conversations", "FORMS"),
     ),
-    train_on: str = typer.Option("all", "--train-on", help="all answers of a conversation, or the last."),
-    overflow: str = typer.Option("cut", "--overflow", help="cut or drop conversations that are longer than a row."),
+    train_on: str = typer.Option(
+        "all",
+        "--train-on",
+        help="all answers of a conversation, or the last.",
+        autocompletion=names_in("data.examples", "TRAIN_ON"),
+    ),
+    overflow: str = typer.Option(
+        "cut",
+        "--overflow",
+        help="cut or drop conversations that are longer than a row.",
+        autocompletion=names_in("data.preprocess", "OVERFLOW"),
+    ),
     skip_bad: bool = typer.Option(False, "--skip-bad", help="Leave out records that cannot be read."),
     shard_size: float = typer.Option(1.0, "--shard-size", min=0.001, help="GiB of rows in one file."),
     compat: bool = typer.Option(
@@ -34,7 +48,12 @@ def preprocess(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn conversations into the mindrecord files that training reads."""
+    """Turn conversations into the mindrecord files that training reads.
+
+    Examples:
+        telechat-mindie preprocess "data/*.jsonl" -o rows --tokenizer TeleChat2-7B
+        telechat-mindie preprocess chats.json -o rows --tokenizer TeleChat2-7B --max-length 4096 --show 0
+    """
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.data.conversations import FORMS
     from telechat_mindie.data.encoding import Encoding

@@ -39,6 +39,11 @@ def serve(
     """Serve a model directory on the CPU with MindIE's HTTP API, and a chat page at /.
 
     SIGTERM and Ctrl-C let unfinished answers finish; a second one does not.
+
+    Examples:
+        telechat-mindie serve model
+        telechat-mindie serve model --port 8000 --kv-gb 4 --prefix-cache
+        telechat-mindie serve model --service-config conf/config.json
     """
     import dataclasses
     import math

@@ -58,7 +58,12 @@ def service_config(
     explain: bool = typer.Option(False, "--explain", help="Print every value with where it comes from."),
     as_json: AsJson = False,
 ) -> None:
-    """Render MindIE's conf/config.json for a model directory."""
+    """Render MindIE's conf/config.json for a model directory.
+
+    Examples:
+        telechat-mindie service-config model -o conf/config.json
+        telechat-mindie service-config model --devices 0-3 --set ScheduleConfig.maxBatchSize=64 --explain
+    """
     import os
 
     from telechat_mindie.mindie import certificate_home

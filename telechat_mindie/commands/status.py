@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from telechat_mindie.commands.completion import runs
 from telechat_mindie.commands.options import AsJson
 
 if TYPE_CHECKING:
@@ -14,12 +15,16 @@ if TYPE_CHECKING:
 
 
 def status(
-    name: str = typer.Argument(None, help="A run; default: all of them."),
+    name: str = typer.Argument(None, help="A run; default: all of them.", autocompletion=runs),
     as_json: AsJson = False,
 ) -> None:
     """Say which launches run, and what became of the others.
 
     Exit codes: 1 where one has ended by itself, is not ready or has left something over; else 0.
+
+    Examples:
+        telechat-mindie status
+        telechat-mindie status model-1025 --json
     """
     from telechat_mindie.commands.output import print_json, print_table
     from telechat_mindie.service.launch.rundir import all_runs, find_run, state_home

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from telechat_mindie.commands.completion import runs
 from telechat_mindie.commands.options import AsJson
 
 if TYPE_CHECKING:
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 
 
 def stop(
-    name: str = typer.Argument(None, help="The run; may be left out where only one runs."),
+    name: str = typer.Argument(None, help="The run; may be left out where only one runs.", autocompletion=runs),
     every: bool = typer.Option(False, "--all", help="All that run."),
     as_json: AsJson = False,
 ) -> None:
-    """End a launch with everything that belongs to it: daemon, workers, scheduler, shared memory."""
+    """End a launch with everything that belongs to it: daemon, workers, scheduler, shared memory.
+
+    Examples:
+        telechat-mindie stop
+        telechat-mindie stop --all
+    """
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.service.launch.rundir import active_runs, find_run, state_home

@@ -24,6 +24,10 @@ def verify(
     """Prove that a model directory is what was built: hashes, and with --against every weight.
 
     Exit codes: 0 nothing is wrong, 2 something is.
+
+    Examples:
+        telechat-mindie verify model
+        telechat-mindie verify model --against TeleChat2-7B
     """
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json

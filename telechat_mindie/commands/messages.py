@@ -1,0 +1,85 @@
+"""What the program says on stderr beside its results: how much of it, and in which form.
+
+The package's modules log: `info` is what a user wants to know while it happens, `debug` what is asked for with -v.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import sys
+
+import typer
+
+logger = logging.getLogger("telechat_mindie")
+
+PANEL = "Messages"
+
+
+class Level(str, enum.Enum):
+    """How much is said."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+LEVELS = {level: getattr(logging, level.name.upper()) for level in Level}
+
+
+def options(
+    verbose: int = typer.Option(
+        0, "-v", "--verbose", count=True, show_default=False, help="Say more on stderr.", rich_help_panel=PANEL
+    ),
+    quiet: int = typer.Option(
+        0,
+        "-q",
+        "--quiet",
+        count=True,
+        show_default=False,
+        help="Say less: warnings and errors; -qq: errors.",
+        rich_help_panel=PANEL,
+    ),
+    log_level: Level = typer.Option(None, "--log-level", help="The same in a word.", rich_help_panel=PANEL),
+) -> None:
+    """Carry out the options that every command has. What is not given is as it was."""
+    if log_level is not None:
+        logger.setLevel(LEVELS[log_level])
+    elif verbose or quiet:
+        logger.setLevel(max(logging.DEBUG, min(logging.ERROR, logging.INFO + 10 * (quiet - verbose))))
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at that moment: a progress bar puts itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> object:  # type: ignore[override]
+        return sys.stderr
+
+
+class _Line(logging.Formatter):
+    """`warning: ...`; what is only for information stands without a word before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def set_up() -> None:
+    """Send the package's log to stderr, from `info` on."""
+    if not logger.handlers:
+        handler = _Stderr()
+        handler.setFormatter(_Line())
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+
+
+def add_time() -> None:
+    """Begin each line with the time, for a process that runs for long."""
+    for handler in logger.handlers:
+        handler.setFormatter(_Line("%(asctime)s %(message)s"))
