@@ -9,6 +9,13 @@ INT32_MAX = 2**31 - 1
 UINT32_MAX = 2**32 - 1
 
 
+def format_duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def format_bytes(count: float) -> str:
     """`5.0 MiB`, `453.1 GiB`: binary units, one digit after the point."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import select
 import socket
@@ -26,6 +27,8 @@ from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 START_TIMEOUT = 300.0
 """Seconds for all ranks to load and find each other."""
+
+_log = logging.getLogger(__name__)
 
 _WORKER = (sys.executable, "-m", "telechat_mindie.backend.worker")
 
@@ -109,7 +112,7 @@ class MultiRankRunner:
         with theirs:
             self._workers.append(
                 subprocess.Popen(
-                    [*_WORKER, str(theirs.fileno()), json.dumps(arguments)],
+                    [*_WORKER, str(theirs.fileno()), json.dumps(arguments), str(_log.getEffectiveLevel())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -174,11 +177,16 @@ class MultiRankRunner:
 
 def open_runner(model_path: Path, num_blocks: int, block_size: int, cpu_mem_size: int = 0) -> Any:
     """A ModelRunner in this process for a directory of one rank, else a MultiRankRunner: the same to its caller."""
+    _log.info("loading weights: %s", model_path)
+    begin = time.monotonic()
     if ModelDir.open(model_path).tp > 1:
-        return MultiRankRunner(model_path, num_blocks, block_size, cpu_mem_size)
-    from telechat_mindie.backend.model_runner import ModelRunner
+        runner: Any = MultiRankRunner(model_path, num_blocks, block_size, cpu_mem_size)
+    else:
+        from telechat_mindie.backend.model_runner import ModelRunner
 
-    return ModelRunner(str(model_path), 0, cpu_mem_size, block_size, num_blocks=num_blocks)
+        runner = ModelRunner(str(model_path), 0, cpu_mem_size, block_size, num_blocks=num_blocks)
+    _log.debug("loaded in %.1f s, with a cache of %d blocks", time.monotonic() - begin, num_blocks)
+    return runner
 
 
 def _as_error(answer: dict[str, Any]) -> TelechatMindieError:

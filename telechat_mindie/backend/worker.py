@@ -6,6 +6,7 @@ python -m telechat_mindie.backend.worker FD '{"model_path": ..., "rank_id": 1, .
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -56,4 +57,6 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's cluster warns on every retry
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("telechat_mindie").setLevel(int(sys.argv[3]))
     serve(socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2]))

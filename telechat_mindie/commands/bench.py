@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,13 +101,15 @@ def serve(
 def _measure(plan: Plan) -> Outcome:
     import asyncio
 
+    from telechat_mindie.commands.output import count_progress
     from telechat_mindie.errors import InputError
     from telechat_mindie.loadtest.run import Outcome, run
 
     outcome = Outcome()
     try:
-        with _progress(plan.load.requests) as advance:
-            asyncio.run(run(plan, outcome, advance))
+        with count_progress("requests") as start:
+            advance = start(plan.load.requests)
+            asyncio.run(run(plan, outcome, lambda: advance(1)))
     except KeyboardInterrupt:
         if not outcome.records:
             raise
@@ -162,18 +162,3 @@ def _report(plan: Plan, outcome: Outcome, *, as_json: bool, plot: Path | None) -
         from telechat_mindie.loadtest.plot import write_plot
 
         write_plot(plot, outcome.records, title)
-
-
-@contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[], None]]:
-    """A count of finished requests on stderr, shown only on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
 
 from telechat_mindie.commands.completion import names_in
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
     Adapter,
     AllowNonfinite,
@@ -83,11 +83,8 @@ def build(
         allow_overflow=allow_overflow,
     )
 
-    def note(text: str) -> None:
-        print(text, file=sys.stderr)
-
     with byte_progress("building") as start:
-        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), note)
+        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), logger.info)
     if as_json:
         print_json(
             {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}

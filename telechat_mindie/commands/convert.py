@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from telechat_mindie.commands.completion import names_in
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
     Adapter,
     AllowNonfinite,
@@ -116,7 +116,7 @@ def convert(
     }
     source = open_checkpoint(checkpoint, config, adapter or (), choice)
     if source.note:
-        print(source.note, file=sys.stderr)
+        logger.info(source.note)
     with byte_progress("converting") as start:
         if to == "hf":
             plan = to_hugging_face(source, output, OutputOptions(**chosen), start)
@@ -133,4 +133,4 @@ def convert(
     merged = f" with {name_some(adapter)} merged" if adapter else ""
     print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}{merged}")
     if (refused := refusal(source.config)) is not None:
-        print(f"The weights are converted; `build` would refuse them: {refused}", file=sys.stderr)
+        logger.info(f"The weights are converted; `build` would refuse them: {refused}")

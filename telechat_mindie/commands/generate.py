@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
     AsJson,
     MaxNewTokens,
@@ -42,17 +41,10 @@ def generate(
     from telechat_mindie.client.dialects import Sampling
     from telechat_mindie.engine.local import open_local
     from telechat_mindie.errors import InputError
+    from telechat_mindie.model_dir.layout import ModelDir
 
     if raw and system is not None:
         raise InputError("has no place in a raw prompt", where="--system", advice="Leave out --raw.")
-    local = open_local(model_path)
-    tokenizer = local.tokenizer
-    if raw:
-        prompt_ids = tokenizer.encode(prompt, bare_prompt="raw")
-    else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": prompt})
-        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     sampling = Sampling(
         max_tokens=max_new_tokens,
         temperature=temperature,
@@ -61,8 +53,17 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    params = local_params(sampling, ModelDir.open(model_path).serving)  # refused before the weights are loaded
+    local = open_local(model_path)
+    tokenizer = local.tokenizer
+    if raw:
+        prompt_ids = tokenizer.encode(prompt, bare_prompt="raw")
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     answer = []
-    for output in local.engine.generate(prompt_ids, local_params(sampling, local.directory.serving)):
+    for output in local.engine.generate(prompt_ids, params):
         answer.append(output.text)
         if not as_json:
             print(output.text, end="", flush=True)
@@ -88,8 +89,7 @@ def generate(
         )
         return
     print()
-    print(
+    logger.info(
         f"[{output.prompt_tokens} tokens in, {output.generated_tokens} out, "
-        f"first after {prefill * 1000:.0f} ms, then {speed:.1f} tokens/s]",
-        file=sys.stderr,
+        f"first after {prefill * 1000:.0f} ms, then {speed:.1f} tokens/s]"
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from telechat_mindie.commands.completion import names_in
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
     GENERATION_NAMES,
     AsJson,
@@ -133,7 +134,7 @@ def launch(
             prepared.run.create(prepared.plan, prepared.rendered.text)
     try:
         for note in prepared.notes:
-            print(f"note: {note}", file=sys.stderr)
+            logger.info(f"note: {note}")
         _tell(check_prepared(prepared), model_path)
     except BaseException:
         if not dry_run:
@@ -152,11 +153,11 @@ def launch(
             _announce(prepared, prompt, answer, fault, as_json)
             if not detach:
                 daemon.follow()
-                print(f"{prepared.plan.name}: was stopped", file=sys.stderr)
+                logger.info(f"{prepared.plan.name}: was stopped")
         except KeyboardInterrupt:
             if not is_up:
                 daemon.stop()
-                print(f"{prepared.plan.name}: stopped before it was up", file=sys.stderr)
+                logger.info(f"{prepared.plan.name}: stopped before it was up")
                 raise typer.Exit(130) from None
             _stop(daemon)
     if fault is not None:
@@ -204,7 +205,7 @@ def _stop(daemon: Launch) -> None:
     """At the user's first interrupt; another one kills it."""
     from telechat_mindie.service.launch.errors import LaunchError
 
-    print(f"{daemon.plan.name}: stopping; once more to kill it", file=sys.stderr)
+    logger.info(f"{daemon.plan.name}: stopping; once more to kill it")
     state = daemon.stop()
     if state is not None and state.survivors:
         raise LaunchError(

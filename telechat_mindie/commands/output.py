@@ -1,31 +1,125 @@
-"""How commands talk: progress where a person watches, tables, JSON."""
+"""How commands talk: progress, tables, JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from telechat_mindie.commands.messages import logger
+from telechat_mindie.units import format_bytes, format_duration
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where no terminal shows a bar."""
+
+Advance = Callable[[int], None]
+
 
 @contextlib.contextmanager
-def byte_progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar on stderr, shown only on a terminal. Yields `start(total_bytes)`, which gives `advance(bytes)`."""
-    if not sys.stderr.isatty():
-        yield lambda _total: lambda _count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def start(total: int) -> Callable[[int], None]:
-            task = progress.add_task(what, total=total)
-            return lambda count: progress.advance(task, count)
-
+def byte_progress(what: str) -> Iterator[Callable[[int], Advance]]:
+    """How far a work of bytes is, on stderr. Yields `start(total_bytes)`, which gives `advance(bytes)`."""
+    with _progress(what, format_bytes) as start:
         yield start
+
+
+@contextlib.contextmanager
+def count_progress(what: str) -> Iterator[Callable[[int | None], Advance]]:
+    """The same for things that are counted; a total of None is not known."""
+    with _progress(what, lambda count: f"{count:,.0f}") as start:
+        yield start
+
+
+@contextlib.contextmanager
+def _progress(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | None], Advance]]:
+    """A bar on a terminal, elsewhere a line every ten seconds; nothing with -q."""
+    if not logger.isEnabledFor(logging.INFO):
+        yield lambda _total: lambda _count: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[counted]}"), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+            def start(total: int | None) -> Advance:
+                state = ProgressState(what, form, total)
+                task = bars.add_task(what, total=total, counted="")
+
+                def advance(count: int) -> None:
+                    state.done += count
+                    bars.update(task, advance=count, counted=state.counted)
+
+                return advance
+
+            yield start
+    else:
+        with _lines(what, form) as start_lines:
+            yield start_lines
+
+
+@contextlib.contextmanager
+def _lines(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | None], Advance]]:
+    states: list[ProgressState] = []
+    is_over = threading.Event()
+
+    def tell() -> None:
+        while not is_over.wait(LINE_SECONDS):
+            if states:
+                logger.info(str(states[-1]))
+
+    def start(total: int | None) -> Advance:
+        state = ProgressState(what, form, total)
+        states.append(state)
+        return state.advance
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield start
+    finally:
+        is_over.set()
+        teller.join()
+
+
+class ProgressState:
+    """How far a work is, in words: `building: 3.1 GiB of 14.3 GiB (21%), 105.2 MiB/s, about 2 min left`.
+
+    Args:
+        what: the work.
+        form: a number of bytes or things in words.
+        total: of them; None where it is not known.
+    """
+
+    def __init__(self, what: str, form: Callable[[float], str], total: int | None) -> None:
+        self.done = 0
+        self._what, self._form, self._total = what, form, total
+        self._begin = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+    @property
+    def counted(self) -> str:
+        """`3.1 GiB of 14.3 GiB (21%), 105.2 MiB/s`"""
+        text = self._form(self.done)
+        if self._total:
+            text += f" of {self._form(self._total)} ({self.done / self._total:.0%})"
+        return f"{text}, {self._form(self._speed)}/s" if self._speed else text
+
+    @property
+    def _speed(self) -> float:
+        return self.done / max(time.monotonic() - self._begin, 1e-9)
+
+    def __str__(self) -> str:
+        text = f"{self._what}: {self.counted}"
+        if self._total and self._speed:
+            text += f", about {format_duration((self._total - self.done) / self._speed)} left"
+        return text
 
 
 def print_json(data: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
     AsJson,
     CardMem,
@@ -171,7 +172,7 @@ def _tell(rendered: RenderedConfig, home: Path | None) -> None:
     if absent:
         state = "must be in MindIE's home" if home is None else f"are missing in {home}"
         note = f"note: HTTPS is on, and these files {state}: {', '.join(dict.fromkeys(absent))}."
-        print(f"{note} --insecure-http is without.", file=sys.stderr)
+        logger.info(f"{note} --insecure-http is without.")
 
 
 def _tell_cards(rendered: RenderedConfig, cards: Cards, dtype: str, assumed: str | None) -> None:
@@ -186,7 +187,7 @@ def _tell_cards(rendered: RenderedConfig, cards: Cards, dtype: str, assumed: str
     for finding in check_devices(cards, [device for row in rows for device in row], dtype, held):
         print(f"warning: {finding.where}: {finding.message}. {finding.advice}", file=sys.stderr)
     if assumed is not None:
-        print(f"note: {assumed}", file=sys.stderr)
+        logger.info(f"note: {assumed}")
 
 
 def _explain(rendered: RenderedConfig, title: str, as_json: bool) -> None:

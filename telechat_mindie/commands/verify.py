@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import Adapter, AsJson, ConfigDir, ModelPath, PackedByRank, Source, Step, Strategy
 
 
@@ -40,16 +40,13 @@ def verify(
         where = "--adapter, --config, --strategy, --step, --source, --packed-by-rank"
         raise InputError("is for a comparison", where=where, advice="Name the checkpoint too: --against DIR.")
 
-    def note(text: str) -> None:
-        print(text, file=sys.stderr)
-
     directory = ModelDir.open(model_path)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))
     if against is not None:
         with byte_progress("comparing") as start:
-            problems += check_against(directory, against, start, adapter or (), config, choice, note)
+            problems += check_against(directory, against, start, adapter or (), config, choice, logger.info)
     if as_json:
         print_json({"model_path": str(model_path), "files": len(files), "problems": problems})
     else:

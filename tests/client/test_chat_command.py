@@ -95,7 +95,7 @@ def test_a_pipe_gets_answers_and_nothing_else(model_path):
     entries = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
     (first, answer), (second, expected) = next(entry for entry in entries if "turns" in entry)["turns"]
     done = pipe(f"{first}\n\n{second}\n", model_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"loading weights: {model_path}\n")
     assert done.stdout == f"{answer}\n{expected}\n"
 
 

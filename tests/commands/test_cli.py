@@ -68,7 +68,10 @@ def test_generate(nano):
     done = run("generate", nano, "生抽与老抽的区别？")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("生抽和老抽都是酱油") and done.stdout.endswith("。\n")
-    assert "tokens/s" in done.stderr
+    loading, figures = done.stderr.splitlines()
+    assert loading == f"loading weights: {nano}" and "tokens/s" in figures
+    assert run("generate", nano, "-q", "--max-new-tokens", 1, "hi").stderr == ""
+    assert "debug: loaded in " in run("-v", "generate", nano, "--max-new-tokens", 1, "hi").stderr
 
 
 def test_generate_options(nano):

@@ -42,6 +42,13 @@ def test_built_once_and_kept_private(tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert native_build.build(SET, tiny).path == path
 
 
+def test_a_compilation_is_said_once_and_before_it(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, native_build.__name__):
+        native_build.build(SET, tiny)
+        native_build.build(SET, tiny)
+    assert caplog.messages == ["compiling kernels for tiny, once on this machine: about 20 s"]
+
+
 def test_another_source_or_flag_is_another_library(tiny: Path) -> None:
     first = native_build.build(SET, tiny).path
     assert native_build.build(InstructionSet("tiny", frozenset(), ("-DX=1",)), tiny).path != first

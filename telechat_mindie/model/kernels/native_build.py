@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -18,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from telechat_mindie.errors import InputError, TelechatMindieError
+
+_log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).resolve().parent / "native"
 
@@ -123,7 +126,9 @@ def build(instruction_set: InstructionSet, cache: Path | None = None) -> Library
             return Library(target, instruction_set)
         with _locked(folder / "build.lock"):
             if not target.exists():
+                _log.info("compiling kernels for %s, once on this machine: about 20 s", instruction_set.name)
                 _compile(command, flags, target)
+                _log.debug("compiled kernels: %s", target)
     except OSError as error:
         raise NativeUnavailable(f"cannot be used as a cache: {error.strerror}", where=folder) from None
     return Library(target, instruction_set)
