@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from telechat_mindie.commands.messages import add_time
 from telechat_mindie.commands.options import Generation, ModelPath
 from telechat_mindie.service import DEFAULT_GENERATION
 
@@ -34,10 +35,14 @@ def serve(
         metavar="<str>",
         help="Page of another site that may use the server, as https://host[:port]; repeatable.",
     ),
+    log_content: bool = typer.Option(
+        False, "--log-content", help="Log what was asked and answered too; else only how long it was and took."
+    ),
     drain: float = typer.Option(30, "--drain", min=0, help="Seconds for unfinished answers when it is stopped."),
 ) -> None:
     """Serve a model directory on the CPU with MindIE's HTTP API, and a chat page at /.
 
+    A line on stderr for each request; with -v also for each GET, with -q for none. /docs lists the routes.
     SIGTERM and Ctrl-C let unfinished answers finish; a second one does not.
 
     Examples:
@@ -76,8 +81,11 @@ def serve(
         settings,
         model_name=model_name or settings.model_name,
         allowed_origins=tuple(map(checked_origin, allow_origin)),
+        log_content=log_content,
         limits=dataclasses.replace(settings.limits, drain_seconds=drain),
     )
+
+    add_time()
 
     def on_ready(urls: dict[Plane, str]) -> None:
         others = [f"{plane.value} {url}" for plane, url in urls.items() if url != urls[Plane.BUSINESS]]

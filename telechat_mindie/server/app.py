@@ -11,11 +11,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from telechat_mindie import __version__
+from telechat_mindie.server.docs_page import docs_routes
 from telechat_mindie.server.formats.routes import format_routes
 from telechat_mindie.server.http.errors import ApiError
 from telechat_mindie.server.http.library import LibraryRules
 from telechat_mindie.server.http.middleware import BrowserGuard, on_api_error, on_fault, on_unknown
 from telechat_mindie.server.http.openapi import document
+from telechat_mindie.server.http.request_log import RequestLog
 from telechat_mindie.server.management import management_routes, metrics_routes
 from telechat_mindie.server.models import model_routes
 from telechat_mindie.server.service import Service
@@ -42,12 +44,13 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> ASGIA
         title="telechat-mindie",
         version=__version__,
         description="MindIE's HTTP API over TeleChat2 on a CPU.",
-        docs_url=None,  # its page would load scripts from another site
+        docs_url=None,  # its page would load scripts from another site; docs_page is ours
         redoc_url=None,
         exception_handlers={ApiError: on_api_error, 404: on_unknown, 405: on_unknown, Exception: on_fault},
         redirect_slashes=False,
     )
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.include_router(docs_routes(app.openapi))
     if Plane.BUSINESS in planes:
         for router in (format_routes(service), model_routes(service), page_routes()):
             app.include_router(router)
@@ -65,7 +68,7 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> ASGIA
             expose_headers=["RequestUUID", "Retry-After"],
         )
     app.add_middleware(BrowserGuard, is_local=is_local, allowed_origins=origins)
-    return LibraryRules(app)
+    return RequestLog(LibraryRules(app), service.settings.log_content)
 
 
 def page_routes() -> APIRouter:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from telechat_mindie.server.generation import ClientGoneError, Ended, Generation, Job
 from telechat_mindie.server.http.errors import ApiError, dump, error_response
+from telechat_mindie.server.http.request_log import Entry, entry_of
 from telechat_mindie.server.service import Service
 
 
@@ -39,7 +40,7 @@ class Answering(Response):
         metrics.received += 1
         service.in_flight += 1
         try:
-            generation = await self._answer(receive, send)
+            generation = await self._answer(receive, send, entry_of(scope))
             metrics.succeed(generation.answers, time.monotonic() - begin)
         except ApiError as error:
             metrics.failed += 1
@@ -49,7 +50,7 @@ class Answering(Response):
         finally:
             service.in_flight -= 1
 
-    async def _answer(self, receive: Receive, send: Send) -> Generation:
+    async def _answer(self, receive: Receive, send: Send, entry: Entry) -> Generation:
         service = self._service
         if service.in_flight > service.limits.requests:
             raise ApiError(503, f"Too many requests: {service.limits.requests} are served or wait. Try again later.")
@@ -57,6 +58,12 @@ class Answering(Response):
         raw = await service.bodies.read(self._request)
         generation = await service.begin(raw, self._read)
         service.metrics.accept(len(generation.job.prompt_ids))
+        entry.prompt_tokens = len(generation.job.prompt_ids)
+        entry.answer_tokens = lambda: sum(len(answer.token_ids) for answer in generation.answers)
+        entry.content = lambda: (
+            service.tokenizer.decode(generation.job.prompt_ids),
+            [answer.text for answer in generation.answers],
+        )
         watcher = asyncio.create_task(_watch(receive, generation))
         try:
             await (_stream if generation.job.stream else _whole)(generation, send)

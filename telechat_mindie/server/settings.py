@@ -59,6 +59,7 @@ class ServerSettings:
         full_text: a stream repeats the whole text each time (fullTextEnabled).
         prefill_policy, decode_policy: as GET /v2 reports them; the engine has one policy, by priority and arrival.
         allowed_origins: of pages of other sites that browsers may use the server from; `*` for all.
+        log_content: put prompts and answers into the request log.
     """
 
     model_name: str
@@ -76,6 +77,7 @@ class ServerSettings:
     prefill_policy: int = 0
     decode_policy: int = 0
     allowed_origins: tuple[str, ...] = ()
+    log_content: bool = False
 
     def with_flags(self, host: str | None, port: int | None, cache_gb: float | None) -> ServerSettings:
         """What the command line says wins; one address or port means one listener."""
