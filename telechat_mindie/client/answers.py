@@ -58,9 +58,22 @@ class Figures:
 
 
 class Answers(Protocol):
-    """Answers messages."""
+    """Answers messages.
+
+    Attributes:
+        name: who it is, for people.
+        sampling: how answers are drawn.
+    """
 
     name: str
+    sampling: Sampling
+
+    def use(self, sampling: Sampling) -> None:
+        """Draw the next answers so.
+
+        Raises:
+            InputError: a value out of range. Nothing has changed then.
+        """
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
         """Give the answer to `emit` as it comes, and its figures at the end. An interrupt ends it and passes through.
@@ -91,10 +104,15 @@ class LocalAnswers:
 
     def __init__(self, model_path: Path, sampling: Sampling) -> None:
         from telechat_mindie.engine.local import open_local
+        from telechat_mindie.model_dir.layout import ModelDir
 
         self.name = str(model_path)
+        self._serving = ModelDir.open(model_path).serving
+        self.use(sampling)  # refused before the weights are loaded
         self._local = open_local(model_path)
-        self._params = local_params(sampling, self._local.directory.serving)
+
+    def use(self, sampling: Sampling) -> None:
+        self._params, self.sampling = local_params(sampling, self._serving), sampling
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
         from telechat_mindie.engine.output import FinishReason
@@ -140,10 +158,13 @@ class RemoteAnswers:
         from telechat_mindie.client.dialects import OpenAIChat
 
         self._client = MindieClient(url, tls, timeout=None, idle_timeout=timeout)
-        self._sampling = sampling
+        self.sampling = sampling
         self.model = asyncio.run(self._first_model()) if model is None else model
         self._dialect = OpenAIChat(self.model)
         self.name = f"{self.model} at {self._client.url}"
+
+    def use(self, sampling: Sampling) -> None:
+        self.sampling = sampling  # its range is the service's to know
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
         return asyncio.run(self._answer(messages, emit))
@@ -159,7 +180,7 @@ class RemoteAnswers:
         reason = prompt_tokens = generated_tokens = None
         async with (
             self._client as client,
-            contextlib.aclosing(client.stream(self._dialect, messages, self._sampling)) as deltas,
+            contextlib.aclosing(client.stream(self._dialect, messages, self.sampling)) as deltas,
         ):
             async for delta in deltas:
                 if (delta.text or delta.thought) and first is None:

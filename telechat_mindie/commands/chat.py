@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -35,11 +36,12 @@ def chat(
     ca_cert: CaCert = None,
     client_cert: ClientCert = None,
     client_key: ClientKey = None,
+    no_history: bool = typer.Option(False, "--no-history", help="Remember nothing of what is typed."),
 ) -> None:
     """Chat in the terminal, with a directory on the CPU or with a running service.
 
     What is not set is as the directory's yaml or the service has it; --model and certificates are for a service.
-    In a pipe, each line is a question.
+    In a pipe, each line is a question. What is typed at a terminal is remembered in this user's state folder.
 
     Examples:
         telechat-mindie chat model
@@ -49,6 +51,7 @@ def chat(
     from telechat_mindie.client.answers import Answers, LocalAnswers, RemoteAnswers
     from telechat_mindie.client.chat_loop import ChatLoop
     from telechat_mindie.client.dialects import Sampling
+    from telechat_mindie.service.launch.rundir import state_home
 
     sampling = Sampling(
         max_tokens=max_new_tokens,
@@ -71,4 +74,5 @@ def chat(
         if names := ", ".join(name for name, value in given.items() if value is not None):
             raise InputError("is for a service", where=names, advice="Leave it out, or name a URL: http://HOST:PORT.")
         answers = LocalAnswers(Path(target), sampling)
-    ChatLoop(answers, system).run()
+    history = None if no_history else state_home(os.environ) / "chat_history"
+    ChatLoop(answers, system, history).run()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import re
-import select
 import shutil
 import ssl
 import subprocess
 import sys
-import termios
 import time
 from dataclasses import replace
 
@@ -20,6 +15,7 @@ import pytest
 from helpers import ROOT
 from helpers.fake_mindie import FakeMindie
 from helpers.server import shared_server
+from helpers.terminal import Terminal
 
 from telechat_mindie.client.answers import Figures, LocalAnswers
 from telechat_mindie.client.dialects import Sampling
@@ -48,47 +44,8 @@ def pipe(text, *arguments):
     return subprocess.run(command(*arguments), input=text, capture_output=True, text=True, timeout=120)
 
 
-class Terminal:
-    """The command with a terminal of its own, so that control keys do what they do there."""
-
-    def __init__(self, *arguments):
-        self._master, slave = pty.openpty()
-        self._process = subprocess.Popen(
-            command(*arguments),
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env={**os.environ, "TERM": "dumb"},
-        )
-        os.close(slave)
-        self.seen = ""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._process.kill()
-        self._process.wait()
-        os.close(self._master)
-
-    def wait_for(self, text, seconds=30):
-        """All that was printed since the last wait, up to `text`."""
-        raw, end = b"", time.monotonic() + seconds
-        while text not in (shown := self.seen + raw.decode(errors="replace")):
-            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
-            if not ready:
-                raise AssertionError(f"no {text!r} in {shown!r}")
-            raw += os.read(self._master, 4096)
-        before, _, self.seen = shown.partition(text)
-        return before + text
-
-    def type(self, text):
-        os.write(self._master, text.encode())
-
-    def returncode(self):
-        return self._process.wait(timeout=30)
+def terminal_of(*arguments):
+    return Terminal(command(*arguments))
 
 
 def test_a_pipe_gets_answers_and_nothing_else(model_path):
@@ -161,7 +118,7 @@ def test_what_is_sent_to_a_service():
 
 
 def test_a_terminal():
-    with FakeMindie(pieces=["a\x1b[31m", "\x07b\n", "c"]) as fake, Terminal(fake.url) as terminal:
+    with FakeMindie(pieces=["a\x1b[31m", "\x07b\n", "c"]) as fake, terminal_of(fake.url) as terminal:
         assert "/help lists the commands" in terminal.wait_for("> ")
         terminal.type("hi\n")
         shown = terminal.wait_for("> ")
@@ -176,7 +133,7 @@ def test_a_terminal():
         assert "answered HTTP 503: busy \ufffd[0m" in terminal.wait_for("> ")
         time.sleep(0.3)  # between its prompt and its wait for a key, readline keeps a signal until the next key
         terminal.type("\x03")
-        assert "/exit or Ctrl-D ends the chat" in terminal.wait_for("> ")
+        assert "/bye or Ctrl-D ends the chat" in terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.returncode() == 0
 
@@ -205,7 +162,7 @@ def test_a_thought_without_its_opening_tag_is_not_sent_again():
 
 def test_a_terminal_folds_a_thought():
     thoughts, pieces = THINKING["told apart"]
-    with FakeMindie(thoughts=thoughts, pieces=pieces) as fake, Terminal(fake.url) as terminal:
+    with FakeMindie(thoughts=thoughts, pieces=pieces) as fake, terminal_of(fake.url) as terminal:
         terminal.wait_for("> ")
         terminal.type("hi\n")
         shown = terminal.wait_for("> ")
@@ -231,7 +188,7 @@ def test_the_embedded_engine_tells_a_thought_apart(model_path):
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat():
-    with FakeMindie(pieces=["x"] * 500, delay=0.02) as fake, Terminal(fake.url) as terminal:
+    with FakeMindie(pieces=["x"] * 500, delay=0.02) as fake, terminal_of(fake.url) as terminal:
         terminal.wait_for("> ")
         terminal.type("long\n")
         terminal.wait_for("xxx")
