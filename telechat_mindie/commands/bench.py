@@ -5,15 +5,20 @@ from __future__ import annotations
 import enum
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from telechat_mindie.commands.group import Command, Group
+from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import AsJson, CaCert, ClientCert, ClientKey, ServedModel
 
 if TYPE_CHECKING:
     from telechat_mindie.loadtest.run import Outcome, Plan
+
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Draw them into this file: .png, .svg, .pdf, as its ending says.")
+]
 
 bench = typer.Typer(
     cls=Group, help="Measure a service.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -55,14 +60,15 @@ def serve(
     client_cert: ClientCert = None,
     client_key: ClientKey = None,
     as_json: AsJson = False,
-    plot: Path = typer.Option(None, "--plot", help="Draw them into this PNG file."),
+    output: Path = typer.Option(None, "-o", "--output", help="Write the JSON into this file, for `bench compare`."),
+    plot: Plot = None,
 ) -> None:
     """Load a service and report TTFT, TPOT, ITL, end-to-end latency and throughput.
 
     Exit code 1 where no request succeeded. Ctrl-C ends the test early and reports what it has.
 
     Examples:
-        telechat-mindie bench serve --concurrency 16 --requests 200
+        telechat-mindie bench serve --concurrency 16 --requests 200 --output before.json
         telechat-mindie bench serve --url http://127.0.0.1:1025 --rate 2 --duration 60 --plot load.svg
     """
     from telechat_mindie.commands.service_tls import service_tls
@@ -71,8 +77,7 @@ def serve(
     from telechat_mindie.loadtest.prompts import Range
     from telechat_mindie.loadtest.run import Plan
 
-    if plot is not None:
-        import telechat_mindie.loadtest.plot  # noqa: F401  says before the test that matplotlib is missing
+    check_targets(output, plot)
     if rate is not None and concurrency is not None:
         raise InputError("exclude each other", where="--rate and --concurrency")
     for name, value in (("--rate", rate), ("--duration", duration)):
@@ -95,7 +100,38 @@ def serve(
         timeout=timeout,
         tls=service_tls(url, ca_cert, client_cert, client_key),
     )
-    _report(plan, _measure(plan), as_json=as_json, plot=plot)
+    _report(plan, _measure(plan), as_json=as_json, output=output, plot=plot)
+
+
+@bench.command(cls=Command)
+def compare(
+    before: Path = typer.Argument(help="A report that `bench serve --output` or `--json` wrote."),
+    after: Path = typer.Argument(help="Another."),
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two load tests: what became better or worse, and by how much.
+
+    Examples:
+        telechat-mindie bench compare before.json after.json
+        telechat-mindie bench compare before.json after.json --plot change.svg
+    """
+    from telechat_mindie.commands.output import print_json, print_table
+    from telechat_mindie.loadtest.compare import compare as run
+
+    check_targets(None, plot)
+    comparison = run(before, after)
+    if as_json:
+        print_json(comparison.as_dict())
+    else:
+        rows = [measure.row() for measure in comparison.measures]
+        print_table(f"{before} and {after}", rows, ("", "before", "after", "change", ""))
+    for name, (first, second) in comparison.differing.items():
+        logger.info(f"note: other {name}: {first} before, {second} after")
+    if plot is not None:
+        from telechat_mindie.loadtest.plot import write_comparison
+
+        write_comparison(plot, comparison)
 
 
 def _measure(plan: Plan) -> Outcome:
@@ -121,29 +157,37 @@ def _measure(plan: Plan) -> Outcome:
     return outcome
 
 
-def _report(plan: Plan, outcome: Outcome, *, as_json: bool, plot: Path | None) -> None:
+def check_targets(output: Path | None, plot: Path | None) -> None:
+    """Refuse before a test what could not be written after it: also where matplotlib is missing."""
+    from telechat_mindie.errors import OutputError
+
+    if output is not None and not output.parent.is_dir():
+        raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
+    if plot is not None:
+        from telechat_mindie.loadtest.plot import check_target
+
+        check_target(plot)
+
+
+def _report(plan: Plan, outcome: Outcome, *, as_json: bool, output: Path | None, plot: Path | None) -> None:
     from telechat_mindie.commands.output import print_json, print_table
     from telechat_mindie.loadtest.report import Report
+    from telechat_mindie.staging import dump_json, write_file
 
     report = Report.of(outcome.records)
     load = plan.load
     how = f"{load.concurrency} at a time" if load.rate is None else f"{load.rate:g} requests/s"
     title = f"{plan.url}, {plan.api}: {report.requests} requests, {how}"
+    data = {
+        "settings": plan.settings(),
+        **report.as_dict(),
+        "client_busy": outcome.busy,
+        "notes": outcome.notes,
+    }
+    if output is not None:
+        write_file(output, dump_json(data))
     if as_json:
-        settings = {
-            "url": plan.url,
-            "api": plan.api,
-            "concurrency": load.concurrency if load.rate is None else None,
-            "rate": load.rate,
-            "prompt_tokens": str(plan.prompt_tokens) if plan.prompts is None else None,
-            "prompts": None if plan.prompts is None else str(plan.prompts),
-            "output_tokens": str(plan.output_tokens),
-            "fixed_output": plan.fixed_output,
-            "warm_up": plan.warm_up,
-            "seed": plan.seed,
-        }
-        notes = {"client_busy": outcome.busy, "notes": outcome.notes}
-        print_json({"settings": settings, **report.as_dict(), **notes})
+        print_json(data)
     else:
         print_table(title, report.rows(), ("", "mean", "p50", "p90", "p95", "p99", "max"))
         print(

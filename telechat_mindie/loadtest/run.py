@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from telechat_mindie.client.client import MindieClient
 from telechat_mindie.client.dialects import Dialect, OpenAIChat, Sampling, Tgi
@@ -51,6 +51,22 @@ class Plan:
     model: str | None = None
     timeout: float = 600
     tls: ssl.SSLContext | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What a report says of the test; None for what does not count."""
+        load, has_file = self.load, self.prompts is not None
+        return {
+            "url": self.url,
+            "api": self.api,
+            "concurrency": load.concurrency if load.rate is None else None,
+            "rate": load.rate,
+            "prompt_tokens": None if has_file else str(self.prompt_tokens),
+            "prompts": str(self.prompts) if has_file else None,
+            "output_tokens": str(self.output_tokens),
+            "fixed_output": self.fixed_output,
+            "warm_up": self.warm_up,
+            "seed": self.seed,
+        }
 
 
 @dataclass(slots=True)
