@@ -83,8 +83,8 @@ class Sections(Group):
             _write_section(formatter, title, [(name, summary(documentation(load(name)))) for name in names])
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        messages.set_up()
-        return super().main(*arguments, **{"prog_name": PROGRAM, **options})
+        with messages.on_stderr():
+            return super().main(*arguments, **{"prog_name": PROGRAM, **options})
 
 
 class _Lazy(Mapping[str, Any]):

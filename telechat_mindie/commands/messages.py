@@ -5,9 +5,11 @@ The package's modules log: `info` is what a user wants to know while it happens,
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import sys
+from collections.abc import Iterator
 
 import typer
 
@@ -69,14 +71,18 @@ class _Line(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
-def set_up() -> None:
-    """Send the package's log to stderr, from `info` on."""
-    if not logger.handlers:
-        handler = _Stderr()
-        handler.setFormatter(_Line())
-        logger.addHandler(handler)
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
+@contextlib.contextmanager
+def on_stderr() -> Iterator[None]:
+    """Send the package's log to stderr, from `info` on; behind the block it is as it was before."""
+    handler, level = _Stderr(), logger.level
+    handler.setFormatter(_Line())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def add_time() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.checkpoints import MOE, make_checkpoint
+from helpers.json_schemas import checked
 from helpers.strategies import (
     Cut,
     counters,
@@ -549,7 +550,7 @@ def test_every_command_takes_a_run(dense, run, tmp_path, command):
     shutil.move(run / "checkpoint" / "rank_3", tmp_path / "second" / "rank_3")
     which = ("--strategy", tmp_path / "elsewhere", "--source", tmp_path / "second", "--step", "2_9")
     code, out, _ = command("info", run, *which, "--json")
-    facts = json.loads(out)
+    facts = checked("info-training-run", json.loads(out))
     assert (code, facts["ranks"], facts["step"], facts["stages"], facts["optimizer_shards"]) == (0, 4, "2_9", 1, 2)
     assert facts["counters"]["global_step"] == 18
     assert facts["optimizer"]["tensors"] == 2 * facts["weights"]["tensors"] == 2 * len(weights_of(arrays))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shlex
 import subprocess
@@ -15,6 +15,8 @@ from helpers import ROOT
 from telechat_mindie.cli import app
 from telechat_mindie.commands import messages
 from telechat_mindie.commands.group import PROGRAM
+from telechat_mindie.service.launch import rundir
+from telechat_mindie.service.launch.processes import Identity
 
 SECTIONS = typer.main.get_command(app).sections
 NAMES = [name for names in SECTIONS.values() for name in names]
@@ -115,13 +117,10 @@ def test_the_tab_key(tmp_path):
 
 
 def test_the_tab_key_knows_runs(tmp_path):
-    from telechat_mindie.service.launch.processes import Identity
-    from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory
-
     urls = {"business": "http://127.0.0.1:1025", "management": "http://127.0.0.1:1026"}
     identity = Identity(1, 1.0)
-    plan = LaunchPlan("nano-1025", "/m", "2.3", ("x",), {}, {}, urls, None, "nano", identity)
-    RunDirectory(tmp_path / "telechat-mindie" / "nano-1025").create(plan, "{}")
+    plan = rundir.LaunchPlan("nano-1025", "/m", "2.3", ("x",), {}, {}, urls, None, "nano", identity)
+    rundir.RunDirectory(tmp_path / "telechat-mindie" / "nano-1025").create(plan, "{}")
     variables = {"COMP_WORDS": "telechat-mindie logs na", "COMP_CWORD": "2", "XDG_STATE_HOME": str(tmp_path)}
     assert run(_TELECHAT_MINDIE_COMPLETE="complete_bash", **variables).stdout.split() == ["nano-1025"]
 
@@ -170,29 +169,18 @@ def test_how_much_is_said(options, level, monkeypatch):
     assert messages.logger.level == messages.LEVELS[messages.Level(level)]
 
 
-def test_how_much_is_said_by_a_command(tmp_path):
-    """Before the command and behind it; the command's own word wins."""
-    (tmp_path / "data.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
-    code = (
-        "import logging, sys\n"
-        "from telechat_mindie.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print(logging.getLevelName(logging.getLogger('telechat_mindie').level))"
-    )
-
-    def level(*arguments):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-        return done.stdout.split()[-1]
-
-    assert level("status") == "INFO"
-    assert level("-q", "status") == level("status", "-q") == level("status", "--log-level", "warning") == "WARNING"
-    assert level("-q", "status", "-v") == "DEBUG"
+def test_how_much_is_said_by_a_command(monkeypatch, tmp_path):
+    """Before the command and behind it; the command's own word wins, and nothing stays set."""
+    found = []
+    monkeypatch.setattr(rundir, "all_runs", lambda _: found.append(messages.logger.level) or [])
+    before = (messages.logger.level, list(messages.logger.handlers))
+    for arguments in ("status", "-q status", "status -q", "status --log-level warning", "-q status -v"):
+        typer.main.get_command(app).main(arguments.split(), standalone_mode=False)
+    assert found == [logging.INFO, logging.WARNING, logging.WARNING, logging.WARNING, logging.DEBUG]
+    assert (messages.logger.level, messages.logger.handlers) == before
 
 
 def test_a_line_of_the_log(capsys):
-    import logging
-
     line = messages._Line()
     record = logging.LogRecord("telechat_mindie.x", logging.WARNING, "", 0, "slow: %s", ("disk",), None)
     assert line.format(record) == "warning: slow: disk"

@@ -17,9 +17,8 @@ from telechat_mindie.units import format_bytes, format_duration
 CODE = """
 import logging, sys, time
 from telechat_mindie.commands import messages, output
-messages.set_up()
 output.LINE_SECONDS = 0.1
-with output.byte_progress("building") as start:
+with messages.on_stderr(), output.byte_progress("building") as start:
     advance = start(4 << 20)
     for _ in range(4):
         time.sleep(0.06)
@@ -30,7 +29,6 @@ with output.byte_progress("building") as start:
 @pytest.fixture
 def log(monkeypatch, caplog):
     monkeypatch.setattr(output, "LINE_SECONDS", 0.05)
-    monkeypatch.setattr(output.logger, "propagate", True)
     caplog.set_level(logging.INFO, output.logger.name)
     return caplog
 

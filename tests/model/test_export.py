@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.json_schemas import checked
 from typer.testing import CliRunner
 
 from telechat_mindie.checkpoint.mapping import mindformers_targets
@@ -282,7 +283,7 @@ class TestExport:
             assert fused["MatMul"] == apart["MatMul"] == 4
 
     def test_json_and_table(self, report: ExportReport) -> None:
-        data = json.loads(json.dumps(report.as_dict()))
+        data = checked("export", json.loads(json.dumps(report.as_dict())))
         assert data["graphs"]["prefill"]["inputs"][0] == {"name": "token_ids", "dtype": "int32", "shape": [None]}
         table = report.table()
         assert "The files hold 2 of 3 layers" in table

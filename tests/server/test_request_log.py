@@ -20,8 +20,7 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
-def log(monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("telechat_mindie"), "propagate", True)
+def log(caplog):
     caplog.set_level(logging.INFO, request_log.__name__)
     return caplog
 

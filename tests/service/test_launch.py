@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers import certificates, stand_in_daemon
+from helpers.json_schemas import checked
 
 from telechat_mindie.cli import main
 from telechat_mindie.model_dir.build import BuildOptions, build
@@ -486,11 +487,11 @@ def test_detach_status_and_stop(run_command, model, mindie, state):
     assert "nothing was launched" in run_command("status").stdout
     done = run_command("launch", model, "--mindie-home", mindie, "--insecure-http", "--detach", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = checked("launch", json.loads(done.stdout))
     assert (told["answer"], told["prompt"]) == ("您好！", "你好")
     shown = run_command("status")
     assert shown.returncode == 0 and told["name"] in shown.stdout and "ready" in shown.stdout
-    (row,) = json.loads(run_command("status", "--json").stdout)
+    (row,) = checked("status", json.loads(run_command("status", "--json").stdout))
     assert (row["run"], row["state"], row["ports"]) == (told["name"], "ready", told["ports"])
     assert Identity.of(row["pid"]).alive
     assert run_command("stop").stdout == f"{told['name']}: stopped\n"
@@ -592,7 +593,7 @@ def test_stop_all(run_command, begin, state):
 def test_the_options_of_a_launch_reach_it(run_command, model, mindie, state):
     arguments = ("launch", model, "--mindie-home", mindie, "--insecure-http", "--dry-run", "--json")
     done = run_command(*arguments, "--host", "::", "--name", "mine", "--instances", 2, "--reserve", 30, "--new-config")
-    plan = json.loads(done.stdout)
+    plan = checked("launch-dry-run", json.loads(done.stdout))
     backend = plan["config"]["BackendConfig"]
     assert plan["config"]["ServerConfig"]["ipAddress"] == "::" and plan["config_path"] == f"{state}/mine/config.json"
     assert backend["npuDeviceIds"] == [[0], [1]] and backend["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] < 40
