@@ -37,7 +37,7 @@ def count_progress(what: str) -> Iterator[Callable[[int | None], Advance]]:
 @contextlib.contextmanager
 def _progress(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | None], Advance]]:
     """A bar on a terminal, elsewhere a line every ten seconds; nothing with -q."""
-    if not logger.isEnabledFor(logging.INFO):
+    if logger.level > logging.INFO:  # unset where a tool works without the commands' options
         yield lambda _total: lambda _count: None
     elif sys.stderr.isatty():
         from rich.console import Console
@@ -70,7 +70,7 @@ def _lines(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | 
     def tell() -> None:
         while not is_over.wait(LINE_SECONDS):
             if states:
-                logger.info(str(states[-1]))
+                print(states[-1], file=sys.stderr, flush=True)
 
     def start(total: int | None) -> Advance:
         state = ProgressState(what, form, total)

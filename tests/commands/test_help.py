@@ -190,3 +190,15 @@ def test_a_line_of_the_log(capsys):
     stream.setFormatter(line)
     stream.emit(record)
     assert capsys.readouterr().err == "slow: disk\n"
+
+
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-"])
+def test_a_log_that_cannot_be_written_ends_nothing(redirect):
+    code = (
+        "from telechat_mindie.commands import messages\n"
+        "with messages.on_stderr(): messages.logger.warning('lost')\n"
+        "print('done')"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n")

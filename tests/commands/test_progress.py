@@ -27,43 +27,41 @@ with messages.on_stderr(), output.byte_progress("building") as start:
 
 
 @pytest.fixture
-def log(monkeypatch, caplog):
+def impatient(monkeypatch):
     monkeypatch.setattr(output, "LINE_SECONDS", 0.05)
-    caplog.set_level(logging.INFO, output.logger.name)
-    return caplog
 
 
-def wait_for_lines(log, count):
-    give_up = time.monotonic() + 10
-    while len(log.messages) < count and time.monotonic() < give_up:
+def wait_for_lines(capsys, count):
+    said, give_up = "", time.monotonic() + 10
+    while said.count("\n") < count and time.monotonic() < give_up:
         time.sleep(0.01)
-    return log.messages
+        said += capsys.readouterr().err
+    return said.splitlines()
 
 
 def test_a_line_every_ten_seconds():
     assert output.LINE_SECONDS == 10
 
 
-def test_a_line_now_and_then(log):
+def test_a_line_now_and_then(impatient, capsys):
     with output.byte_progress("building") as start:
         start(10 << 20)(5 << 20)
-        lines = wait_for_lines(log, 2)
+        lines = wait_for_lines(capsys, 2)
     assert len(lines) >= 2
     assert all(line.startswith("building: 5.0 MiB of 10.0 MiB (50%), ") and line.endswith(" left") for line in lines)
-    log.clear()
+    capsys.readouterr()
     time.sleep(0.15)
-    assert not log.messages  # it ended with its block
+    assert capsys.readouterr().err == ""  # it ended with its block
 
 
-def test_no_line_before_there_is_a_total_and_none_when_quiet(log):
+def test_no_line_before_there_is_a_total_and_none_when_quiet(impatient, capsys, monkeypatch):
     with output.byte_progress("building"):
         time.sleep(0.12)
-    assert not log.messages
-    log.set_level(logging.WARNING, output.logger.name)
+    monkeypatch.setattr(output.logger, "level", logging.WARNING)
     with output.byte_progress("building") as start:
         start(10)(5)
         time.sleep(0.12)
-    assert not log.messages
+    assert capsys.readouterr().err == ""
 
 
 def test_a_total_that_is_not_known():
