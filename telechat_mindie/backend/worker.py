@@ -1,6 +1,6 @@
 """A worker process: one rank's ModelRunner, called over a socket that it inherits.
 
-python -m telechat_mindie.backend.worker FD '{"model_path": ..., "rank_id": 1, ...}'
+python -m telechat_mindie.backend.worker FD '{"model_path": ..., "rank_id": 1, ...}' LOG_LEVEL
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def serve(
     from telechat_mindie.loadtest.prompts import Range
     from telechat_mindie.loadtest.run import Plan
 
-    check_targets(output, plot)
+    _check_targets(output, plot)
     if rate is not None and concurrency is not None:
         raise InputError("exclude each other", where="--rate and --concurrency")
     for name, value in (("--rate", rate), ("--duration", duration)):
@@ -119,7 +119,7 @@ def compare(
     from telechat_mindie.commands.output import print_json, print_table
     from telechat_mindie.loadtest.compare import compare as run
 
-    check_targets(None, plot)
+    _check_targets(None, plot)
     comparison = run(before, after)
     if as_json:
         print_json(comparison.as_dict())
@@ -157,12 +157,14 @@ def _measure(plan: Plan) -> Outcome:
     return outcome
 
 
-def check_targets(output: Path | None, plot: Path | None) -> None:
+def _check_targets(output: Path | None, plot: Path | None) -> None:
     """Refuse before a test what could not be written after it: also where matplotlib is missing."""
     from telechat_mindie.errors import OutputError
 
     if output is not None and not output.parent.is_dir():
         raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
+    if output is not None and output.is_dir():
+        raise OutputError("is a folder", where=output, advice="Name a file in it.")
     if plot is not None:
         from telechat_mindie.loadtest.plot import check_target
 

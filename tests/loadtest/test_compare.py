@@ -76,7 +76,12 @@ def test_what_cannot_be_drawn_is_refused_before_the_test(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         plot.check_target(tmp_path / "x.png")
     with FakeMindie() as fake:
-        for option, name in (("--plot", "x.doc"), ("--plot", "no/x.svg"), ("--output", "no/x.json")):
+        for option, name in (
+            ("--plot", "x.doc"),
+            ("--plot", "no/x.svg"),
+            ("--output", "no/x.json"),
+            ("--output", "x.png"),
+        ):
             done = bench("serve", "--url", fake.url, option, tmp_path / name)
             assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr
         assert not fake.requests  # nothing was sent
