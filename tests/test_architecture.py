@@ -23,7 +23,7 @@ FLOORS = (
     {"tokenizer", "checkpoint", "data", "nano"},
     {"model_dir"},
     {"model"},
-    {"backend"},
+    {"backend", "training"},
     {"engine"},
     {"client"},
     {"service", "loadtest"},

@@ -1,0 +1,226 @@
+"""`telechat-mindie finetune --render mindformers`: a finetune for Ascend machines, by mindformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+
+if TYPE_CHECKING:
+    from telechat_mindie.config import TelechatConfig
+    from telechat_mindie.training.mindformers.layout import Cluster, Work
+    from telechat_mindie.training.mindformers.propose import Proposal
+
+Nodes = Annotated[int, typer.Option("--nodes", help="Machines.")]
+Cards = Annotated[int, typer.Option("--cards", help="NPUs of each machine.")]
+Dp = Annotated[int | None, typer.Option("--dp", help="Data parallel size; default: the cards that are left.")]
+TrainTp = Annotated[int | None, typer.Option("--tp", help="Tensor parallel size; default: the smallest that fits.")]
+Pp = Annotated[int | None, typer.Option("--pp", help="Pipeline stages; default: the fewest that fit.")]
+Ep = Annotated[int | None, typer.Option("--ep", help="Expert parallel size; default: the smallest that fits.")]
+SequenceLength = Annotated[
+    int, typer.Option("--sequence-length", help="Tokens that a row trains: preprocess's --max-length.")
+]
+GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
+MicroBatches = Annotated[
+    int | None, typer.Option("--micro-batches", help="Parts of a step on each card; default: 4 a stage.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences of a micro batch on a card.")]
+Interleave = Annotated[int, typer.Option("--interleave", help="Runs of layers that a stage has.")]
+Offset = Annotated[
+    str | None, typer.Option("--offset", help="Layers of each stage above the average, as -1,1,1,-1; runs by `;`.")
+]
+OptimizerShard = Annotated[
+    int | None, typer.Option("--optimizer-shard", help="Copies that share weights and optimizer; default: the most.")
+]
+Recompute = Annotated[
+    str | None, typer.Option("--recompute", help="off, select or full; default: the least that fits.")
+]
+DeviceMemory = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
+MasterAddr = Annotated[str | None, typer.Option("--master-addr", help="Address of the first machine.")]
+MasterPort = Annotated[int, typer.Option("--master-port", help="A port that is free there.")]
+Loaded = Annotated[
+    Path | None, typer.Option("--load", help="The converted checkpoint, as the machines see it; default: in DIR.")
+]
+
+SHOWN = 8
+"""Proposals that are printed."""
+
+
+def render_mindformers(
+    checkpoint: Path | None,
+    data: Path | None,
+    output: Path | None,
+    *,
+    variant: str | None = None,
+    nodes: int = 1,
+    cards: int = 8,
+    dp: int | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    ep: int | None = None,
+    sequence_length: int = 8192,
+    global_batch: int | None = None,
+    micro_batches: int | None = None,
+    batch_size: int = 1,
+    interleave: int = 1,
+    offset: str | None = None,
+    optimizer_shard: int | None = None,
+    recompute: str | None = None,
+    dtype: str = "bfloat16",
+    lora_rank: int | None = None,
+    lora_alpha: float = 16,
+    lora_targets: tuple[str, ...] = (),
+    lora_dropout: float = 0.0,
+    epochs: int = 1,
+    learning_rate: float = 1.5e-4,
+    warmup_ratio: float = 0.0,
+    weight_decay: float = 0.1,
+    save_steps: int | None = None,
+    keep: int = 3,
+    seed: int = 0,
+    device_mem: float = DEFAULT_CARD_GB,
+    master_addr: str | None = None,
+    master_port: int = 8118,
+    load: Path | None = None,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Propose layouts for the cards, and write the files of the best one.
+
+    Args:
+        checkpoint: a folder with config.json, of which no more is read, or the config.json itself.
+        variant: a released size instead.
+        data: mindrecord of `preprocess`; None proposes only.
+        output: folder to make; None proposes only.
+        dp, tp, pp, ep: what is fixed of the layout; the rest is found.
+        lora_rank: None trains all weights.
+        lora_targets: names of mindformers' matrices; none: all that can be adapted.
+
+    Raises:
+        InputError, ConfigError: a number that mindformers could not train with, data that do not fit, or no layout that
+            the cards hold.
+        OutputError: the folder exists or cannot be written.
+    """
+    from telechat_mindie.commands.output import print_json
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.training.mindformers import layout as rules
+    from telechat_mindie.training.mindformers.propose import Choice, propose
+    from telechat_mindie.training.mindformers.render import Run, write_run
+    from telechat_mindie.training.mindformers.rows import count_rows
+
+    if output is not None and data is None:
+        raise InputError("is needed, for the files name it", where="DATA", advice="Make it with `preprocess`.")
+    config = _config(checkpoint, variant)
+    lora = None
+    if lora_rank is not None:
+        allowed = rules.ATTENTION if config.is_moe else rules.ATTENTION + rules.FEED_FORWARD
+        lora = rules.Lora(lora_rank, lora_alpha, lora_targets or allowed, lora_dropout)
+    choice = Choice(
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        global_batch=global_batch,
+        micro_batches=micro_batches,
+        batch_size=batch_size,
+        interleave=interleave,
+        offset=rules.parse_offset(offset) if offset is not None else (),
+        optimizer_shard=optimizer_shard,
+        recompute=recompute,
+    )
+    cluster = rules.Cluster(nodes, cards, device_mem)
+    work = rules.Work(config, sequence_length, lora, dtype)
+    propose(choice, work, cluster)  # what is wrong without the data is said before they are read
+    if data is not None:
+        rows = count_rows(data, sequence_length, config.vocab_size)
+        work = rules.Work(config, sequence_length, lora, dtype, rows)
+    proposals = propose(choice, work, cluster)
+    files: list[str] = []
+    if output is not None and data is not None:
+        run = Run(
+            data=data,
+            source=checkpoint,
+            checkpoint=load,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            weight_decay=weight_decay,
+            save_steps=save_steps,
+            keep=keep,
+            seed=seed,
+            master_addr=master_addr,
+            master_port=master_port,
+        )
+        files = write_run(output, run, proposals[0], work, cluster, force=force)
+    if as_json:
+        print_json(_as_dict(proposals, work, output, files))
+    else:
+        _print(proposals, work, cluster, output, files)
+
+
+def _config(checkpoint: Path | None, variant: str | None) -> TelechatConfig:
+    from telechat_mindie import variants
+    from telechat_mindie.computation import check_computation
+    from telechat_mindie.config import TelechatConfig
+    from telechat_mindie.errors import InputError
+
+    if (checkpoint is None) == (variant is None):
+        raise InputError("name one of the two", where="CHECKPOINT, --variant")
+    if checkpoint is None:
+        return variants.named(variant or "")
+    path = checkpoint if checkpoint.suffix == ".json" else checkpoint / "config.json"
+    config = TelechatConfig.from_file(path)
+    check_computation(config, path)
+    return config
+
+
+def _as_dict(proposals: list[Proposal], work: Work, output: Path | None, files: list[str]) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "output": None if output is None else str(output),
+        "files": files,
+        "rows": work.rows,
+        "proposals": [
+            asdict(proposal.layout)
+            | {
+                "global_batch": proposal.layout.global_batch,
+                "stage_bytes": [{part: round(count) for part, count in asdict(m).items()} for m in proposal.stages],
+                "peak_bytes": round(proposal.peak),
+            }
+            for proposal in proposals
+        ],
+    }
+
+
+def _print(proposals: list[Proposal], work: Work, cluster: Cluster, output: Path | None, files: list[str]) -> None:
+    from telechat_mindie.commands.output import print_table
+    from telechat_mindie.training.mindformers.memory import usable_bytes
+    from telechat_mindie.training.mindformers.render import memory_table
+    from telechat_mindie.units import GB
+
+    if len(proposals) > 1:
+        header = ("dp", "tp", "pp", "ep", "sequences a step", "recomputed", "GB a card")
+        rows = []
+        for proposal in proposals[:SHOWN]:
+            layout = proposal.layout
+            numbers = (layout.dp, layout.tp, layout.pp, layout.ep, layout.global_batch)
+            rows.append((*map(str, numbers), layout.recompute, f"{proposal.peak / GB:.1f}"))
+        print_table(f"layouts of {cluster.world} cards, least communication first", rows, header)
+    parts = ("stage", "layers", "weights", "gradients", "optimizer", "16 bits", "activations", "logits", "all")
+    rows = [
+        tuple(map(str, (stage["stage"], stage["layers"], *stage["parts"], stage["total"])))
+        for stage in memory_table(proposals[0], work)
+    ]
+    print_table(
+        f"{proposals[0].layout}: GB of a card, of {usable_bytes(cluster) / GB:.1f} that are counted on", rows, parts
+    )
+    if output is None:
+        return
+    if work.rows is not None:
+        print(f"{work.rows:,} rows, {work.rows // proposals[0].layout.global_batch:,} steps an epoch")
+    print(f"{output}: {', '.join(files)}")
+    print(f"next: {output / 'README.md'} says what to run in which order")
