@@ -116,8 +116,7 @@ def render_mindformers(
     config = _config(checkpoint, variant)
     lora = None
     if lora_rank is not None:
-        allowed = rules.ATTENTION if config.is_moe else rules.ATTENTION + rules.FEED_FORWARD
-        lora = rules.Lora(lora_rank, lora_alpha, lora_targets or allowed, lora_dropout)
+        lora = rules.Lora(lora_rank, lora_alpha, lora_targets or rules.adaptable(config), lora_dropout)
     choice = Choice(
         dp=dp,
         tp=tp,

@@ -100,18 +100,23 @@ def _balanced(left: int, runs: int, stages: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int((run, stage) in chosen) for stage in range(stages)) for run in range(runs))
 
 
+ATTENTION = ("wq", "wk_v", "wo")
+FEED_FORWARD = ("w1", "w2", "w3")
+
+
 @dataclass(frozen=True)
 class Lora:
     """What mindformers' pet_config says. Matrices of `targets` get two factors of this rank."""
 
     rank: int = 8
     alpha: float = 16
-    targets: tuple[str, ...] = ("wq", "wk_v", "wo", "w1", "w2", "w3")
+    targets: tuple[str, ...] = ATTENTION + FEED_FORWARD
     dropout: float = 0.0
 
 
-ATTENTION = ("wq", "wk_v", "wo")
-FEED_FORWARD = ("w1", "w2", "w3")
+def adaptable(config: TelechatConfig) -> tuple[str, ...]:
+    """The matrices that mindformers' LoRA can adapt; it knows no stacks of experts."""
+    return ATTENTION if config.is_moe else ATTENTION + FEED_FORWARD
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def faults(layout: Layout, work: Work, cluster: Cluster) -> Iterator[TelechatMin
     yield from work_faults(work)
     yield from _size_faults(layout, cluster)
     yield from _tensor_faults(layout, work, cluster)
+    yield from _world_faults(layout, cluster)
     yield from _stage_faults(layout, work.config)
     yield from _batch_faults(layout, work)
     yield from _expert_faults(layout, work.config)
@@ -170,7 +176,7 @@ def work_faults(work: Work) -> Iterator[TelechatMindieError]:
         yield InputError(
             "is out of range", where="LoRA", expected="rank >= 1, alpha > 0, 0 <= dropout < 1", found=found
         )
-    allowed = ATTENTION if config.is_moe else ATTENTION + FEED_FORWARD
+    allowed = adaptable(config)
     if not lora.targets or (unknown := [name for name in lora.targets if name not in allowed]):
         yield InputError(
             "cannot be adapted" + (": mindformers adapts no experts" if config.is_moe else ""),
@@ -200,13 +206,6 @@ def _size_faults(layout: Layout, cluster: Cluster) -> Iterator[InputError]:
         yield InputError("are too many cards", where="--nodes x --cards", expected=MAX_CARDS, found=cluster.world)
     if layout.recompute not in RECOMPUTE:
         yield InputError("is unknown", where="--recompute", expected=" or ".join(RECOMPUTE), found=layout.recompute)
-    if layout.world != cluster.world:  # tools/check_rules.py _check_parallel
-        yield InputError(
-            f"dp {layout.dp} x tp {layout.tp} x pp {layout.pp} is another number of cards than there are",
-            where="--dp, --tp, --pp",
-            expected=f"{cluster.world}, {cluster.nodes} x {cluster.cards}",
-            found=layout.world,
-        )
 
 
 def _tensor_faults(layout: Layout, work: Work, cluster: Cluster) -> Iterator[TelechatMindieError]:
@@ -229,6 +228,16 @@ def _tensor_faults(layout: Layout, work: Work, cluster: Cluster) -> Iterator[Tel
             where="--sequence-length",
             expected=f"a multiple of tp {tp}",
             found=work.sequence_length,
+        )
+
+
+def _world_faults(layout: Layout, cluster: Cluster) -> Iterator[InputError]:
+    if layout.world != cluster.world:  # tools/check_rules.py _check_parallel
+        yield InputError(
+            f"dp {layout.dp} x tp {layout.tp} x pp {layout.pp} is another number of cards than there are",
+            where="--dp, --tp, --pp",
+            expected=f"{cluster.world}, {cluster.nodes} x {cluster.cards}",
+            found=layout.world,
         )
 
 

@@ -130,8 +130,9 @@ def _is_expert(target: Target) -> bool:
 
 
 def _rank_shape(target: Target, layout: Layout) -> tuple[int, ...]:
-    if _is_expert(target):  # whole experts, over ep and tp alike (ep_extend_tp)
-        return (target.shape[0] // (layout.ep * layout.tp), *target.shape[1:])
+    if _is_expert(target):  # [experts, out, in], biases [1, experts, 1, out]: over ep and tp alike (ep_extend_tp)
+        groups, shape = layout.ep * layout.tp, target.shape
+        return (shape[0] // groups, *shape[1:]) if len(shape) == 3 else (shape[0], shape[1] // groups, *shape[2:])
     return target.rank_shape(layout.tp)
 
 
