@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from importlib import resources
@@ -71,11 +72,36 @@ VALUES: dict[str, dict[str, Any]] = {
     "start.sh.j2": {"mindie_home": "M1", "home_variables": ["V1", "V2"]},
     "Dockerfile.j2": {"image": "I1", "wheel": "W1", "index_url": "X1", "requirement": "R1"},
     "telechat.py.j2": {}, "telechat_config.py.j2": {}, "telechat_tokenizer.py.j2": {},
+    "mindformers_finetune.yaml.j2": {
+        "config": CONFIG, "label": "L1", "seed": 80001, "checkpoint": "P1", "divided": True, "epochs": 80002,
+        "weight_decay": 80003.5, "learning_rate": 80004.5, "learning_rate_end": 80005.5, "warmup_ratio": 80006.5,
+        "sequence_length": 80007, "data": "P2", "save_steps": 80008, "keep": 80009, "device_memory": "M1",
+        "eos_token_id": 80010, "param_dtype": "D1", "dtype": "D2", "offset": [80011, 80012],
+        "lora": {"rank": 80013, "alpha": 80014, "dropout": 80015.5, "modules": "T1"},
+        "layout": {
+            "dp": 80016, "tp": 80017, "pp": 80018, "ep": 80019, "micro_batches": 80020, "batch_size": 80021,
+            "interleave": 80022, "optimizer_shard": 80023, "recompute": "R1", "world": 80024, "global_batch": 80025,
+            "sequence_parallel": True,
+        },
+    },
+    "mindformers_environment.sh.j2": {"nodes": 2, "world": 16, "master_addr": "A1", "master_port": 80001},
+    "mindformers_start_node.sh.j2": {"node": 80001, "nodes": 80012, "world": 80003, "cards": 80004},
+    "mindformers_README.md.j2": {
+        "nodes": 2, "cards": 80001, "world": 80002, "sequence_length": 80003, "steps": 80004, "save_steps": 80005,
+        "keep": 80006, "source": "P1", "checkpoint": "P2", "output": "P3", "config_dir": "P4", "param_dtype": "D1",
+        "divided": True, "master_addr": None, "lora": {"scale": "S1"}, "usable": 80007.5, "device_gb": 80008,
+        "layout": {
+            "dp": 80009, "tp": 80010, "pp": 80011, "ep": 80012, "batch_size": 80013, "micro_batches": 80014,
+            "global_batch": 80015, "recompute": "off",
+        },
+        "memory": [{"stage": 80016, "layers": 80017, "parts": [80018.5, 80019.5], "total": 80020.5}],
+    },
 }  # fmt: skip
 VARIATIONS = {
     "k8s_deployment.yaml.j2": ({}, {"https": False}, {"claim": None}),
     "compose.yaml.j2": ({}, {"https": True}),
     "Dockerfile.j2": ({}, {"wheel": None}),
+    "mindformers_README.md.j2": ({}, {"lora": None}),
 }
 
 
@@ -107,7 +133,7 @@ def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 def text_of(template: str, values: dict[str, Any]) -> str:
-    if template in ("predict.yaml.j2", "config.json.j2"):
+    if template in ("predict.yaml.j2", "config.json.j2"):  # attributes, as of a TelechatConfig
         values = values | {"config": SimpleNamespace(**values["config"])}
     return render(template, **values)
 
@@ -125,11 +151,50 @@ def parsed(template: str, values: dict[str, Any]) -> Any:
         lines = [line for line in text.split("\n") if line and not line.startswith("#")]
         assert [line.partition(" ")[0] for line in lines if not line.startswith("COPY ")] == ["ARG", "FROM", "RUN"]
         return [json.loads(line.partition(" ")[2]) for line in lines[2:]]
+    if template.startswith("mindformers_"):
+        return PARSERS[template](text)
     if template == "start.sh.j2":
         head, _, _ = text.partition("; do home=")
         show = """; do printf '%s\\0' "$name"; done; printf %s "$home\""""
         return subprocess.run(["bash", "-c", head + show], capture_output=True, check=True).stdout.decode().split("\0")
     return [ast.dump(node) for node in ast.parse(text).body]
+
+
+def sourced(text: str) -> list[str]:
+    """What an environment.sh sets of what it is given."""
+    code = f"MINDFORMERS_HOME=/; [() {{ builtin [ \"${{@/*research*/.}}\"; }}; here=/; {text}\nprintf '%s\\0' "
+    return printed(code + '"$MASTER_ADDR" "$MASTER_PORT"')
+
+
+def started(text: str) -> list[Any]:
+    """The words of a start script's command, and the numbers of its first comment."""
+    _, comment, rest = text.split("\n", 2)
+    _, _, command = rest.partition("\nexec ")
+    return [*map(str, json_values(comment)), *printed(f"here=/ MINDFORMERS_HOME=/; printf '%s\\0' {command}")]
+
+
+def documented(text: str) -> list[Any]:
+    """The JSON of a README's sentences, and the words of its commands."""
+    parts = text.split("```")
+    show = "() { printf '%s\\0' \"$@\"; }; "
+    commands = "".join(part.removeprefix("bash") for part in parts[1::2])
+    return json_values(" ".join(parts[::2])) + printed(f"telechat-mindie{show}bash{show}{commands}")
+
+
+def printed(code: str) -> list[str]:
+    return subprocess.run(["bash", "-c", code], capture_output=True, check=True).stdout.decode().split("\0")
+
+
+def json_values(text: str) -> list[Any]:
+    return [json.loads(value) for value in re.findall(r'"(?:[^"\\]|\\.)*"|\b\d+(?:\.\d+)?\b', text)]
+
+
+PARSERS = {
+    "mindformers_environment.sh.j2": sourced,
+    "mindformers_finetune.yaml.j2": yaml.safe_load,
+    "mindformers_start_node.sh.j2": started,
+    "mindformers_README.md.j2": documented,
+}
 
 
 def interpolated(value: Any) -> Any:

@@ -110,7 +110,7 @@ def check(path: Path, cluster: Cluster) -> Iterator[str]:
             key: parallel[key]
             for key in (
                 "full_batch", "search_mode", "gradients_mean", "enable_alltoall", "enable_parallel_optimizer",
-                "optimizer_weight_shard_size", "parallel_optimizer_config", "pipeline_config",
+                "parallel_optimizer_config", "pipeline_config",
             )
             if key in parallel
         },
