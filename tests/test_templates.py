@@ -101,7 +101,6 @@ VARIATIONS = {
     "k8s_deployment.yaml.j2": ({}, {"https": False}, {"claim": None}),
     "compose.yaml.j2": ({}, {"https": True}),
     "Dockerfile.j2": ({}, {"wheel": None}),
-    "mindformers_README.md.j2": ({}, {"lora": None}),
 }
 
 

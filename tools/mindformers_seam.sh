@@ -2,7 +2,8 @@
 # Exercise this package behind the real mindformers, on the CPU: its ModelRunner must hand over to ours by the yaml's
 # model.arch.type, and its get_model must find our tokenizer by auto_map. Given the sources of mindformers r1.6.0, a
 # folder with `research` in it, which the wheel lacks, also compare its TeleChat2 graphs with ours on MindSpore 2.7.0:
-# nothing may differ outside of tools/graph_differences.yaml. Usage: tools/mindformers_seam.sh [VENV [SOURCES]]
+# nothing may differ outside of tools/graph_differences.yaml; and load the finetunes that are rendered for it.
+# Usage: tools/mindformers_seam.sh [VENV [SOURCES]]
 #
 #   git clone --branch r1.6.0 https://gitee.com/mindspore/mindformers.git && tools/mindformers_seam.sh venv mindformers
 #
@@ -28,4 +29,5 @@ cd "$work"
 GLOG_v=3 "$venv/bin/python" "$root/tools/mindformers_seam.py" model_path
 if [ -n "$sources" ]; then
     GLOG_v=3 "$venv/bin/python" "$root/tools/compare_graphs.py" "$sources"
+    GLOG_v=3 "$venv/bin/python" "$root/tools/mindformers_finetune.py" "$sources"
 fi

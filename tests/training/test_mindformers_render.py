@@ -35,6 +35,7 @@ KNOWN = (Path(__file__).parent / "mindformers_1_6_0_keys.txt").read_text().split
 OTHERS = {
     "model.model_config.theta",
     "model.model_config.qkv_concat",
+    "model.model_config.embedding_init_type",
     "model.model_config.qkv_has_bias",
     "model.model_config.out_proj_has_bias",
     "model.model_config.pet_config",

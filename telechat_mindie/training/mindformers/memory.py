@@ -19,6 +19,8 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.training.mindformers.layout import Cluster, Layout, Work
 from telechat_mindie.units import GB
 
+EMBEDDING, FINAL_NORM = "model.tok_embeddings.embedding_weight", "model.norm_out.weight"
+
 USABLE_SHARE = 0.9
 """Of a card: the rest is the driver's, CANN's and the communication buffers'. mindformers' yamls give the pool 54.5 to
 58 of 64 GB."""
@@ -105,7 +107,7 @@ def _groups(config: TelechatConfig) -> tuple[list[Target], list[Target], list[Ta
     for target in mindformers_targets(replace(config, num_layers=1), qkv_concat=False, transposed_experts=False):
         if target.name.startswith("model.layers."):
             layer.append(target)
-        elif target.name in (HEAD, "model.norm_out.weight"):
+        elif target.name in (HEAD, FINAL_NORM):
             last.append(target)
         else:
             first.append(target)
@@ -118,7 +120,10 @@ def _weights(targets: Iterable[Target], layout: Layout, work: Work) -> Memory:
         shape, copies = _rank_shape(target, layout), layout.dp
         if _is_expert(target):
             copies //= layout.ep
-        total += _frozen(shape) if work.lora else _trained(shape, layout, min(layout.optimizer_shard, copies))
+        if work.lora:  # frozen, and stored as it is computed with but for the embedding
+            total += Memory(weights=(FULL if target.name == EMBEDDING else HALF) * math.prod(shape))
+        else:
+            total += _trained(shape, layout, min(layout.optimizer_shard, copies))
         if work.lora and target.name.removesuffix(".weight").rpartition(".")[2] in work.lora.targets:
             for factor in _factors(target, work.lora.rank, layout.tp):
                 total += _trained(factor, layout, min(layout.optimizer_shard, copies))
@@ -154,10 +159,6 @@ def _trained(shape: tuple[int, ...], layout: Layout, shard: int) -> Memory:
         gradients += HALF * elements / GRADIENT_GROUPS
     gathered = shard > 1 or layout.recompute != "full"  # else each layer's is made again when it is needed
     return Memory(stored, gradients, 2 * stored, HALF * elements if gathered else 0.0)
-
-
-def _frozen(shape: tuple[int, ...]) -> Memory:
-    return Memory(weights=HALF * math.prod(shape))
 
 
 def _logits(layout: Layout, work: Work) -> float:
