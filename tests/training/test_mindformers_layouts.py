@@ -251,12 +251,28 @@ def test_what_is_fixed_stays():
         assert (proposal.layout.tp, proposal.layout.global_batch, proposal.layout.recompute) == (8, 64, "full")
     with pytest.raises(InputError, match="divisor of the 8 cards of one, found 3"):
         propose(Choice(tp=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
-    with pytest.raises(InputError, match=r"--global-batch: .*multiple of batch size 1 x dp 2 = 2, found 33"):
+    with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 1 x dp 2, found 33"):
         propose(Choice(dp=2, tp=4, pp=8, global_batch=33), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
+    with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 3 x dp, found 32"):
+        propose(Choice(global_batch=32, batch_size=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
     with pytest.raises(InputError, match="contradict each other"):
         propose(
             Choice(dp=2, tp=4, pp=8, global_batch=32, micro_batches=8), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64)
         )
+
+
+@pytest.mark.parametrize("flag", ["dp", "tp", "pp", "ep", "global_batch", "micro_batches", "batch_size", "interleave"])
+def test_nothing_is_smaller_than_one(flag):
+    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')}: is too small .*at least 1, found 0"):
+        Choice(**{flag: 0})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flag"), [((0, 8, 64), "--nodes"), ((1, 0, 64), "--cards"), ((1, 8, 0), "--device-mem")]
+)
+def test_a_cluster_has_something(numbers, flag):
+    with pytest.raises(InputError, match=f"{flag}: is "):
+        Cluster(*numbers)
 
 
 def test_a_layout_that_does_not_fit_names_both_numbers():

@@ -8,7 +8,7 @@ Sources are files of mindformers v1.6.0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ the norms' gathered outputs (models/utils.py LayerSetting, its default patterns)
 ATTENTION_BLOCK = 16
 """Flash attention takes sequences of a multiple of it."""
 
-MAX_CARDS = 4096
+MAX_CARDS, MAX_DEVICE_GB = 4096, 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Cluster:
     nodes: int
     cards: int
     device_gb: float
+
+    def __post_init__(self) -> None:
+        for fault in too_small({"--nodes": self.nodes, "--cards": self.cards}):
+            raise fault
+        if not 0 < self.device_gb <= MAX_DEVICE_GB:
+            expected = f"above 0, at most {MAX_DEVICE_GB}"
+            raise InputError("is out of range", where="--device-mem", expected=expected, found=self.device_gb)
 
     @property
     def world(self) -> int:
@@ -186,10 +193,15 @@ def work_faults(work: Work) -> Iterator[TelechatMindieError]:
         )
 
 
+def too_small(numbers: Mapping[str, int | None]) -> Iterator[InputError]:
+    """What is given of these and not at least 1, by its flag."""
+    for flag, number in numbers.items():
+        if number is not None and number < 1:
+            yield InputError("is too small", where=flag, expected="at least 1", found=number)
+
+
 def _size_faults(layout: Layout, cluster: Cluster) -> Iterator[InputError]:
     numbers = {
-        "--nodes": cluster.nodes,
-        "--cards": cluster.cards,
         "--dp": layout.dp,
         "--tp": layout.tp,
         "--pp": layout.pp,
@@ -199,9 +211,7 @@ def _size_faults(layout: Layout, cluster: Cluster) -> Iterator[InputError]:
         "--interleave": layout.interleave,
         "--optimizer-shard": layout.optimizer_shard,
     }
-    for flag, number in numbers.items():
-        if number < 1:
-            yield InputError("is too small", where=flag, expected="at least 1", found=number)
+    yield from too_small(numbers)
     if cluster.world > MAX_CARDS:
         yield InputError("are too many cards", where="--nodes x --cards", expected=MAX_CARDS, found=cluster.world)
     if layout.recompute not in RECOMPUTE:

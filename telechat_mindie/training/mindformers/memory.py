@@ -3,7 +3,7 @@
 Weights are float32 with AdamW's two moments, computed in 16 bits (2 bytes); the optimizer parallel of MindSpore divides
 weights and moments over the copies and gathers the 16-bit weights for the step. Activations are what the backward
 pass of research/telechat2 needs, counted tensor by tensor. Nothing here was measured on an NPU; the layouts that
-mindformers publishes for 7B, 35B and 115B come out below what their yamls allow.
+mindformers publishes come out below what their yamls allow.
 """
 
 from __future__ import annotations

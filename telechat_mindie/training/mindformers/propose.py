@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from telechat_mindie.errors import InputError, TelechatMindieError
-from telechat_mindie.training.mindformers.layout import RECOMPUTE, Cluster, Layout, Work, faults, work_faults
+from telechat_mindie.training.mindformers.layout import RECOMPUTE, Cluster, Layout, Work, faults, too_small, work_faults
 from telechat_mindie.training.mindformers.memory import Memory, estimate, usable_bytes
 from telechat_mindie.units import GB
 
@@ -41,6 +41,11 @@ class Choice:
     offset: tuple[tuple[int, ...], ...] = ()
     optimizer_shard: int | None = None
     recompute: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+        for fault in too_small({flag: value for flag, value in numbers.items() if isinstance(value, int)}):
+            raise fault
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,12 @@ def _search(choice: Choice, work: Work, cluster: Cluster) -> tuple[list[Proposal
                 found.append(proposal)
                 break
     if smallest is None:
-        raise fault or InputError("no layout has", where="--dp, --tp, --pp", found=f"{cluster.world} cards")
+        raise fault or InputError(
+            "cannot be divided over the copies",
+            where="--global-batch",
+            expected=f"a multiple of batch size {choice.batch_size} x dp {choice.dp or ''}".rstrip(),
+            found=choice.global_batch,
+        )
     return found, smallest
 
 
@@ -109,13 +119,16 @@ def _candidates(choice: Choice, work: Work, cluster: Cluster) -> Iterator[list[L
     for tp in [choice.tp] if choice.tp else _divisors(cluster.cards):
         for pp in [choice.pp] if choice.pp else _divisors(max(1, cluster.world // tp)):
             dp = choice.dp or max(1, cluster.world // (tp * pp))
+            micro_batches = _micro_batches(choice, dp, pp, work.rows)
+            if micro_batches is None:
+                continue
             for ep in [choice.ep] if choice.ep else _divisors(dp) if config.is_moe else [1]:
                 layout = Layout(
                     dp=dp,
                     tp=tp,
                     pp=pp,
                     ep=ep,
-                    micro_batches=_micro_batches(choice, dp, pp, work.rows),
+                    micro_batches=micro_batches,
                     batch_size=choice.batch_size,
                     interleave=choice.interleave,
                     offset=choice.offset,
@@ -130,7 +143,8 @@ def _recompute_modes(choice: Choice, work: Work) -> tuple[str, ...]:
     return ("off", "full") if work.config.is_moe else RECOMPUTE  # the patterns name a dense layer's operators
 
 
-def _micro_batches(choice: Choice, dp: int, pp: int, rows: int | None) -> int:
+def _micro_batches(choice: Choice, dp: int, pp: int, rows: int | None) -> int | None:
+    """As chosen; None where the chosen step cannot be divided over the copies."""
     each = choice.batch_size * dp
     if choice.global_batch is None:
         if choice.micro_batches is not None:
@@ -144,14 +158,7 @@ def _micro_batches(choice: Choice, dp: int, pp: int, rows: int | None) -> int:
             expected=f"{choice.batch_size} x dp {dp} x {choice.micro_batches}",
             found=choice.global_batch,
         )
-    if choice.global_batch % each and choice.dp:
-        raise InputError(
-            "cannot be divided over the copies",
-            where="--global-batch",
-            expected=f"a multiple of batch size {choice.batch_size} x dp {dp} = {each}",
-            found=choice.global_batch,
-        )
-    return choice.global_batch // each if choice.global_batch % each == 0 else 0
+    return None if choice.global_batch % each else choice.global_batch // each
 
 
 def _optimizer_shard(dp: int, tp: int, ep: int, work: Work) -> int:

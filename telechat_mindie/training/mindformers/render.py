@@ -13,7 +13,7 @@ from telechat_mindie import variants
 from telechat_mindie.errors import InputError, OutputError
 from telechat_mindie.staging import StagedDirectory, write_file
 from telechat_mindie.templates import render
-from telechat_mindie.training.mindformers.layout import Cluster, Lora, Work, as_yaml_offset
+from telechat_mindie.training.mindformers.layout import Cluster, Lora, Work, as_yaml_offset, too_small
 from telechat_mindie.training.mindformers.memory import usable_bytes
 from telechat_mindie.training.mindformers.propose import Proposal
 from telechat_mindie.units import GB
@@ -56,10 +56,8 @@ class Run:
     master_port: int = 8118
 
     def __post_init__(self) -> None:
-        whole = {"--epochs": self.epochs, "--save-steps": self.save_steps, "--keep": self.keep}
-        for flag, number in whole.items():
-            if number is not None and number < 1:
-                raise InputError("is too small", where=flag, expected="at least 1", found=number)
+        for fault in too_small({"--epochs": self.epochs, "--save-steps": self.save_steps, "--keep": self.keep}):
+            raise fault
         fits = {
             "--learning-rate": (0 < self.learning_rate < 1, "above 0, below 1", self.learning_rate),
             "--warmup-ratio": (0 <= self.warmup_ratio < 1, "from 0, below 1", self.warmup_ratio),
