@@ -253,9 +253,11 @@ def test_what_is_fixed_stays():
         propose(Choice(tp=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
     with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 1 x dp 2, found 33"):
         propose(Choice(dp=2, tp=4, pp=8, global_batch=33), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
+    (one,) = propose(Choice(global_batch=32, micro_batches=8, tp=4), Work(VARIANTS["35b"], 8192), Cluster(8, 8, 64))
+    assert (one.layout.dp, one.layout.pp) == (4, 4)
     with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 3 x dp, found 32"):
         propose(Choice(global_batch=32, batch_size=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
-    with pytest.raises(InputError, match="contradict each other"):
+    with pytest.raises(InputError, match=r"--global-batch: .*batch size 1 x dp 2 x 8 micro batches, found 32"):
         propose(
             Choice(dp=2, tp=4, pp=8, global_batch=32, micro_batches=8), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64)
         )

@@ -67,11 +67,13 @@ def propose(choice: Choice, work: Work, cluster: Cluster) -> list[Proposal]:
         InputError, ConfigError: there is none. Said is the first broken rule where none keeps them, else how much the
             smallest needs, and how many machines would do.
     """
-    for fault in work_faults(work):
-        raise fault
-    proposals, smallest = _search(choice, work, cluster)
+    for wrong in work_faults(work):
+        raise wrong
+    proposals, smallest, fault = _search(choice, work, cluster)
     if proposals:
         return proposals
+    if smallest is None:
+        raise fault or _indivisible(choice)
     more = _enough_nodes(choice, work, cluster)
     advice = f"{more} such machines would do." if more else "Shorten --sequence-length, or take cards with more memory."
     where = f"{cluster.world} cards of {cluster.device_gb:g} GB"
@@ -86,8 +88,22 @@ def propose(choice: Choice, work: Work, cluster: Cluster) -> list[Proposal]:
     )
 
 
-def _search(choice: Choice, work: Work, cluster: Cluster) -> tuple[list[Proposal], Proposal]:
-    """The proposals, and the layout that takes least memory, whether it fits or not."""
+def _indivisible(choice: Choice) -> InputError:
+    product = f"batch size {choice.batch_size} x dp" + (f" {choice.dp}" if choice.dp else "")
+    if choice.micro_batches is not None:
+        product += f" x {choice.micro_batches} micro batches"
+    return InputError(
+        "is not what the copies train in a step",
+        where="--global-batch",
+        expected=f"a multiple of {product}" if choice.micro_batches is None else product,
+        found=choice.global_batch,
+    )
+
+
+def _search(
+    choice: Choice, work: Work, cluster: Cluster
+) -> tuple[list[Proposal], Proposal | None, TelechatMindieError | None]:
+    """The proposals; of all layouts that keep the rules the one that takes least memory; the first broken rule."""
     found: list[Proposal] = []
     smallest: Proposal | None = None
     fault: TelechatMindieError | None = None
@@ -103,14 +119,7 @@ def _search(choice: Choice, work: Work, cluster: Cluster) -> tuple[list[Proposal
             if proposal.peak <= usable_bytes(cluster):
                 found.append(proposal)
                 break
-    if smallest is None:
-        raise fault or InputError(
-            "cannot be divided over the copies",
-            where="--global-batch",
-            expected=f"a multiple of batch size {choice.batch_size} x dp {choice.dp or ''}".rstrip(),
-            found=choice.global_batch,
-        )
-    return found, smallest
+    return found, smallest, fault
 
 
 def _candidates(choice: Choice, work: Work, cluster: Cluster) -> Iterator[list[Layout]]:
@@ -151,14 +160,8 @@ def _micro_batches(choice: Choice, dp: int, pp: int, rows: int | None) -> int | 
             return choice.micro_batches
         wanted = MICRO_BATCHES * pp if pp > 1 else 1
         return wanted if rows is None else max(pp, min(wanted, rows // each))
-    if choice.micro_batches not in (None, choice.global_batch / each):
-        raise InputError(
-            "contradict each other",
-            where="--global-batch, --micro-batches",
-            expected=f"{choice.batch_size} x dp {dp} x {choice.micro_batches}",
-            found=choice.global_batch,
-        )
-    return None if choice.global_batch % each else choice.global_batch // each
+    micro_batches, left = divmod(choice.global_batch, each)
+    return None if left or choice.micro_batches not in (None, micro_batches) else micro_batches
 
 
 def _optimizer_shard(dp: int, tp: int, ep: int, work: Work) -> int:
