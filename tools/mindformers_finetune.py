@@ -56,6 +56,7 @@ def main(sources: Path) -> None:
     sys.path.insert(0, str(sources))
     os.environ["REGISTER_PATH"] = str(sources / "research" / "telechat2")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["LOG_MF_PATH"] = folder  # not below where this is called
         for label, proposal, work, cluster in runs():
             path = Path(folder) / YAML
             path.write_text(render_run(Path(folder), Run(Path("data")), proposal, work, cluster)[YAML])

@@ -106,7 +106,7 @@ def render_mindformers(
     """
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
-    from telechat_mindie.training.mindformers import layout as rules
+    from telechat_mindie.training.mindformers.layout import Cluster, Lora, Work, adaptable, parse_offset
     from telechat_mindie.training.mindformers.propose import Choice, propose
     from telechat_mindie.training.mindformers.render import Run, write_run
     from telechat_mindie.training.mindformers.rows import count_rows
@@ -116,7 +116,7 @@ def render_mindformers(
     config = _config(checkpoint, variant)
     lora = None
     if lora_rank is not None:
-        lora = rules.Lora(lora_rank, lora_alpha, lora_targets or rules.adaptable(config), lora_dropout)
+        lora = Lora(lora_rank, lora_alpha, lora_targets or adaptable(config), lora_dropout)
     choice = Choice(
         dp=dp,
         tp=tp,
@@ -126,16 +126,16 @@ def render_mindformers(
         micro_batches=micro_batches,
         batch_size=batch_size,
         interleave=interleave,
-        offset=rules.parse_offset(offset) if offset is not None else (),
+        offset=parse_offset(offset) if offset is not None else (),
         optimizer_shard=optimizer_shard,
         recompute=recompute,
     )
-    cluster = rules.Cluster(nodes, cards, device_mem)
-    work = rules.Work(config, sequence_length, lora, dtype)
+    cluster = Cluster(nodes, cards, device_mem)
+    work = Work(config, sequence_length, lora, dtype)
     propose(choice, work, cluster)  # what is wrong without the data is said before they are read
     if data is not None:
         rows = count_rows(data, sequence_length, config.vocab_size)
-        work = rules.Work(config, sequence_length, lora, dtype, rows)
+        work = Work(config, sequence_length, lora, dtype, rows)
     proposals = propose(choice, work, cluster)
     files: list[str] = []
     if output is not None and data is not None:

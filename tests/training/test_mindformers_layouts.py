@@ -14,12 +14,11 @@ from telechat_mindie.training.mindformers.layout import (
     Lora,
     Work,
     as_yaml_offset,
-    check,
-    faults,
     parse_offset,
 )
 from telechat_mindie.training.mindformers.memory import FULL, HALF, LOGITS, estimate, usable_bytes
 from telechat_mindie.training.mindformers.propose import STAGE_LAYERS, Choice, propose
+from telechat_mindie.training.mindformers.rules import check, faults
 from telechat_mindie.units import GB
 from telechat_mindie.variants import VARIANTS
 

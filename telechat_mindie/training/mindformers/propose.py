@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from telechat_mindie.errors import InputError, TelechatMindieError
-from telechat_mindie.training.mindformers.layout import RECOMPUTE, Cluster, Layout, Work, faults, too_small, work_faults
+from telechat_mindie.training.mindformers.layout import RECOMPUTE, Cluster, Layout, Work, too_small
 from telechat_mindie.training.mindformers.memory import Memory, estimate, usable_bytes
+from telechat_mindie.training.mindformers.rules import faults, work_faults
 from telechat_mindie.units import GB
 
 MICRO_BATCHES = 4
