@@ -38,7 +38,6 @@ OptimizerShard = Annotated[
 Recompute = Annotated[
     str | None, typer.Option("--recompute", help="off, select or full; default: the least that fits.")
 ]
-DeviceMemory = Annotated[float, typer.Option("--device-mem", help="Memory of one card, in GB.")]
 MasterAddr = Annotated[str | None, typer.Option("--master-addr", help="Address of the first machine.")]
 MasterPort = Annotated[int, typer.Option("--master-port", help="A port that is free there.")]
 Loaded = Annotated[
