@@ -88,7 +88,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "mindformers_start_node.sh.j2": {"node": 80001, "nodes": 80012, "world": 80003, "cards": 80004},
     "mindformers_README.md.j2": {
         "nodes": 2, "cards": 80001, "world": 80002, "sequence_length": 80003, "steps": 80004, "save_steps": 80005,
-        "keep": 80006, "source": "P1", "checkpoint": "P2", "output": "P3", "config_dir": "P4", "param_dtype": "D1",
+        "keep": 80006, "source": "P1", "checkpoint": "P2", "output": "P3", "param_dtype": "D1",
         "divided": True, "master_addr": None, "lora": {"scale": "S1"}, "usable": 80007.5, "device_gb": 80008,
         "layout": {
             "dp": 80009, "tp": 80010, "pp": 80011, "ep": 80012, "batch_size": 80013, "micro_batches": 80014,

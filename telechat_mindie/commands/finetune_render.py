@@ -140,7 +140,7 @@ def render_mindformers(
     if output is not None and data is not None:
         run = Run(
             data=data,
-            source=checkpoint,
+            source=checkpoint.parent if checkpoint is not None and checkpoint.suffix == ".json" else checkpoint,
             checkpoint=load,
             epochs=epochs,
             learning_rate=learning_rate,

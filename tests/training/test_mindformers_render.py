@@ -250,6 +250,8 @@ def test_the_command_writes_all_or_nothing(rows, tmp_path, capsys):
         "README.md", "environment.sh", "finetune.yaml", "start_node_0.sh",
     ]  # fmt: skip
     assert "8 rows, 8 steps an epoch" in capsys.readouterr().out
+    render_mindformers(tmp_path / "ckpt" / "config.json", rows, tmp_path / "same", **SMALL)
+    assert f"convert {tmp_path / 'ckpt'} " in (tmp_path / "same" / "README.md").read_text()
     with pytest.raises(OutputError, match="--force"):
         render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL)
     render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL, force=True, epochs=3)

@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         data: a folder or file of mindrecord, on the machines that train.
-        source: the checkpoint as it is; None where only its size is known.
+        source: the checkpoint's folder, which has its config.json and tokenizer; None where only its size is known.
         checkpoint: the converted one that mindformers loads; None: in the folder that is made.
         learning_rate: at its highest; a tenth of it is left at the end.
         warmup_ratio: part of all steps in which it rises.
@@ -99,7 +99,6 @@ def render_run(output: Path, run: Run, proposal: Proposal, work: Work, cluster: 
         **vars(run),
         "data": str(run.data.absolute()),
         "source": str(run.source.absolute()) if run.source else "CHECKPOINT",
-        "config_dir": str(_folder(run.source).absolute()) if run.source else "CHECKPOINT",
         "checkpoint": str((run.checkpoint or output / "checkpoint.ckpt").absolute()),
         "output": str(output),
         "label": variants.label_for(config),
@@ -158,10 +157,6 @@ def _lora_values(lora: Lora) -> dict[str, Any]:
         "modules": modules,
         "scale": f"{lora.alpha / lora.rank:g}",
     }
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _gb(nbytes: float) -> float:
