@@ -27,14 +27,14 @@ USABLE_SHARE = 0.9
 
 FULL, HALF = 4, 2  # bytes of float32 and of the dtype that is computed in
 
-SHARD_THRESHOLD = 64 << 10
-"""Bytes of a tensor that the optimizer parallel begins to divide (parallel_optimizer_threshold 64 in KB)."""
+SHARD_THRESHOLD_KB = 64
+"""KB of the smallest tensor that the optimizer parallel divides (parallel_optimizer_threshold)."""
 
 GRADIENT_GROUPS = 4
-"""gradient_aggregation_group: gradients are reduced in so many groups; one is whole at a time, in 16 bits."""
+"""Gradients are reduced in so many groups, of which one is whole at a time, in 16 bits (gradient_aggregation_group)."""
 
-CAPACITY = 1.2
-"""capacity_factor: places for tokens that experts have, over those that are needed."""
+CAPACITY_FACTOR = 1.2
+"""Places for tokens that experts have, over those that are needed."""
 
 STATISTICS = 64
 """Bytes that flash attention keeps of a token and head: maximum and sum of the softmax, 8 float32 each."""
@@ -150,7 +150,7 @@ def _factors(target: Target, rank: int, tp: int) -> Iterator[tuple[int, int]]:
 
 def _trained(shape: tuple[int, ...], layout: Layout, shard: int) -> Memory:
     elements = math.prod(shape)
-    if FULL * elements < SHARD_THRESHOLD or shape[0] % shard:
+    if FULL * elements < SHARD_THRESHOLD_KB << 10 or shape[0] % shard:
         shard = 1  # MindSpore leaves such a tensor whole
     gradients = stored = FULL * elements / shard
     if layout.micro_batches > 1:
@@ -190,7 +190,7 @@ def _layer_bytes(layout: Layout, config: TelechatConfig, recompute: str) -> floa
     normed = HALF * hidden / (tp if selected else 1)  # gathered again where selected
     # q, k and v after the rotation, the output, and the same with heads side by side
     attention = (HALF * (3 * hidden + 2 * config.kv_size) + STATISTICS * config.num_heads) / tp
-    share = config.experts_per_token * CAPACITY if config.is_moe else 1
+    share = config.experts_per_token * CAPACITY_FACTOR if config.is_moe else 1
     # gate, its activation, up, and their product; the middle ones are selected
     products = 2 if selected and not config.is_moe else 4
     feed_forward = share * HALF * products * config.ffn_size / tp

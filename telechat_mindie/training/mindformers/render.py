@@ -14,7 +14,12 @@ from telechat_mindie.errors import InputError, OutputError
 from telechat_mindie.staging import StagedDirectory, write_file
 from telechat_mindie.templates import render
 from telechat_mindie.training.mindformers.layout import Cluster, Lora, Work, as_yaml_offset, too_small
-from telechat_mindie.training.mindformers.memory import usable_bytes
+from telechat_mindie.training.mindformers.memory import (
+    CAPACITY_FACTOR,
+    GRADIENT_GROUPS,
+    SHARD_THRESHOLD_KB,
+    usable_bytes,
+)
 from telechat_mindie.training.mindformers.propose import Proposal
 from telechat_mindie.units import GB
 
@@ -110,6 +115,9 @@ def render_run(output: Path, run: Run, proposal: Proposal, work: Work, cluster: 
         "nodes": cluster.nodes,
         "cards": cluster.cards,
         "world": cluster.world,
+        "shard_threshold_kb": SHARD_THRESHOLD_KB,
+        "gradient_groups": GRADIENT_GROUPS,
+        "capacity_factor": CAPACITY_FACTOR,
         "sequence_length": work.sequence_length,
         "dtype": work.dtype,
         "param_dtype": work.param_dtype,
