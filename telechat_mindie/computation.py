@@ -6,6 +6,7 @@ makes one. `convert` and `plan` take any.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,22 @@ def refusal(config: TelechatConfig) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def dynamic_ntk(length: int, training_seqlen: int, base_seqlen: int) -> tuple[float, float]:
+    """(alpha, scale) of the published rotary extension for a sequence of `length` tokens (modeling_telechat.py of
+    Tele-AI/TeleChat2): theta * alpha^(d / (d - 2)) is the base of the angles, and both tables are multiplied by scale.
+    """
+    length = max(length, training_seqlen)
+    alpha = max(2.0 ** math.ceil(math.log(length / base_seqlen, 2) + 1) - 1, 1.0)
+    scale = 1.0 if length <= training_seqlen else 0.1 * math.log(length / training_seqlen) + 1
+    return alpha, scale
+
+
+def trained_theta(config: TelechatConfig) -> float:
+    """The base of the angles of every sequence up to `training_seqlen` tokens, where the extension is constant."""
+    alpha, _ = dynamic_ntk(1, config.training_seqlen, config.base_seqlen)
+    return float(config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2)))
 
 
 def plain_context(config: TelechatConfig) -> int | None:

@@ -65,6 +65,9 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 
 A dot leads into an object: transformers 5 writes `rope_parameters` where transformers 4 had rope_theta at the top."""
 
+LLAMA_SECTION = "telechat2"
+"""The key of a Llama form's config.json (`checkpoint.llama`) under which the TeleChat2's own keys stand."""
+
 MAX_THETA = 1e12
 """Far beyond any base; what Dynamic NTK makes of it still fits a float32."""
 
@@ -229,6 +232,7 @@ class TelechatConfig:
             ConfigError: not a TeleChat2 config, a required key missing, a value of the wrong type, two spellings that
                 contradict each other, or a feature that the published modelling code does not have. The key is named.
         """
+        data = _of_llama_form(data)
         _check_family(data)
         _check_fixed(data)
         values = {name: value for name in SPELLINGS if (value := _one_value(data, name)) is not None}
@@ -267,6 +271,19 @@ def checked_token_ids(value: object, vocab_size: int, where: object) -> int | tu
         if not 0 <= one < vocab_size:
             raise ConfigError("id lies outside the vocabulary", where=where, expected=f"< {vocab_size}", found=one)
     return ids if len(ids) > 1 else ids[0]
+
+
+def _of_llama_form(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a Llama form's config.json says of the TeleChat2 that it was made of; any other file's content itself.
+
+    A tool that quantised or trained the Llama changes the file around the section.
+    """
+    section = data.get(LLAMA_SECTION)
+    if data.get("model_type") != "llama" or not isinstance(section, Mapping):
+        return data
+    changed = {key: data[key] for key in ("quantization_config", *SPELLINGS["torch_dtype"]) if key in data}
+    stored = {key: value for key, value in section.items() if key not in SPELLINGS["torch_dtype"]}
+    return {"model_type": MODEL_TYPES[0]} | stored | changed
 
 
 def _check_family(data: Mapping[str, Any]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint.copying import Copier
-from telechat_mindie.checkpoint.elsewhere.layout import hugging_face_files
+from telechat_mindie.checkpoint.elsewhere.layout import hugging_face_files, llama_files
 from telechat_mindie.checkpoint.formats.containers import CONTAINERS, MINDSPORE_CKPT, TORCH_SAFETENSORS
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
+from telechat_mindie.checkpoint.llama import check_llama, llama_targets, zero_biases
 from telechat_mindie.checkpoint.mapping import Target, hugging_face_targets, mindformers_targets
 from telechat_mindie.checkpoint.mindformers import rank_folders, read_file, weight_files
 from telechat_mindie.checkpoint.pipeline import Progress
@@ -103,10 +104,40 @@ def to_hugging_face(
         ConfigError, TokenizerError: a file beside the weights does not fit the model.
     """
     targets, dtype = _dtypes(hugging_face_targets(source.config), source, options)
+    files = hugging_face_files(source.folders, source.config, dtype)
+    return _to_shards(source, targets, dtype, files, output, options, on_start)
+
+
+def to_llama(
+    source: Checkpoint, output: Path, options: OutputOptions, on_start: OnStart | None = None
+) -> ConversionPlan:
+    """Write `source` as a plain Llama, which needs no code of ours: shards, their index, config.json, the tokenizer.
+
+    Raises:
+        InputError, ConfigError: a model that no Llama computes, besides the reasons of `to_hugging_face`.
+        CheckpointError, OutputError, TokenizerError: as `to_hugging_face`.
+    """
+    check_llama(source.config)
+    targets, zeros = zero_biases(llama_targets(source.config), source.dtype)
+    source = replace(source, weights={**source.weights, **zeros})
+    targets, dtype = _dtypes(targets, source, options)
+    files = llama_files(source.folders, source.config, dtype)
+    return _to_shards(source, targets, dtype, files, output, options, on_start)
+
+
+def _to_shards(
+    source: Checkpoint,
+    targets: Sequence[Target],
+    dtype: str,
+    files: Mapping[str, bytes],
+    output: Path,
+    options: OutputOptions,
+    on_start: OnStart | None,
+) -> ConversionPlan:
+    """Write targets as safetensors shards with their index, and `files` beside them."""
     plan = make_plan(
         source.config, targets, dtype, container=TORCH_SAFETENSORS, shard_bytes=HUGGING_FACE_SHARD_BYTES, folder=""
     )
-    files = hugging_face_files(source.folders, source.config, plan.dtype)
     progress = on_start(plan.output_bytes) if on_start else None
     with StagedDirectory(
         output,

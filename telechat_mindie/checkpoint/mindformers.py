@@ -103,9 +103,18 @@ def tiled_weights(ranks: Ranks, form: Form, config: TelechatConfig, where: Path)
         CheckpointError: names, shapes or dtypes do not fit the config and the number of ranks.
     """
     _check_ranks(ranks, form.targets, where)
+    return put_together(ranks, form.targets, config)
+
+
+def put_together(ranks: Ranks, targets: Sequence[Target], config: TelechatConfig) -> dict[str, TiledWeight]:
+    """Every weight that the config asks for, from the targets that were made of them, which all are there.
+
+    Raises:
+        CheckpointError: a dtype that weights do not have.
+    """
     tiles: dict[str, list[Tile]] = {}
     dtypes: dict[str, str] = {}
-    for target in form.targets:
+    for target in targets:
         for source, tile in _tiles(target, ranks):
             tiles.setdefault(source, []).append(tile)
             dtypes[source] = float_dtype(target.name, tile.stored)

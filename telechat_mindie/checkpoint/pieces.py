@@ -60,6 +60,14 @@ class Stretch(StoredTensor):
 
 
 @dataclass(frozen=True, slots=True)
+class Zeros(StoredTensor):
+    """A tensor of zeros, which lies in no file."""
+
+    def read_into(self, read: ReadExtent, start: int, buffer: memoryview) -> None:
+        np.frombuffer(buffer, np.uint8)[:] = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Copies(StoredTensor):
     """A tensor that several files hold. The first of `tensors` is read, and the others compared with it."""
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from telechat_mindie.checkpoint import hugging_face, mindformers
+from telechat_mindie.checkpoint import hugging_face, llama, mindformers
 from telechat_mindie.checkpoint.adapters.adapter import Adapter, parse_adapter, read_adapter, without_factors
 from telechat_mindie.checkpoint.adapters.factors import check_memory
 from telechat_mindie.checkpoint.tiles import TiledWeight
@@ -69,7 +69,8 @@ class NoWeightsError(CheckpointError):
 def open_checkpoint(
     path: Path, config_dir: Path | None = None, adapters: Sequence[str | Path] = (), choice: RunChoice | None = None
 ) -> Checkpoint:
-    """Recognise and index the checkpoint at `path`, a directory or a MindSpore file; only headers are read.
+    """Recognise and index the checkpoint at `path`, a directory or a MindSpore file; only headers are read, and of a
+    Llama form the zero biases.
 
     Args:
         config_dir: where config.json is; by default beside the weights. A MindSpore checkpoint can do without.
@@ -118,6 +119,9 @@ def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], 
     kind, stored = ("", {}) if run else hugging_face.read_stored(path)
     if stored and not mindformers.is_mindformers(stored):
         config = config or TelechatConfig.from_directory(config_dir)
+        if llama.is_llama_form(stored):
+            kind = f"Llama form, {kind}"
+            return Checkpoint(path, config_dir, kind, config, llama.tiled_weights(stored, config, path))
         return Checkpoint(path, config_dir, kind, config, hugging_face.tiled_weights(stored, config, path))
     ranks = [run.weights(config)] if run else mindformers.read_ranks(path)
     if ranks is None:

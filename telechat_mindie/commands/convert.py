@@ -21,7 +21,7 @@ from telechat_mindie.commands.options import (
     Strategy,
 )
 
-FORMS = ("hf", "safetensors", "ckpt")
+FORMS = ("hf", "llama", "safetensors", "ckpt")
 
 
 def convert(
@@ -30,7 +30,7 @@ def convert(
     to: str = typer.Option(
         ...,
         "--to",
-        help="hf, safetensors or ckpt: Hugging Face, or one MindSpore file.",
+        help="hf or llama: a directory for other engines; safetensors or ckpt: one MindSpore file.",
         autocompletion=names_in("commands.convert", "FORMS"),
     ),
     config: Path = typer.Option(None, "--config", help="Folder of the config.json, if it is not with the weights."),
@@ -59,7 +59,11 @@ def convert(
     allow_nonfinite: AllowNonfinite = False,
     allow_overflow: AllowOverflow = False,
 ) -> None:
-    """Write a checkpoint in another form: Hugging Face again, or MindSpore files for mindformers.
+    """Write a checkpoint in another form.
+
+    hf is the published one, which transformers, vLLM and atb load; llama the same weights as a plain Llama, for tools
+    that know no TeleChat2; safetensors and ckpt are MindSpore files for mindformers. docs/elsewhere.md says what runs
+    where.
 
     With --to-strategy or --keep-optimizer tensors are copied as they are.
 
@@ -67,7 +71,14 @@ def convert(
         telechat-mindie convert training/output TeleChat2-tuned --to hf --config TeleChat2-7B
         telechat-mindie convert TeleChat2-7B telechat.ckpt --to ckpt
     """
-    from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
+    from telechat_mindie.checkpoint.convert import (
+        MindSporeForm,
+        OutputOptions,
+        to_hugging_face,
+        to_llama,
+        to_mindspore,
+    )
+    from telechat_mindie.checkpoint.elsewhere.limits import limits
     from telechat_mindie.checkpoint.redistribute import Redistribution, redistribute
     from telechat_mindie.checkpoint.source import open_checkpoint
     from telechat_mindie.checkpoint.training_run import RunChoice
@@ -76,14 +87,15 @@ def convert(
     from telechat_mindie.errors import InputError, name_some
     from telechat_mindie.units import format_bytes
 
+    elsewhere = {"hf": to_hugging_face, "llama": to_llama}
     if to not in FORMS:
         raise InputError("unknown form", where="--to", expected=" or ".join(FORMS), found=to)
-    if to == "hf" and (tp is not None or qkv_concat or gmm):
-        raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where="--to hf")
+    if to in elsewhere and (tp is not None or qkv_concat or gmm):
+        raise InputError("--tp, --qkv-concat and --gmm are for MindSpore files", where=f"--to {to}")
     choice = RunChoice(strategy, step, tuple(more_sources or ()), packed_by_rank)
     if to_strategy is not None or keep_optimizer:
         given = {
-            "--to hf": to == "hf",
+            f"--to {to}": to in elsewhere,
             "--dtype": dtype != "auto",
             "--tp": tp is not None,
             "--packed-by-rank": packed_by_rank,
@@ -118,8 +130,8 @@ def convert(
     if source.note:
         logger.info(source.note)
     with byte_progress("converting") as start:
-        if to == "hf":
-            plan = to_hugging_face(source, output, OutputOptions(**chosen), start)
+        if to in elsewhere:
+            plan = elsewhere[to](source, output, OutputOptions(**chosen), start)
         else:
             form = MindSporeForm(
                 container=to,
@@ -132,5 +144,7 @@ def convert(
             plan = to_mindspore(source, output, form, start)
     merged = f" with {name_some(adapter)} merged" if adapter else ""
     print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}{merged}")
+    for sentence in limits(to, source.config):
+        logger.info(sentence)
     if (refused := refusal(source.config)) is not None:
         logger.info(f"The weights are converted; `build` would refuse them: {refused}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from functools import lru_cache
 
 import numpy as np
 
+from telechat_mindie.computation import dynamic_ntk
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 
@@ -98,10 +98,7 @@ class RotaryTable:
         """(alpha, scale of the tables) for a sequence of `length` tokens."""
         if not self._dynamic:
             return 1.0, 1.0
-        length = max(length, self._training_seqlen)
-        alpha = max(2.0 ** math.ceil(math.log(length / self._base_seqlen, 2) + 1) - 1, 1.0)
-        scale = 1.0 if length <= self._training_seqlen else 0.1 * math.log(length / self._training_seqlen) + 1
-        return alpha, scale
+        return dynamic_ntk(length, self._training_seqlen, self._base_seqlen)
 
     def bounds(self, longest: int) -> list[int]:
         """The longest length with each alpha that sequences of up to `longest` tokens have."""

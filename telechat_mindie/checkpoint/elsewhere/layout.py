@@ -20,7 +20,8 @@ from typing import Any
 from telechat_mindie.checkpoint.elsewhere.tokenizer_json import tokenizer_json
 from telechat_mindie.checkpoint.formats.bounds import open_bounded
 from telechat_mindie.checkpoint.generation import read_generation
-from telechat_mindie.config import SPELLINGS, TelechatConfig
+from telechat_mindie.computation import trained_theta
+from telechat_mindie.config import LLAMA_SECTION, SPELLINGS, TelechatConfig
 from telechat_mindie.reading import parse_json
 from telechat_mindie.staging import dump_json
 from telechat_mindie.text.control_tokens import CONTROL_IDS
@@ -52,30 +53,66 @@ def hugging_face_files(folders: Sequence[Path], config: TelechatConfig, dtype: s
     Raises:
         CheckpointError, ConfigError, TokenizerError: one of them is damaged, or does not fit the model.
     """
-    return {
-        "config.json": dump_json(config_json(config, dtype)),
-        "generation_config.json": dump_json(generation_json(folders, config)),
-        **tokenizer_files(folders, config),
-        **code_files(),
-    }
+    return {"config.json": dump_json(config_json(config, dtype)), **_beside(folders, config), **code_files()}
+
+
+def llama_files(folders: Sequence[Path], config: TelechatConfig, dtype: str) -> dict[str, bytes]:
+    """Everything beside the weights of a Llama form, as `hugging_face_files`; no code."""
+    return {"config.json": dump_json(llama_config_json(config, dtype)), **_beside(folders, config)}
+
+
+def _beside(folders: Sequence[Path], config: TelechatConfig) -> dict[str, bytes]:
+    generation = generation_json(folders, config)
+    return {"generation_config.json": dump_json(generation), **tokenizer_files(folders, config)}
 
 
 def config_json(config: TelechatConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json: every fact under its published name, then what else the source's file said."""
-    return {"architectures": [ARCHITECTURE], "model_type": "telechat", "auto_map": AUTO_MAP} | described(config, dtype)
+    loading = {"architectures": [ARCHITECTURE], "model_type": "telechat", "auto_map": AUTO_MAP, "torch_dtype": dtype}
+    return loading | described(config)
 
 
-def described(config: TelechatConfig, dtype: str) -> dict[str, Any]:
-    """The keys of config.json that do not depend on who loads it."""
+def llama_config_json(config: TelechatConfig, dtype: str) -> dict[str, Any]:
+    """The content of a Llama form's config.json, with a section that has the keys of `config_json`.
+
+    A Llama has no Dynamic NTK. Up to the trained length that is one base for the angles, which is given as rope_theta.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": min(config.seq_length, config.training_seqlen),
+        "rope_theta": trained_theta(config),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        LLAMA_SECTION: described(config),
+    }
+
+
+def described(config: TelechatConfig) -> dict[str, Any]:
+    """The keys of config.json that say what the model is, and not how it is loaded."""
     moe = {"num_experts", "experts_per_token"}
     facts = {
         keys[0]: getattr(config, name)
         for name, keys in SPELLINGS.items()
         if hasattr(config, name) and name != "torch_dtype" and (config.is_moe or name not in moe)
     }
-    spelled = {key for keys in SPELLINGS.values() for key in keys} - {"max_position_embeddings"}
+    spelled = {key for keys in SPELLINGS.values() for key in keys}
     kept = {key: value for key, value in config.raw.items() if key not in spelled | LOADERS_KEYS}
-    return {"torch_dtype": dtype} | facts | kept
+    return facts | kept
 
 
 def generation_json(folders: Sequence[Path], config: TelechatConfig) -> dict[str, Any]:
