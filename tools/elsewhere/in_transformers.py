@@ -1,4 +1,4 @@
-"""The forms in transformers, compared with what ours.py wrote: `in_transformers.py WORK`; exits with 1 if they differ."""
+"""The forms in transformers beside what ours.py wrote: `in_transformers.py WORK`; exits with 1 where they differ."""
 
 from __future__ import annotations
 
