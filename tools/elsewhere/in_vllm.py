@@ -10,6 +10,14 @@ from typing import Any
 
 import vllm
 
+NEAR = {"float32": 1e-3, "bfloat16": 0.25}
+"""A lead, in logarithms of probabilities, that another engine's rounding may turn round: a bfloat16 logit of 16 to 32
+is a multiple of 1/8."""
+
+MADE = {"mha": ("hf", "llama"), "theta": ("hf", "llama"), "ntk": ("llama",)}
+"""Of ours.py's models those that vLLM takes, which has no experts for TeleChat2. Its kernels for CPUs take no heads of
+16, as the fixtures have."""
+
 NANO = ("nano-hf", "nano-from-model-directory", "nano-from-ckpt", "nano-llama")
 
 
@@ -26,12 +34,14 @@ def answers_of(folder: Path, dtype: str, tp: int, answers: list[dict[str, Any]],
     )
     prompts = [{"prompt_token_ids": answer["prompt"]} for answer in answers]
     sampling = [vllm.SamplingParams(temperature=0, max_tokens=len(answer["answer"])) for answer in answers]
-    other = 0
+    other, near = 0, 0
     for answer, made in zip(answers, engine.generate(prompts, sampling, use_tqdm=False), strict=True):
-        same = list(made.outputs[0].token_ids) == answer["answer"]
-        other += not same
-        if not same:
-            print(f"  {made.outputs[0].text!r} instead of {answer['text']!r}")
+        pairs = zip(made.outputs[0].token_ids, answer["answer"], strict=False)
+        parted = next((at for at, (one, two) in enumerate(pairs) if one != two), None)
+        if parted is not None:
+            is_near = answer["leads"][parted] < NEAR[dtype]
+            near, other = near + is_near, other + (not is_near)
+            print(f"  {made.outputs[0].text!r} instead of {answer['text']!r}, lead {answer['leads'][parted]:.3f}")
     one = vllm.SamplingParams(temperature=0, max_tokens=1)
     prompted = 0
     for chat in chats:
@@ -52,15 +62,14 @@ def main(work: Path, tp: int) -> int:
     for dtype, answers in expected["models"]["nano"].items():
         for name in NANO if tp == 1 else ("nano-hf", "nano-llama"):
             faults += answers_of(work / name, dtype, tp, answers, expected["chats"])
-    for name, by_dtype in expected["models"].items() if tp == 1 else ():
-        # vLLM has no experts for TeleChat2 and no Dynamic NTK; a Llama form has the latter's base up to its length.
-        if name == "nano" or name.startswith("moe"):
-            continue
-        for form in ("llama",) if name.startswith("ntk") else ("hf", "llama"):
+    for name, forms in MADE.items() if tp == 1 else ():
+        for form in forms:
             folder = work / f"{name}-{form}"
-            most = json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 1 << 20)
-            answers = [a | {"answer": a["answer"][: most - len(a["prompt"])]} for a in by_dtype["float32"]]
-            faults += answers_of(folder, "float32", tp, [a for a in answers if a["answer"]], [])
+            # No Dynamic NTK: vLLM goes as far as the plain embedding, and a Llama form to the trained length.
+            most = 64 if name == "ntk" else 256
+            answers = expected["models"][name]["float32"]
+            cut = [answer | {"answer": answer["answer"][: most - len(answer["prompt"])]} for answer in answers]
+            faults += answers_of(folder, "float32", tp, cut, [])
     print("all as ours" if not faults else f"{faults} differ")
     return bool(faults)
 

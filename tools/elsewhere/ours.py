@@ -1,21 +1,25 @@
 """What this package answers, for the other engines to be compared with: `ours.py WORK [FIXTURES]`.
 
 Makes checkpoints in WORK in every form that `convert` writes, and WORK/expected.json with ids, prompts and greedy
-answers; WORK/NAME.npz has the logits behind prompts. FIXTURES holds folders NAME/ckpt of more checkpoints.
+answers; WORK/NAME-DTYPE.npz has the logits behind prompts. FIXTURES holds folders NAME/ckpt of more checkpoints.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_llama, to_mindspore
+from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.config import TelechatConfig
 from telechat_mindie.engine.local import open_local
 from telechat_mindie.engine.params import GenerationParams
 from telechat_mindie.kv_budget import RESERVED_BLOCKS
@@ -23,7 +27,31 @@ from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
-QUESTIONS = ("生抽与老抽的区别？", "What is soy sauce?", "红烧肉怎么做？", "def add(a, b):")
+QUESTIONS = (
+    *("生抽与老抽的区别？", "酱油是怎么做的？", "红烧肉怎么做？", "凉拌菜用生抽还是老抽？"),
+    *("What is soy sauce?", "def add(a, b):"),  # which telechat2-nano has never seen
+)
+SIZES = {
+    "architectures": ["TelechatForCausalLM"],
+    "model_type": "telechat",
+    "vocab_size": 2400,
+    "hidden_size": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "ffn_hidden_size": 192,
+    "layer_norm_epsilon": 1e-5,
+    "seq_length": 256,
+    "training_seqlen": 64,
+    "base_seqlen": 64,
+}
+MADE: dict[str, dict[str, Any]] = {
+    "mha": {"training_seqlen": 256, "base_seqlen": 256},
+    "theta": {"training_seqlen": 256, "base_seqlen": 256, "rope_theta": 1000000, "num_key_value_heads": 2},
+    "ntk": {"base_seqlen": 16},
+    "moe": {"num_local_experts": 8, "num_experts_per_tok": 3},
+}
+"""Models of random weights, by what of TeleChat2 they have."""
+
 NEW_TOKENS = 48
 LENGTHS = (1, 5, 12, 20, 31)  # of prompts of random ids: within every fixture's trained length
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
@@ -50,6 +78,8 @@ CHATS: list[dict[str, Any]] = [
 def main(work: Path, fixtures: Path | None) -> None:
     write_checkpoint(work / "nano")
     sources = {"nano": work / "nano"}
+    for name, changes in MADE.items():
+        sources[name] = make_checkpoint(work / name, work / "nano", SIZES | changes)
     if fixtures:
         sources |= {path.parent.name: path for path in sorted(fixtures.glob("*/ckpt"))}
     expected: dict[str, Any] = {"chats": [], "models": {}}
@@ -73,11 +103,24 @@ def main(work: Path, fixtures: Path | None) -> None:
     (work / "expected.json").write_text(json.dumps(expected, ensure_ascii=False), encoding="utf-8")
 
 
+def make_checkpoint(folder: Path, nano: Path, data: dict[str, Any]) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for weight in weights(TelechatConfig.from_dict(data)).values():
+        values = rng.standard_normal(weight.shape, dtype=np.float32) * 0.1
+        arrays[weight.name] = values + (len(weight.shape) == 1)
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(data))
+    shutil.copy(nano / "tokenizer.model", folder)
+    return folder
+
+
 def answers(work: Path, name: str, checkpoint: Path, dtype: str) -> list[dict[str, Any]]:
     """Greedy answers of the engine that `generate` runs, and in a .npz the logits behind each prompt."""
     build(work / f"{name}-{dtype}", checkpoint, BuildOptions(dtype=dtype))
     local = open_local(work / f"{name}-{dtype}")
-    params = GenerationParams(max_new_tokens=NEW_TOKENS if name == "nano" else 24)
+    params = GenerationParams(max_new_tokens=NEW_TOKENS, logprobs=2)
     rng = np.random.default_rng(0)
     if name == "nano":
         turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -88,7 +131,11 @@ def answers(work: Path, name: str, checkpoint: Path, dtype: str) -> list[dict[st
     for number, prompt in enumerate(prompts):
         outputs = list(local.engine.generate(prompt, params))
         tokens = [token for output in outputs for token in output.token_ids]
-        found.append({"prompt": prompt, "answer": tokens, "text": "".join(output.text for output in outputs)})
+        places = [place for output in outputs for place in output.logprobs]
+        # By how much each token was likelier than the next best.
+        leads = [float(place.top[0][1] - place.top[1][1]) for place in places]
+        text = "".join(output.text for output in outputs)
+        found.append({"prompt": prompt, "answer": tokens, "leads": leads, "text": text})
         logits[str(number)] = last_logits(work / f"{name}-{dtype}", np.array(prompt))
     np.savez(work / f"{name}-{dtype}.npz", **logits)
     return found
