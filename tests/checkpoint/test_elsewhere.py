@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 
 import pytest
 from helpers.checkpoints import MOE, make_checkpoint
+from typer.testing import CliRunner
 
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.elsewhere.layout import CODE
 from telechat_mindie.checkpoint.elsewhere.limits import limits, plain_length
 from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.cli import app
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import CheckpointError, TokenizerError
+from telechat_mindie.errors import CheckpointError, InputError, TokenizerError
 from telechat_mindie.model_dir.build import build
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
@@ -207,12 +207,12 @@ def test_what_is_left_out_is_said(changes, plain, hf, llama):
 
 def test_the_command_says_it(tmp_path):
     make_checkpoint(tmp_path / "ckpt", "float16", **MOE)
-    command = [sys.executable, "-m", "telechat_mindie", "convert", str(tmp_path / "ckpt")]
-    done = subprocess.run([*command, str(tmp_path / "hf"), "--to", "hf"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("vLLM") == 1
-    done = subprocess.run([*command, str(tmp_path / "llama"), "--to", "llama"], capture_output=True, text=True)
-    assert done.returncode == 2 and "is no Llama. Take --to hf." in done.stderr
-    done = subprocess.run(
-        [*command, str(tmp_path / "llama"), "--to", "llama", "--tp", "2"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "are for MindSpore files" in done.stderr
+
+    def run(form, *options):
+        command = ["convert", str(tmp_path / "ckpt"), str(tmp_path / form), "--to", form, *options]
+        return CliRunner().invoke(app, command)
+
+    done = run("hf")
+    assert done.exit_code == 0 and done.stderr.count("vLLM") == 1
+    assert isinstance(done := run("llama").exception, InputError) and "is no Llama" in str(done)
+    assert isinstance(done := run("llama", "--tp", "2").exception, InputError) and "MindSpore files" in str(done)

@@ -61,7 +61,8 @@ def main(work: Path) -> int:
     expected = json.loads((work / "expected.json").read_text(encoding="utf-8"))
     faults = []
     for form in ("hf", "llama"):
-        faults += compare_tokenizer(work / f"nano-{form}", expected)
+        for name, cases in expected["tokenizers"].items():
+            faults += compare_tokenizer(work / f"{name}-{form}", cases)
         for name, by_dtype in expected["models"].items():
             folder = work / f"{name}-{form}"
             if not folder.exists():

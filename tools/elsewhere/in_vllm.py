@@ -61,7 +61,7 @@ def main(work: Path, tp: int) -> int:
     faults = 0
     for dtype, answers in expected["models"]["nano"].items():
         for name in NANO if tp == 1 else ("nano-hf", "nano-llama"):
-            faults += answers_of(work / name, dtype, tp, answers, expected["chats"])
+            faults += answers_of(work / name, dtype, tp, answers, expected["tokenizers"]["nano"]["chats"])
     for name, forms in MADE.items() if tp == 1 else ():
         for form in forms:
             folder = work / f"{name}-{form}"
@@ -69,7 +69,8 @@ def main(work: Path, tp: int) -> int:
             most = 64 if name == "ntk" else 256
             answers = expected["models"][name]["float32"]
             cut = [answer | {"answer": answer["answer"][: most - len(answer["prompt"])]} for answer in answers]
-            faults += answers_of(folder, "float32", tp, cut, [])
+            chats = expected["tokenizers"].get(name, {"chats": []})["chats"]
+            faults += answers_of(folder, "float32", tp, cut, chats)
     print("all as ours" if not faults else f"{faults} differ")
     return bool(faults)
 

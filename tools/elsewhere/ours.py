@@ -46,11 +46,19 @@ SIZES = {
 }
 MADE: dict[str, dict[str, Any]] = {
     "mha": {"training_seqlen": 256, "base_seqlen": 256},
-    "theta": {"training_seqlen": 256, "base_seqlen": 256, "rope_theta": 1000000, "num_key_value_heads": 2},
+    "theta": {
+        **{"training_seqlen": 256, "base_seqlen": 256, "max_position_embeddings": 256, "num_key_value_heads": 2},
+        **{"rope_theta": 1000000, "rope_scaling": {"factor": 1.0, "rope_type": "dynamic"}},  # as the 7B-32K says it
+    },
     "ntk": {"base_seqlen": 16},
     "moe": {"num_local_experts": 8, "num_experts_per_tok": 3},
 }
 """Models of random weights, by what of TeleChat2 they have."""
+
+TOKENS = ("<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", "", "")  # ids from 1 on
+TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+ADDED = {str(index): {"content": name, "special": True} for index, name in enumerate(TOKENS + TAGS, 1) if name}
+"""What the tokenizer_config.json of 3B and 7B adds, which `theta` has too."""
 
 NEW_TOKENS = 48
 LENGTHS = (1, 5, 12, 20, 31)  # of prompts of random ids: within every fixture's trained length
@@ -82,7 +90,7 @@ def main(work: Path, fixtures: Path | None) -> None:
         sources[name] = make_checkpoint(work / name, work / "nano", SIZES | changes)
     if fixtures:
         sources |= {path.parent.name: path for path in sorted(fixtures.glob("*/ckpt"))}
-    expected: dict[str, Any] = {"chats": [], "models": {}}
+    expected: dict[str, Any] = {"tokenizers": {}, "models": {}}
     for name, checkpoint in sources.items():
         source = open_checkpoint(checkpoint)
         to_hugging_face(source, work / f"{name}-hf", OutputOptions())
@@ -95,11 +103,14 @@ def main(work: Path, fixtures: Path | None) -> None:
     to_hugging_face(open_checkpoint(work / "nano-tp2"), work / "nano-from-model-directory", OutputOptions())
     to_mindspore(open_checkpoint(work / "nano"), work / "nano.ckpt", MindSporeForm(container="ckpt"))
     to_hugging_face(open_checkpoint(work / "nano.ckpt", work / "nano"), work / "nano-from-ckpt", OutputOptions())
-    tokenizer = TelechatTokenizer.from_pretrained(work / "nano")
-    for chat in CHATS:
-        ids = tokenizer.apply_chat_template(chat["messages"], chat.get("tools"), add_generation_prompt=True)
-        expected["chats"].append({**chat, "ids": ids})
-    expected["texts"] = [{"text": text, "ids": tokenizer.encode(text)} for text in texts(tokenizer)]
+    for name in ("nano", "theta"):
+        tokenizer = TelechatTokenizer.from_pretrained(work / name)
+        chats = []
+        for chat in CHATS:
+            ids = tokenizer.apply_chat_template(chat["messages"], chat.get("tools"), add_generation_prompt=True)
+            chats.append({**chat, "ids": ids})
+        written = [{"text": text, "ids": tokenizer.encode(text)} for text in texts(tokenizer)]
+        expected["tokenizers"][name] = {"texts": written, "chats": chats}
     (work / "expected.json").write_text(json.dumps(expected, ensure_ascii=False), encoding="utf-8")
 
 
@@ -113,6 +124,8 @@ def make_checkpoint(folder: Path, nano: Path, data: dict[str, Any]) -> Path:
     save_file(arrays, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(data))
     shutil.copy(nano / "tokenizer.model", folder)
+    if "rope_theta" in data:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": ADDED}))
     return folder
 
 
@@ -172,7 +185,7 @@ def texts(tokenizer: TelechatTokenizer) -> list[str]:
     """At least 400: words and characters of many kinds, and control and tool tokens among them."""
     draw = random.Random(0)
     pieces = [piece.replace("\u2581", " ") for piece in tokenizer.pieces()[0]]
-    tokens = ["<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>", "<_system>", "<tool_call>", "</tool_call>"]
+    tokens = [*filter(None, TOKENS + TAGS)]
     written = [*QUESTIONS, "", " ", "  a  b ", "\n\t\r\n", "😀👍🏽 e\u0301", "x_1__2___3____4", "\u3000全角", "<0x0A>"]
     while len(written) < 500:
         kinds = (draw.choice(pieces), draw.choice(tokens), chr(draw.randrange(0x4E00, 0x9FA5)))

@@ -17,15 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.checkpoint.elsewhere.tokenizer_json import tokenizer_json
+from telechat_mindie.checkpoint.elsewhere.tokenizer_json import token_json, tokenizer_json
 from telechat_mindie.checkpoint.formats.bounds import open_bounded
 from telechat_mindie.checkpoint.generation import read_generation
 from telechat_mindie.computation import trained_theta
 from telechat_mindie.config import LLAMA_SECTION, SPELLINGS, TelechatConfig
-from telechat_mindie.reading import parse_json
+from telechat_mindie.reading import read_json
 from telechat_mindie.staging import dump_json
 from telechat_mindie.text.control_tokens import CONTROL_IDS
-from telechat_mindie.text.settings import constructor_arguments, template_names
+from telechat_mindie.text.settings import constructor_arguments, template_names, token_text
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 ARCHITECTURE = "TeleChat2ForCausalLM"
@@ -35,10 +35,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_telechat2.{ARCHITECTURE}",
 }
 
-LOADERS_KEYS = {"architectures", "auto_map", "model_type", "torch_dtype", "dtype", "_name_or_path"}
+_LOADING = {"architectures", "auto_map", "model_type", "torch_dtype", "dtype", "_name_or_path"}
 """Keys of a config.json that say how it is loaded, not what the model is."""
 
-SPOKEN_AGAINST = {"auto_map", "tokenizer_class", "use_fast", "unk_token"}
+_OVERRULED = {"auto_map", "tokenizer_class", "use_fast", "unk_token"}
 """Keys of a tokenizer_config.json that would lead away from tokenizer.json, or add a token to it: with byte fallback
 there is no unknown one."""
 
@@ -69,7 +69,7 @@ def _beside(folders: Sequence[Path], config: TelechatConfig) -> dict[str, bytes]
 def config_json(config: TelechatConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json: every fact under its published name, then what else the source's file said."""
     loading = {"architectures": [ARCHITECTURE], "model_type": "telechat", "auto_map": AUTO_MAP, "torch_dtype": dtype}
-    return loading | described(config)
+    return loading | _described(config)
 
 
 def llama_config_json(config: TelechatConfig, dtype: str) -> dict[str, Any]:
@@ -98,11 +98,11 @@ def llama_config_json(config: TelechatConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        LLAMA_SECTION: described(config),
+        LLAMA_SECTION: _described(config),
     }
 
 
-def described(config: TelechatConfig) -> dict[str, Any]:
+def _described(config: TelechatConfig) -> dict[str, Any]:
     """The keys of config.json that say what the model is, and not how it is loaded."""
     moe = {"num_experts", "experts_per_token"}
     facts = {
@@ -111,7 +111,7 @@ def described(config: TelechatConfig) -> dict[str, Any]:
         if hasattr(config, name) and name != "torch_dtype" and (config.is_moe or name not in moe)
     }
     spelled = {key for keys in SPELLINGS.values() for key in keys}
-    kept = {key: value for key, value in config.raw.items() if key not in spelled | LOADERS_KEYS}
+    kept = {key: value for key, value in config.raw.items() if key not in spelled | _LOADING}
     return facts | kept
 
 
@@ -124,9 +124,9 @@ def generation_json(folders: Sequence[Path], config: TelechatConfig) -> dict[str
     Raises:
         CheckpointError, ConfigError: the file is a link, or says something that cannot be.
     """
-    found = find("generation_config.json", folders)
+    found = _find("generation_config.json", folders)
     if found:
-        read_side_file(found)
+        _read(found)  # no link
     generation = read_generation(found.parent if found else folders[0], config)
     lengths = {"max_new_tokens", "max_length"}
     length = {} if lengths & generation.written.keys() else {"max_new_tokens": generation.max_new_tokens}
@@ -145,24 +145,24 @@ def tokenizer_files(folders: Sequence[Path], config: TelechatConfig) -> dict[str
     Raises:
         CheckpointError, ConfigError, TokenizerError: a file is a link, damaged, or no tokenizer of this model.
     """
-    templates = {name: folder for folder in reversed(folders) for name in template_names(folder)}
-    files = {name: read_side_file(folder / name) for name, folder in templates.items()}
-    model, settings = find("tokenizer.model", folders), find("tokenizer_config.json", folders)
+    model, settings = _find("tokenizer.model", folders), _find("tokenizer_config.json", folders)
     if model is None:
         return {}
-    files[model.name] = read_side_file(model)
-    given = parse_json(read_side_file(settings).decode(), settings) if settings else {}
+    templates = {name: folder for folder in reversed(folders) for name in template_names(folder)}
+    files = {name: _read(folder / name) for name, folder in templates.items()}
+    files[model.name] = _read(model)
+    given = _read_json(settings) if settings else {}
     beside = next(iter(templates.values()), folders[0])
     arguments = constructor_arguments(given, beside)
     tokenizer = TelechatTokenizer(model, vocab_size=config.vocab_size, **arguments)
-    files["tokenizer.json"] = dump_compact(tokenizer_json(model, tokenizer))
+    files["tokenizer.json"] = _dump_on_one_line(tokenizer_json(model, tokenizer))
     files["tokenizer_config.json"] = dump_json(_tokenizer_config(given, tokenizer, has_template=bool(templates)))
     return files
 
 
 def _tokenizer_config(given: Mapping[str, Any], tokenizer: TelechatTokenizer, *, has_template: bool) -> dict[str, Any]:
     """The source's tokenizer_config.json for the library's tokenizer, which takes all tokens from tokenizer.json."""
-    written = {key: value for key, value in given.items() if value is not None and key not in SPOKEN_AGAINST}
+    written = {key: value for key, value in given.items() if value is not None and key not in _OVERRULED}
     names = {token.content for token in tokenizer.added_tokens}
     written |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -174,16 +174,13 @@ def _tokenizer_config(given: Mapping[str, Any], tokenizer: TelechatTokenizer, *,
     # What names a token that tokenizer.json does not have would add it there, with an id beyond the embedding.
     if "added_tokens_decoder" in written:
         written["added_tokens_decoder"] = {
-            str(token.id): token._asdict() | {"normalized": False}
+            str(token.id): token_json(token)
             for token in tokenizer.added_tokens
             if str(token.id) in written["added_tokens_decoder"]
         }
-        for token in written["added_tokens_decoder"].values():
-            del token["id"]
     if "additional_special_tokens" in written:
-        listed = written["additional_special_tokens"]
-        texts = [token["content"] if isinstance(token, dict) else token for token in listed]
-        written["additional_special_tokens"] = [text for text in texts if text in names]
+        listed = map(token_text, written["additional_special_tokens"])
+        written["additional_special_tokens"] = [text for text in listed if text in names]
     if not has_template:
         written.setdefault("chat_template", tokenizer.chat_template)
     return written
@@ -195,17 +192,22 @@ def code_files() -> dict[str, bytes]:
     return {name: folder.joinpath(name).read_bytes() for name in CODE}
 
 
-def find(name: str, folders: Sequence[Path]) -> Path | None:
+def _find(name: str, folders: Sequence[Path]) -> Path | None:
     """The file of this name in the first of the folders that has one."""
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def read_side_file(path: Path) -> bytes:
+def _read(path: Path) -> bytes:
     """A file beside the weights. Raises CheckpointError for what is no file, such as a link to elsewhere."""
     with open_bounded(path) as file:
         return file.read(0, file.size)
 
 
-def dump_compact(data: Any) -> bytes:
+def _read_json(path: Path) -> dict[str, Any]:
+    _read(path)  # no link
+    return read_json(path)
+
+
+def _dump_on_one_line(data: Any) -> bytes:
     """JSON on one line: a vocabulary is for nobody's eyes."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

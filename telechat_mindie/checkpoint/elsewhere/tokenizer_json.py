@@ -55,15 +55,7 @@ def tokenizer_json(file: Path, tokenizer: TelechatTokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": token.id,
-                "content": token.content,
-                "single_word": token.single_word,
-                "lstrip": token.lstrip,
-                "rstrip": token.rstrip,
-                "normalized": False,
-                "special": token.special,
-            }
+            {"id": token.id, **token_json(token)}
             for token in sorted(tokenizer.added_tokens, key=lambda token: token.id)
         ],
         "normalizer": {
@@ -89,6 +81,12 @@ def tokenizer_json(file: Path, tokenizer: TelechatTokenizer) -> dict[str, Any]:
             "merges": [f"{left} {right}" for left, right in _merges(pieces, scores, types)],
         },
     }
+
+
+def token_json(token: AddedToken) -> dict[str, Any]:
+    """An added token as tokenizer.json and tokenizer_config.json write it. It is looked for in the text as it came, so
+    the stretches between tokens are what is normalised."""
+    return {name: value for name, value in token._asdict().items() if name != "id"} | {"normalized": False}
 
 
 def _piece_types(file: Path) -> list[int]:
