@@ -94,6 +94,8 @@ def dynamic_ntk(length: int, training_seqlen: int, base_seqlen: int) -> tuple[fl
 def trained_theta(config: TelechatConfig) -> float:
     """The base of the angles of every sequence up to `training_seqlen` tokens, where the extension is constant."""
     alpha, _ = dynamic_ntk(1, config.training_seqlen, config.base_seqlen)
+    if alpha == 1.0:
+        return config.rope_theta
     return float(config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2)))
 
 
