@@ -22,7 +22,7 @@ NANO = ("nano-hf", "nano-from-model-directory", "nano-from-ckpt", "nano-llama")
 
 
 def answers_of(folder: Path, dtype: str, tp: int, answers: list[dict[str, Any]], chats: list[dict[str, Any]]) -> int:
-    """How many greedy answers and chat prompts differ."""
+    """How many greedy answers and chat prompts differ, near ties aside."""
     engine = vllm.LLM(
         model=str(folder),
         trust_remote_code=not folder.name.endswith("llama"),
@@ -48,7 +48,8 @@ def answers_of(folder: Path, dtype: str, tp: int, answers: list[dict[str, Any]],
         made = engine.chat(chat["messages"], one, tools=chat.get("tools"), use_tqdm=False)
         prompted += list(made[0].prompt_token_ids) != chat["ids"]
     print(
-        f"{folder.name}, {dtype}, tp {tp}: of {len(answers)} answers {other} differ, of {len(chats)} chats {prompted}"
+        f"{folder.name}, {dtype}, tp {tp}: of {len(answers)} answers {other} differ and {near} part at near ties, "
+        f"of {len(chats)} chats {prompted} differ"
     )
     del engine
     gc.collect()
