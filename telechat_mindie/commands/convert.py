@@ -145,6 +145,6 @@ def convert(
     merged = f" with {name_some(adapter)} merged" if adapter else ""
     print(f"{output}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights, from {source.kind}{merged}")
     for sentence in limits(to, source.config):
-        logger.info(sentence)
+        logger.warning(sentence)
     if (refused := refusal(source.config)) is not None:
         logger.info(f"The weights are converted; `build` would refuse them: {refused}")
