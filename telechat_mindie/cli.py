@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import typer
 
 from telechat_mindie import __version__
+from telechat_mindie.commands.ending import run
 from telechat_mindie.commands.group import SETTINGS, Sections
-from telechat_mindie.errors import TelechatMindieError
 
 
 class _Program(Sections):
@@ -50,10 +49,6 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-def main() -> None:
-    """Run a command. Exit code 2, with one line on stderr, where the input is refused."""
-    try:
-        app()
-    except TelechatMindieError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> NoReturn:
+    """Run a command of this process's command line; see `commands.ending`."""
+    run(app)

@@ -18,6 +18,17 @@ DIR_MODE = 0o750
 FILE_MODE = 0o640
 """The widest modes that MindIE accepts for a model directory and its files (MindIE-LLM safe_path.cpp)."""
 
+LEFT: list[Path] = []
+"""Partial directories that this process kept for another run to go on with."""
+
+_unfinished: list[StagedDirectory] = []
+
+
+def abandon_unfinished() -> None:
+    """Leave every staged directory as an exception would, before the process ends without one."""
+    for staged in reversed(_unfinished):
+        staged.__exit__(KeyboardInterrupt)
+
 
 def dump_json(data: Any) -> bytes:
     """JSON as people read it: two spaces, Chinese as it is, a final newline."""
@@ -76,8 +87,9 @@ class StagedDirectory:
     """A directory that appears under its name complete, or not at all.
 
     It is made as the neighbour `.NAME.partial`, locked against a second run, and renamed by `commit`. Leaving the
-    context without a commit removes it, unless `keep` was set. An existing target is replaced only with `replace`,
-    and only if it holds a `marker` file, which shows that this package made it.
+    context without a commit removes it; but where it is `resumable`, an interrupt leaves it there, and so does an error
+    of a resumed run. An existing target is replaced only with `replace`, and only if it holds a `marker` file, which
+    shows that this package made it.
 
     Args:
         target: the directory to make; an existing empty directory counts as absent.
@@ -103,7 +115,7 @@ class StagedDirectory:
     ) -> None:
         self.target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link
         self.path = self.target.with_name(f".{self.target.name}.partial")
-        self.keep = False
+        self.resumable = False
         self._replace = replace
         self._marker = marker
         self._resume = resume
@@ -113,30 +125,48 @@ class StagedDirectory:
 
     def __enter__(self) -> StagedDirectory:
         self._check_target()
+        try:
+            self._begin()
+        except BaseException as error:
+            if self._lock is not None:
+                self.__exit__(type(error))
+            elif not isinstance(error, Exception):  # an interrupt behind mkdir
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            raise
+        return self
+
+    def _begin(self) -> None:
         with reporting_os_errors(self.target):
             fresh = not self.path.exists()
             if self.path.is_symlink():
                 raise OutputError("is a symbolic link", where=self.path, advice="Remove it.")
             if fresh:
                 self.path.mkdir(mode=DIR_MODE)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(self._lock)
+                os.close(lock)
                 raise OutputError(
                     "another run is making this directory", where=self.target, advice="Wait for it to end."
                 ) from None
+            self.resumable = self._resume and not fresh
+            self._lock = lock  # the directory is ours from here on
+            _unfinished.append(self)
             self.path.chmod(DIR_MODE)
-            if not fresh and not self._resume:
+            if not self.resumable:
                 _empty_directory(self.path)
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self.path.exists() and not self.keep:
+            interrupted = kind is not None and not issubclass(kind, Exception)
+            if self.resumable and (interrupted or (kind is not None and self._resume)) and self.path.exists():
+                LEFT.append(self.path)
+            else:
                 shutil.rmtree(self.path, ignore_errors=True)
         finally:
+            _unfinished.remove(self)
             if self._lock is not None:
                 os.close(self._lock)
 
@@ -154,13 +184,16 @@ class StagedDirectory:
             if self.target.is_dir() and any(self.target.iterdir()):
                 old = self.target.with_name(f".{self.target.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
-                self.target.rename(old)
                 try:
+                    self.target.rename(old)
                     self.path.rename(self.target)
-                except OSError:
-                    old.rename(self.target)
+                except BaseException:  # an interrupt as well, which may come behind either
+                    if not self.target.exists():
+                        old.rename(self.target)
                     raise
-                shutil.rmtree(old, ignore_errors=True)
+                finally:
+                    if self.target.exists():
+                        shutil.rmtree(old, ignore_errors=True)
             else:
                 self.path.rename(self.target)
             sync_directory(self.target.parent)

@@ -81,18 +81,14 @@ def convert_staged(
         CheckpointError: the source is damaged, or holds NaN, infinity or values beyond float16 that are not allowed.
         OutputError: not enough space, or a file cannot be written.
     """
-    staged.keep = True
+    journal = Journal(staged.path, _fingerprint(plan, source, *choices), resume=options.resume)
     try:
-        journal = Journal(staged.path, _fingerprint(plan, source, *choices), resume=options.resume)
-        try:
-            _remove_strays(staged.path, journal)
-            _write(plan, source, staged.path, journal, options, progress or (lambda _: None))
-        finally:
-            journal.close()
-    except Exception:
-        staged.keep = options.resume
-        raise
-    staged.keep = False
+        staged.resumable = bool(journal.records)
+        _remove_strays(staged.path, journal)
+        _write(plan, source, staged.path, journal, options, progress or (lambda _: None))
+    finally:
+        staged.resumable = bool(journal.records)
+        journal.close()
     records = [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
     return Written(records, journal.odd_values)
 
