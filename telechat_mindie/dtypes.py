@@ -56,6 +56,9 @@ DTYPES = {
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 """Names of the dtypes that a weight may have."""
 
+SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+"""What people write for them, too."""
+
 HALF_DTYPES = ("float16", "bfloat16")
 """Names of the dtypes that an NPU computes in."""
 

@@ -27,6 +27,12 @@ class Foreign:
     advice: str
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
+"""Of files that hold weights here."""
+
+BESIDE_WEIGHTS = (".json", ".model", ".yaml", ".yml", ".py", ".md", ".txt", ".jinja")
+"""Of files that lie beside them, and that somebody may name in the place of their folder."""
+
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What peft calls an adapter's weights, which may lie beside a model's."""
 
@@ -40,6 +46,7 @@ ANOTHER_ARCHITECTURE = "Only TeleChat2, TeleChat2.5 and T1 are built here; use a
 
 TABLE = (
     Foreign("file", r"adapter_config\.json|adapter_model\.(safetensors|bin)", IS_ADAPTER, NOT_A_MODEL),
+    Foreign("file", r".*\.(zip|7z|rar|tar|tgz|tar\.\w+)", "is an archive", "Unpack it, and name the folder it gives."),
     Foreign("file", r".*\.gguf", "is in llama.cpp's format GGUF", _ORIGINAL),
     Foreign("file", r"quant_model_description.*\.json|quant_model_weight.*", _W8A8, _ORIGINAL),
     Foreign("file", r"quantize_config\.json", _GPTQ, _ORIGINAL),
@@ -120,13 +127,21 @@ TABLE = (
 """The first row that fits names what was given."""
 
 
-def refuse_foreign(
-    sign: str, seen: Iterable[str], where: object, error: type[TelechatMindieError] = TelechatMindieError
-) -> None:
-    """Raises `error`, which names what was seen, where a row of that sign fits one of them."""
+def find_foreign(sign: str, seen: Iterable[str]) -> tuple[Foreign, str] | None:
+    """The first row of that sign that fits one of what was seen, and that one."""
     listed = list(seen)
     for row in TABLE:
         if row.sign == sign:
             matches = re.compile(row.pattern).fullmatch
             if (found := next(filter(matches, listed), None)) is not None:
-                raise error(row.what, where=where, found=found, advice=row.advice)
+                return row, found
+    return None
+
+
+def refuse_foreign(
+    sign: str, seen: Iterable[str], where: object, error: type[TelechatMindieError] = TelechatMindieError
+) -> None:
+    """Raises `error`, which names what was seen, where a row of that sign fits one of them."""
+    if (match := find_foreign(sign, seen)) is not None:
+        row, found = match
+        raise error(row.what, where=where, found=found, advice=row.advice)

@@ -26,6 +26,10 @@ RESERVED_BLOCKS = 1
 """The last block of a cache is for dummy batches and never handed out: MindIE-LLM v3.0.0.beta.2
 mindie_llm/connector/common/input_metadata_builder.py:155. The embedded engine does the same."""
 
+BLOCK_SIZES = (16, 32, 64, 128)
+"""Block sizes that an NPU's PagedAttention has a tiling for, on the custom and on the asdops kernel. The CPU takes
+any."""
+
 FULL_BATCH = 200
 """Sequences of a decode batch for which logits are counted: maxBatchSize as every generation of MindIE ships it."""
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,41 @@ def existing_path(path: Path, what: str) -> Path:
         InputError: it is missing, or a pipe, a device or the like.
     """
     if not path.exists():
-        raise InputError(f"{what} is not there", where=path)
+        raise InputError(f"{what} is not there", where=path, advice=meant_instead(path))
     if not path.is_dir() and not path.is_file():
         raise InputError(f"{what} is neither a folder nor a regular file", where=path)
     return path
+
+
+_HUB = re.compile(
+    r"(?P<url>https?:/+(www\.)?(huggingface\.co|hf-mirror\.com|modelscope\.cn)/(models/)?)?"
+    r"(?P<owner>[A-Za-z][\w-]*)/(?P<name>[\w-][\w.-]*)(?(url)(/.*)?)"
+)
+_SERVICE = re.compile(r"(?P<scheme>https?:/+)?[\w.-]+(?P<port>:\d+)?(/.*)?")
+
+
+def meant_instead(path: Path) -> str | None:
+    """What to do about a path that is not there, as a sentence: it may be a model of a hub, a service, or misspelt.
+
+    Args:
+        path: of what a command was given; `Path` has made one slash of a URL's two.
+    """
+    text = str(path)
+    hub = _HUB.fullmatch(text)
+    if hub and (hub["url"] or not path.parent.exists()):
+        owner, name = hub["owner"], hub["name"]
+        other = owner.replace("Tele-AI", "TeleAI")  # what China Telecom is called at ModelScope
+        return (
+            f"Download the model first: `hf download {owner}/{name} --local-dir {name}` from Hugging Face, or "
+            f"`modelscope download --model {other}/{name} --local_dir {name}` from ModelScope; then name {name}."
+        )
+    service = _SERVICE.fullmatch(text)
+    if service and (service["scheme"] or service["port"]):
+        scheme, address = re.fullmatch(r"(?:(https?):/+)?(.*)", text).groups("http")  # type: ignore[union-attr]
+        return f"A service is asked by `telechat-mindie chat {scheme}://{address}`."
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = get_close_matches(path.name, beside, 1)
+    return f"Is it {path.parent / close[0]}?" if close else None

@@ -16,10 +16,10 @@ VARIANTS: dict[str, TelechatConfig] = {
 
 
 def named(label: str) -> TelechatConfig:
-    """The size of a label; InputError where there is none."""
-    if label not in VARIANTS:
+    """The size of a label, in capitals or not; InputError where there is none."""
+    if label.lower() not in VARIANTS:
         raise InputError("unknown size", where="--variant", expected=" or ".join(VARIANTS), found=label)
-    return VARIANTS[label]
+    return VARIANTS[label.lower()]
 
 
 def label_for(config: TelechatConfig) -> str:

@@ -2,8 +2,9 @@
 """Interrupt commands at many moments, and print how each of them ended.
 
 The moments are spread over the time that a command takes by itself, from when it answers signals: Python's own start
-before that is not ours. Ctrl-C and SIGTERM take turns. A command must then say one line, exit with 130 or 143, and leave nothing behind but what `build --resume` goes on with, which is tried.
-What had ended before its moment came is counted apart, and so is a server that was up: its orderly end is exit code 0.
+before that is not ours. Ctrl-C and SIGTERM take turns. A command must then say one line, exit with 130 or 143, and
+leave nothing behind but what `build --resume` goes on with, which is tried. Exit code 0 is right as well where it is
+the command's own: it was done, the server was up and ended in order, or the load test reports what it has.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Ending:
 
 def scenarios(model: Path, checkpoint: Path, url: str) -> list[Scenario]:
     """One for each of COMMANDS."""
-    questions = "What is MindIE?\n" * 40
+    questions = "What is MindIE?\n/reset\n" * 40
     build = [sys.executable, "-c", SMALL_SHARDS, "build", "{out}", "--checkpoint", str(checkpoint)]
     bench = ["bench", "serve", "--url", url, "--requests", "40", "--output-tokens", "32", "--prompt-tokens", "16"]
     return [
@@ -136,6 +137,7 @@ def duration(scenario: Scenario, folder: Path) -> float:
 
 def endings(scenario: Scenario, folder: Path, moments: int, workers: int = 2) -> list[Ending]:
     """A run for each of so many moments, at most `workers` at a time."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
     whole = duration(scenario, _fresh(folder / "whole"))
 
     def run(index: int) -> Ending:
@@ -179,9 +181,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     config = json.loads((folder / "large/config.json").read_text()) | {"n_layer": LAYERS}
     (folder / "large/config.json").write_text(json.dumps(config))
     shapes = {weight.name: weight.shape for weight in weights(TelechatConfig.from_dict(config)).values()}
-    save_file(
-        {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, folder / "large/model.safetensors"
-    )
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, folder / "large/model.safetensors")
     return folder / "model", folder / "large"
 
 
@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20, help="of each command; default: %(default)s")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     arguments = parser.parse_args()
-    print("| command | moments | exit codes | resumed | slowest end, s | faults |", "|---|---|---|---|---|---|", sep="\n")
+    print(
+        "| command | moments | exit codes | resumed | slowest end, s | faults |", "|---|---|---|---|---|---|", sep="\n"
+    )
     faults = 0
     with tempfile.TemporaryDirectory(prefix="telechat-mindie-") as name:
         folder = Path(name)

@@ -14,7 +14,7 @@ from telechat_mindie.checkpoint.training_run import RunChoice, find_run
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError
-from telechat_mindie.foreign import refuse_foreign
+from telechat_mindie.foreign import BESIDE_WEIGHTS, WEIGHT_SUFFIXES, refuse_foreign
 from telechat_mindie.reading import existing_path
 
 
@@ -112,6 +112,13 @@ def _folder(path: Path) -> Path:
 def _open_model(path: Path, config_dir: Path | None, adapters: Container[Path], choice: RunChoice) -> Checkpoint:
     if existing_path(path, "checkpoint").is_file():
         _refuse_foreign_files(path)
+        if path.suffix in BESIDE_WEIGHTS:
+            raise CheckpointError(
+                "is no file of weights",
+                where=path,
+                expected=f"a folder, or a file *{', *'.join(WEIGHT_SUFFIXES)}",
+                advice=f"Name the folder: {path.parent}",
+            )
     # A config.json of another model says more than its weights' names, or dtypes that no file of ours has.
     config = config_beside(path, config_dir)
     config_dir = config_dir or _folder(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.writer import FileRecord, HashedFile, Journal
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.dtypes import WEIGHT_DTYPES
+from telechat_mindie.dtypes import SHORT_NAMES, WEIGHT_DTYPES
 from telechat_mindie.errors import CheckpointError, InputError, OutputError, name_some
 from telechat_mindie.staging import StagedDirectory
 
@@ -54,11 +55,13 @@ def choose_dtype(wanted: str, stored: str, config: TelechatConfig) -> str:
 
 
 def known_dtype(wanted: str) -> str:
-    """`wanted`, if weights can have it. Raises InputError otherwise."""
-    if wanted not in WEIGHT_DTYPES:
+    """The name of the dtype that somebody wants, which may be a short one. Raises InputError where no weight has it."""
+    name = SHORT_NAMES.get(wanted.lower(), wanted)
+    if name not in WEIGHT_DTYPES:
         expected = " or ".join(("auto", *WEIGHT_DTYPES))
-        raise InputError("unknown dtype", where="--dtype", expected=expected, found=wanted)
-    return wanted
+        advice = "Nothing is quantised here; MindIE's own tools do that." if re.search(r"int|8|4", wanted) else None
+        raise InputError("unknown dtype", where="--dtype", expected=expected, found=wanted, advice=advice)
+    return name
 
 
 def convert_staged(

@@ -167,7 +167,9 @@ def _base_url(url: str) -> str:
     except ValueError as error:
         raise InputError(f"is no address: {error}", where=url) from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise InputError("is no address of a service", where=url, expected="http://HOST:PORT or https://HOST:PORT")
+        advice = None if "://" in url else f"Write http://{url}"
+        expected = "http://HOST:PORT or https://HOST:PORT"
+        raise InputError("is no address of a service", where=url, expected=expected, advice=advice)
     return url.rstrip("/").removesuffix("/v1")
 
 

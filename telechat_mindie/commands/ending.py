@@ -53,7 +53,7 @@ def run(command: Callable[[], object]) -> NoReturn:
             sys.stdout.flush()  # at Python's own end a full disk would be a traceback
     except BaseException as fault:
         _leave(fault)
-    sys.exit(0)
+    _exit_in_order(0)
 
 
 def _open_standard_streams() -> None:
@@ -119,10 +119,10 @@ def _leave(fault: BaseException) -> NoReturn:
     if any(isinstance(found, OSError) and found.errno == errno.EPIPE for found in chain):
         _exit(128 + signal.SIGPIPE)
     if isinstance(fault, SystemExit):
-        raise fault
+        _exit_in_order(fault.code)
     if isinstance(fault, TelechatMindieError):
         _say(f"error: {fault}")
-        sys.exit(REFUSED)
+        _exit_in_order(REFUSED)
     if isinstance(fault, (OSError, MemoryError)) and (text := _system_fault(fault)):
         _say(f"error: {text}")
         _exit(REFUSED)
@@ -182,6 +182,14 @@ def _say(line: str) -> None:
     # Not by print: a signal may have come in the middle of one.
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace"))
+
+
+def _exit_in_order(code: str | int | None) -> NoReturn:
+    """End as Python does. All is done: a signal has nothing to stop any more, and would spoil the exit code."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _exit(code: int) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from telechat_mindie.commands.messages import logger
@@ -20,7 +22,7 @@ from telechat_mindie.commands.options import (
 
 def generate(
     model_path: ModelPath,
-    prompt: str = typer.Argument(help="The question, or with --raw the text to go on with."),
+    prompt: str = typer.Argument(help="The question, or with --raw the text to go on with; - reads it from stdin."),
     raw: bool = typer.Option(False, "--raw/--chat", help="The prompt as it is, or as a user's question."),
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
@@ -45,6 +47,10 @@ def generate(
 
     if raw and system is not None:
         raise InputError("has no place in a raw prompt", where="--system", advice="Leave out --raw.")
+    if prompt == "-":
+        prompt = _stdin()
+    if not prompt.strip():
+        raise InputError("is empty", where="the prompt", advice="Ask something, or name - and give it on stdin.")
     sampling = Sampling(
         max_tokens=max_new_tokens,
         temperature=temperature,
@@ -93,3 +99,12 @@ def generate(
         f"[{output.prompt_tokens} tokens in, {output.generated_tokens} out, "
         f"first after {prefill * 1000:.0f} ms, then {speed:.1f} tokens/s]"
     )
+
+
+def _stdin() -> str:
+    from telechat_mindie.errors import InputError
+
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not {error.encoding}: {error.reason} at byte {error.start}", where="stdin") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from telechat_mindie.checkpoint.training_run import RunChoice
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
 from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
-from telechat_mindie.errors import InputError
+from telechat_mindie.errors import InputError, TokenizerError
+from telechat_mindie.kv_budget import BLOCK_SIZES
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+from telechat_mindie.model_dir.modes import path_fault
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
 from telechat_mindie.reading import read_json, read_text, unique_keys
@@ -73,6 +76,8 @@ def build(
         InputError: an option is out of range.
     """
     options = options or BuildOptions()
+    if rule := path_fault(os.path.abspath(model_path)):  # noqa: PTH100 - as it will be named, links and all
+        on_note(f"MindIE will refuse {model_path} at this place, for a path may have {rule}: rename or move it then.")
     source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
     beside = source.config_dir
     if source.note:
@@ -80,6 +85,11 @@ def build(
     check_computation(source.config, beside / "config.json")
     dtype = choose_dtype(options.dtype, source.dtype, source.config)
     max_seq_len = check_lengths(options, source.config)
+    if max_seq_len > source.config.seq_length:
+        on_note(
+            f"--max-seq-len {max_seq_len} is beyond the {source.config.seq_length} tokens that config.json gives the "
+            "model: it was not trained for that, and what it says there may make no sense."
+        )
     tokenizer_files, tokenizer_settings = read_tokenizer(beside, source.config, options.bare_prompt)
     generation = read_generation(beside, source.config)
     targets = mindformers_targets(source.config, qkv_concat=options.qkv_concat, transposed_experts=source.config.is_moe)
@@ -111,6 +121,15 @@ def check_lengths(options: BuildOptions, config: TelechatConfig) -> int:
     ):
         if not 1 <= value <= limit:
             raise InputError("is out of range", where=flag, expected=f"1 to {limit}", found=value)
+    if options.block_size not in BLOCK_SIZES:
+        expected = " or ".join(map(str, BLOCK_SIZES))
+        raise InputError(
+            "is none that an NPU's PagedAttention takes",
+            where="--block-size",
+            expected=expected,
+            found=options.block_size,
+            advice="128 is best.",
+        )
     longest = plain_context(config)
     if longest is not None and max_seq_len > longest:
         raise InputError(BEYOND_PLAIN, where="--max-seq-len", expected=f"at most {longest}", found=max_seq_len)
@@ -128,6 +147,12 @@ def read_tokenizer(
     from telechat_mindie.text.trial import try_tokenizer
 
     path, config_path = checkpoint / "tokenizer.model", checkpoint / "tokenizer_config.json"
+    if not path.exists():
+        raise TokenizerError(
+            "file is missing",
+            where=path,
+            advice="Put it beside the weights, or name the folder that has it and config.json: --config DIR",
+        )
     given = read_json(config_path) if config_path.exists() else {"tokenizer_class": "TelechatTokenizer"}
     given = {key: value for key, value in given.items() if value is not None and key != "auto_map"}
     settings = {"control_tokens": "ids", "turn_tokens": "hide"} | given | {"bare_prompt": bare_prompt}

@@ -49,7 +49,7 @@ def inspect(
         unreadable = error("unreadable", path, "cannot be read by this user", "Run the check as its owner.")
         return Inspection(Parts(path, problems=[unreadable]), [*check_tree(path, user), unreadable])
     parts = Parts.read(path)
-    if not path.is_dir():
+    if parts.is_something_else:
         return Inspection(parts, parts.problems)
     findings = [
         *check_tree(path, user),

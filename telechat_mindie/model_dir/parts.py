@@ -11,9 +11,10 @@ from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
+from telechat_mindie.foreign import WEIGHT_SUFFIXES, find_foreign
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, check_manifest, section, sound_entries
 from telechat_mindie.model_dir.serving import ONE_YAML, ServingConfig, contradictions, read_serving, yaml_files
-from telechat_mindie.reading import read_json, read_yaml
+from telechat_mindie.reading import meant_instead, read_json, read_yaml
 
 READ_FAILURES = (TelechatMindieError, OSError, TypeError, ValueError, OverflowError)
 """What reading a damaged file may end in: beside refusals, a list where a text belongs, a number beyond a float."""
@@ -58,12 +59,22 @@ class Parts:
         parts = cls(path)
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"
-            parts._problem("model-dir", path, f"is not a directory (found {found})", "Name a model directory.")
+            advice = meant_instead(path) or "Name a model directory, as `telechat-mindie build` makes it."
+            if path.exists() and (match := find_foreign("file", [path.name])):
+                found, advice = f"a file that {match[0].what}", match[0].advice
+            parts._problem("model-dir", path, f"is not a directory (found {found})", advice)
             return parts
         parts._read_manifest()
+        if parts.is_something_else:
+            return parts
         parts._read_config()
         parts._read_yaml()
         return parts
+
+    @property
+    def is_something_else(self) -> bool:
+        """Whether it is no model directory at all, of which nothing more is worth saying."""
+        return any(problem.id == "model-dir" for problem in self.problems)
 
     @property
     def model_config(self) -> Mapping[str, Any]:
@@ -82,8 +93,7 @@ class Parts:
     def _read_manifest(self) -> None:
         where = self.path / MANIFEST
         if not where.is_file():
-            advice = "Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`."
-            self._problem("manifest", self.path, f"is not a model directory: it has no {MANIFEST}", advice)
+            self._problem(*_without_manifest(self.path))
             return
         self.manifest = attempt(self.problems, "manifest-json", where, lambda: read_json(where))
         if self.manifest is not None:
@@ -131,3 +141,18 @@ class Parts:
         if self.serving is not None and dtype is not None and self.serving.dtype != dtype:
             message = f"is not the dtype of the weights (expected {dtype}, found {self.serving.dtype})"
             self._problem("dtype", f"{where}: param_init_type", message)
+
+
+def _without_manifest(path: Path) -> tuple[str, Path, str, str]:
+    """The finding's id, place, message and advice for a folder without a manifest: what it may be instead."""
+    message = f"is not a model directory: it has no {MANIFEST}"
+    names = sorted(entry.name for entry in path.iterdir())
+    if match := find_foreign("file", names):
+        row, found = match
+        return "model-dir", path, f"{message}, and {row.what} (found {found})", row.advice
+    if "config.json" in names and any(Path(name).suffix in WEIGHT_SUFFIXES for name in names):
+        advice = (
+            f"Build a model directory of it: telechat-mindie build {path.resolve().name}-mindie --checkpoint {path}"
+        )
+        return "model-dir", path, f"{message}, but a checkpoint's config.json and weights", advice
+    return "manifest", path, message, "Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`."

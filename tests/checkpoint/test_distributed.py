@@ -208,20 +208,29 @@ def test_weights_that_were_packed_rank_by_rank(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"packed_by_rank": True}, {"strategy": "crossed"}], ids=str)
-def test_what_was_read_in_another_way_is_not_resumed(tmp_path, other):
+def test_what_was_read_in_another_way_is_not_resumed(tmp_path, monkeypatch, other):
     """The files are the same ones."""
+    monkeypatch.setattr("telechat_mindie.checkpoint.convert.HUGGING_FACE_SHARD_BYTES", 50_000)
     hf, arrays = _model(tmp_path, packed=True)
     stages = layouts(weights_of(arrays), tp=4)
     write_run(tmp_path / "output", arrays, stages)
     crossed = stages[0] | {"lm_head.weight": Cut((2, 2), ([0, 1], -1))}
     write_strategy(tmp_path / "crossed", [crossed])
 
-    def interrupt(_):
-        raise KeyboardInterrupt
+    def interrupt_midway(total):
+        done = 0
+
+        def advance(count):
+            nonlocal done
+            done += count
+            if done > total // 2:
+                raise KeyboardInterrupt
+
+        return advance
 
     first, again = OutputOptions(), OutputOptions(resume=True)
     with pytest.raises(KeyboardInterrupt):
-        to_hugging_face(open_checkpoint(tmp_path / "output", hf), tmp_path / "out", first, lambda _: interrupt)
+        to_hugging_face(open_checkpoint(tmp_path / "output", hf), tmp_path / "out", first, interrupt_midway)
     choice = RunChoice(**{key: tmp_path / value if key == "strategy" else value for key, value in other.items()})
     with pytest.raises(OutputError, match="again without --resume"):
         to_hugging_face(open_checkpoint(tmp_path / "output", hf, choice=choice), tmp_path / "out", again)

@@ -14,7 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from telechat_mindie.model.kernels.ascend import BLOCK_SIZES, AscendKernels
+from telechat_mindie.kv_budget import BLOCK_SIZES
+from telechat_mindie.model.kernels.ascend import AscendKernels
 
 
 def emulate(kernels: AscendKernels) -> AscendKernels:

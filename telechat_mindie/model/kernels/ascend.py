@@ -18,6 +18,7 @@ from mindspore.ops import auto_generate as fused
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES, HALF_DTYPES
 from telechat_mindie.errors import ConfigError, InputError
+from telechat_mindie.kv_budget import BLOCK_SIZES
 from telechat_mindie.model.batch import RaggedBatch
 from telechat_mindie.model.kernels.ascend_batches import BLOCKED, draft_mask
 from telechat_mindie.model.kernels.ascend_graphs import (
@@ -41,9 +42,6 @@ HALF_TABLES = 2
 
 TRIANGLE = 128
 """FlashAttentionScore's kernel takes a mask of [128, 128] as one tile of the causal triangle, for any length."""
-
-BLOCK_SIZES = (16, 32, 64, 128)
-"""Block sizes that PagedAttention's tiling accepts, on the custom and on the asdops kernel."""
 
 MAX_BLOCK = 128 * 128
 """PagedAttention holds a block of one head's keys on the chip: block size x head dimension may not exceed this."""
