@@ -19,6 +19,8 @@ from telechat_mindie.commands.options import (
     Variant,
 )
 
+LISTED_FILES = 10
+
 
 def plan(
     checkpoint: Path = typer.Option(
@@ -35,12 +37,16 @@ def plan(
     no_qkv_concat: NoQkvConcat = False,
     max_seq_len: int = typer.Option(None, "--max-seq-len", min=1, help="Longest sequence in tokens."),
     block_size: int = typer.Option(128, "--block-size", min=1, help="Tokens of a KV cache block."),
-    device_mem: float = typer.Option(None, "--device-mem", "--npu-mem", help="Memory of a card in GB: what fits?"),
-    target: Path = typer.Option(Path(), "--target", help="Folder to build in: its free space and speed are measured."),
-    no_probe: bool = typer.Option(False, "--no-probe", help="Do not write a file to measure the disk."),
+    device_mem: float = typer.Option(
+        None, "--device-mem", "--npu-mem", help="Memory of a card in GB: what fits there? Besides 32 and 64."
+    ),
+    target: Path = typer.Option(Path(), "--target", help="Folder to build in: its free space is looked up."),
+    probe: bool = typer.Option(
+        False, "--probe/--no-probe", help="Write a file of 256 MiB there to say how long a build takes."
+    ),
     as_json: AsJson = False,
 ) -> None:
-    """Say what a build would write, need and leave room for, without building.
+    """Say what a build would write and need, and what fits on which cards, without building.
 
     Examples:
         telechat-mindie plan --checkpoint TeleChat2-7B --tp 2 --device-mem 32
@@ -50,6 +56,7 @@ def plan(
 
     from telechat_mindie import variants
     from telechat_mindie.checkpoint.estimate import from_config, peak_memory, probe_disk, source_facts
+    from telechat_mindie.checkpoint.fitting import CARD_SIZES, Fitting, smallest
     from telechat_mindie.checkpoint.generation import read_generation
     from telechat_mindie.checkpoint.mapping import mindformers_targets
     from telechat_mindie.checkpoint.plan import make_plan
@@ -58,9 +65,8 @@ def plan(
     from telechat_mindie.commands.output import Facts, print_table
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
-    from telechat_mindie.kv_budget import CacheShape, CardBudget
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
-    from telechat_mindie.units import GB, format_bytes
+    from telechat_mindie.units import format_bytes, format_duration
 
     if (checkpoint is None) == (variant is None):
         raise InputError("name one of the two", where="--checkpoint, --variant")
@@ -74,13 +80,12 @@ def plan(
     targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
     made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
     length = max_seq_len or config.seq_length
-    shape = CacheShape(config.kv_bytes_per_token(made.dtype, tp), block_size)
     free, peak = shutil.disk_usage(target).free, peak_memory(made)
     short = max(0, made.output_bytes - free)
     facts = Facts()
     facts.add(
         "source",
-        f"{source.tensors} tensors, {source.nbytes:,} bytes of {source.dtype}",
+        f"{source.tensors} tensors, {format_bytes(source.nbytes)} of {source.dtype}",
         source={"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
         parameters=config.parameter_count,
     )
@@ -112,39 +117,44 @@ def plan(
     if refused is not None:
         facts.add("build", f"would refuse it: {refused}", build_refusal=refused)
     nbytes = made.rank_bytes
-    facts.add("weights a card", f"{format_bytes(nbytes)} ({nbytes:,} bytes)", rank_bytes=nbytes)
-    per_token = shape.token_bytes
-    facts.add("KV cache", f"{per_token:,} bytes a token and card", kv_bytes_per_token=per_token, max_seq_len=length)
+    facts.add("weights a card", format_bytes(nbytes), rank_bytes=nbytes)
+    per_token = config.kv_bytes_per_token(made.dtype, tp)
+    cache = f"{format_bytes(per_token)} a token and card"
+    facts.add("KV cache", cache, kv_bytes_per_token=per_token, max_seq_len=length)
     facts.add("peak memory", f"about {format_bytes(peak)}, whatever the model", peak_memory_bytes=peak)
     missing = f": {format_bytes(short)} too little" if short else ""
     disk = f"{format_bytes(free)} free in {target.resolve()}{missing}"
     facts.add("disk", disk, disk_free_bytes=free, disk_short_bytes=short)
-    if not no_probe:
+    if probe:
         speed = probe_disk(target)
         # Reading and writing go on side by side; a disk that does both takes the sum.
         seconds = (source.nbytes + made.output_bytes) / speed
-        time = f"about {_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
+        time = f"about {format_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
         facts.add("time", time, disk_bytes_per_second=round(speed), estimated_seconds=round(seconds))
+    fitting = Fitting(config, targets, made.dtype, block_size, length)
+    cards = sorted({*CARD_SIZES, *([] if device_mem is None else [device_mem])})
+    table = fitting.table(tp, cards)
+    best = smallest(table)
     if device_mem is not None:
-        budget = CardBudget.of(device_mem, nbytes, config.vocab_size)
-        room = budget.room(shape, length)
-        fit = {
-            "device_bytes": int(budget.card * GB),
-            "reserve_bytes": int(budget.reserve * GB),
-            "npu_mem_gb": budget.cache,
-            "kv_tokens": room.tokens,
-            "sequences": room.sequences,
-        }
-        held = f"{budget.cache} GB of cache: {room.tokens:,} tokens, {room.sequences} sequences of {length}"
-        facts.add(f"a {device_mem:g} GB card", f"{budget}, so {held}", fit=fit)
+        (fit,) = fitting.on(tp, [device_mem])
+        held = f"{fit.budget}, so {fit.budget.cache} GB of cache: {fit}"
+        facts.add(f"{tp} x {device_mem:g} GB", fit.refusal or held, fit=fit.as_dict())
+    named = (
+        f"{best.tp} x {best.card:g} GB: {best}" if best else f"none of these holds one sequence of {length:,} tokens"
+    )
+    facts.add(
+        "smallest that fits",
+        named,
+        smallest=None if best is None else best.as_dict(),
+        cards=[fit.as_dict() for row in table for fit in row],
+    )
     facts.show(str(checkpoint or variant), as_json=as_json)
-    if not as_json:
-        ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
-        listing = [(made.path(0, shard).replace("rank_0", ranks), f"{shard.nbytes:,}") for shard in made.shards]
-        print_table("files", listing, ("file", "bytes each"))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if as_json:
+        return
+    rows = [(str(row[0].tp), format_bytes(row[0].rank_bytes), *map(str, row)) for row in table]
+    print_table("what fits", rows, ("cards (tp)", "weights each", *(f"{card:g} GB cards" for card in cards)))
+    ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
+    listing = [(made.path(0, shard).replace("rank_0", ranks), format_bytes(shard.nbytes)) for shard in made.shards]
+    if len(listing) > LISTED_FILES:
+        listing[LISTED_FILES - 1 :] = [(f"and {len(listing) - LISTED_FILES + 1} more", "")]
+    print_table("files", listing, ("file", "size each"))
