@@ -171,7 +171,7 @@ def _own_fault(fault: BaseException) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="telechat-mindie-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as log:
-            print(head, shlex.join(sys.argv), "", *traceback.format_exception(fault), sep="\n", file=log)
+            log.write(f"{head}\n{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(fault))}")
         told = f"Its traceback is in {log.name}; please report it with that file."
     except OSError as error:
         told = f"No log of it could be written: {error.strerror}."

@@ -123,8 +123,9 @@ class ProgressState:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(data, ensure_ascii=False, indent=2))
+    """One JSON document on stdout; where that is no Unicode, with JSON's own escapes."""
+    escaped = not sys.stdout.encoding.lower().startswith("utf")
+    print(json.dumps(data, ensure_ascii=escaped, indent=2))
 
 
 class Facts:
