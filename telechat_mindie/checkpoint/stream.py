@@ -59,7 +59,8 @@ def known_dtype(wanted: str) -> str:
     name = SHORT_NAMES.get(wanted.lower(), wanted)
     if name not in WEIGHT_DTYPES:
         expected = " or ".join(("auto", *WEIGHT_DTYPES))
-        advice = "Nothing is quantised here; MindIE's own tools do that." if re.search(r"int|8|4", wanted) else None
+        is_quantised = re.match(r"(u?int|fp|float|nf|q|w)[48]", wanted.lower())
+        advice = "Nothing is quantised here; MindIE's own tools do that." if is_quantised else None
         raise InputError("unknown dtype", where="--dtype", expected=expected, found=wanted, advice=advice)
     return name
 

@@ -51,9 +51,9 @@ def run(command: Callable[[], object]) -> NoReturn:
             command()
         finally:
             sys.stdout.flush()  # at Python's own end a full disk would be a traceback
+        sys.exit(0)
     except BaseException as fault:
         _leave(fault)
-    _exit_in_order(0)
 
 
 def _open_standard_streams() -> None:
@@ -110,7 +110,10 @@ def _leave_at_once(end: Interrupted | Terminated) -> NoReturn:
 
 
 def _leave(fault: BaseException) -> NoReturn:
-    """Say in one line on stderr why, and end."""
+    """Say in one line on stderr why, and end. A signal has nothing to stop any more, and would spoil the exit code."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_IGN)
     chain = list(_chain(fault))
     end = next((found for found in chain if isinstance(found, (Interrupted, Terminated))), None)
     if end is not None:
@@ -119,10 +122,10 @@ def _leave(fault: BaseException) -> NoReturn:
     if any(isinstance(found, OSError) and found.errno == errno.EPIPE for found in chain):
         _exit(128 + signal.SIGPIPE)
     if isinstance(fault, SystemExit):
-        _exit_in_order(fault.code)
+        raise fault
     if isinstance(fault, TelechatMindieError):
         _say(f"error: {fault}")
-        _exit_in_order(REFUSED)
+        sys.exit(REFUSED)
     if isinstance(fault, (OSError, MemoryError)) and (text := _system_fault(fault)):
         _say(f"error: {text}")
         _exit(REFUSED)
@@ -182,14 +185,6 @@ def _say(line: str) -> None:
     # Not by print: a signal may have come in the middle of one.
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(sys.stderr.encoding or "utf-8", "backslashreplace"))
-
-
-def _exit_in_order(code: str | int | None) -> NoReturn:
-    """End as Python does. All is done: a signal has nothing to stop any more, and would spoil the exit code."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) is _on_signal:
-            signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
 
 
 def _exit(code: int) -> NoReturn:

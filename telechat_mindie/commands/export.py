@@ -40,7 +40,7 @@ def export(
         telechat-mindie export --variant 7b --tp 2 -o graphs
     """
     from telechat_mindie import variants
-    from telechat_mindie.checkpoint.stream import choose_dtype
+    from telechat_mindie.checkpoint.stream import choose_dtype, known_dtype
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.errors import InputError
     from telechat_mindie.model.rope import RotaryTable
@@ -60,7 +60,7 @@ def export(
         config = directory.config
         serving = directory.serving
         tp = tp or directory.tp
-        dtype = dtype or serving.dtype
+        dtype = known_dtype(dtype) if dtype else serving.dtype
         rotary = RotaryTable.of(config, serving.extend_method, serving.rotary_dtype, serving.scaling_factor)
         block_size = block_size or serving.block_size
         max_seq_len, layer_form = serving.max_seq_len, layer_form or serving.layer_form

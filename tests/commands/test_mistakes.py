@@ -71,7 +71,8 @@ MISTAKES = {
     "a pointer of Git LFS": ((*BUILD, "pointer"), "is a Git LFS pointer, not the file itself. Run `git lfs pull`"),
     # its options
     "--dtype int8": ((*BUILD, "ckpt", "--dtype", "int8"), "found int8). Nothing is quantised here"),
-    "--dtype float8": ((*BUILD, "ckpt", "--dtype", "float8"), "--dtype: unknown dtype (expected auto or float32"),
+    "--dtype float8": ((*BUILD, "ckpt", "--dtype", "float8"), "found float8). Nothing is quantised here"),
+    "--dtype float64": ((*BUILD, "ckpt", "--dtype", "float64"), "or float16 or bfloat16, found float64)"),
     "--block-size 7": (
         (*BUILD, "ckpt", "--block-size", "7"),
         "--block-size: is none that an NPU's PagedAttention takes (expected 16 or 32 or 64 or 128, found 7). 128 is",
