@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.model_dir.manifest import REBUILD
@@ -17,10 +19,10 @@ TOP_K_LIMIT = 1000
 request's top_k to it, and warms up with it."""
 
 
-def check_config_json(parts: Parts) -> Iterator[Finding]:
+def check_config_json(path: Path, data: Mapping[str, Any] | None) -> Iterator[Finding]:
     """torch_dtype, model_type and vocab_size: src/config_manager/model_deploy_config.cpp:55-91 of MindIE-LLM
     v3.0.0.beta.2. It starts without them, and then serves every model as float16 without a vocabulary check."""
-    data, where = parts.config_json, parts.path / "config.json"
+    where = path / "config.json"
     if data is None:
         return
     for key in ("torch_dtype", "model_type"):

@@ -11,7 +11,15 @@ from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
-from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, check_manifest, section, sound_entries
+from telechat_mindie.model_dir.manifest import (
+    ATB,
+    MANIFEST,
+    REBUILD,
+    Entry,
+    check_manifest,
+    section,
+    sound_entries,
+)
 from telechat_mindie.model_dir.serving import ONE_YAML, ServingConfig, contradictions, read_serving, yaml_files
 from telechat_mindie.reading import read_json, read_yaml
 
@@ -86,7 +94,14 @@ class Parts:
             self._problem("manifest", self.path, f"is not a model directory: it has no {MANIFEST}", advice)
             return
         self.manifest = attempt(self.problems, "manifest-json", where, lambda: read_json(where))
-        if self.manifest is not None:
+        if self.manifest is not None and self.manifest.get("backend") == ATB:
+            message = "was built for backendType atb of MindIE 3.0, a Hugging Face checkpoint that no MindSpore loads"
+            advice = (
+                "Build one from it to serve it here: "
+                f"telechat-mindie build OTHER --checkpoint {self.path} && telechat-mindie serve OTHER"
+            )
+            self._problem("backend", self.path, message, advice)
+        elif self.manifest is not None:
             self.problems += check_manifest(self.manifest, where)
             self.files = sound_entries(self.manifest)
 
