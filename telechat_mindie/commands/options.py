@@ -77,6 +77,10 @@ Set = Annotated[
     typer.Option("--set", help="PATH=VALUE, such as ScheduleConfig.maxBatchSize=64; repeatable."),
 ]
 Generation = Annotated[str, typer.Option("--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}.")]
+AnyGeneration = Annotated[
+    str | None,
+    typer.Option("--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}; default: one with the model's backend."),
+]
 MindieHome = Annotated[
     Path | None,
     typer.Option("--mindie-home", help="MindIE's folder; default: as its set_env.sh exports it, or the usual place."),

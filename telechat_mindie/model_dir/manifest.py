@@ -10,13 +10,10 @@ from typing import Any, NamedTuple
 from telechat_mindie.config import MAX_RANKS
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, error
+from telechat_mindie.mindie import MS
 from telechat_mindie.reading import read_json
 
 MANIFEST = "manifest.json"
-MS, ATB = "ms", "atb"
-"""What MindIE serves a directory with: its backendType. A manifest that names none is one for ms."""
-
-BACKENDS = (MS, ATB)
 REBUILD = "Build the directory again: telechat-mindie build MODEL_PATH --checkpoint DIR --force"
 
 MAX_FILE_BYTES = 1 << 60  # beyond any file system; sums of sizes stay exact
@@ -31,7 +28,7 @@ def section(data: Mapping[str, Any] | None, *keys: str) -> Mapping[str, Any]:
 
 
 def backend_of(path: Path) -> str | None:
-    """The backend that a directory was built for; None where its manifest cannot be read."""
+    """The backend that a directory was built for, ms where its manifest names none; None where it cannot be read."""
     with contextlib.suppress(ConfigError):
         return str(read_json(path / MANIFEST).get("backend", MS))
     return None

@@ -11,8 +11,8 @@ from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
+from telechat_mindie.mindie import ATB
 from telechat_mindie.model_dir.manifest import (
-    ATB,
     MANIFEST,
     REBUILD,
     Entry,

@@ -17,10 +17,10 @@ from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, ModelDirError
 from telechat_mindie.findings import Finding, error, warning
-from telechat_mindie.mindie import GENERATIONS
+from telechat_mindie.mindie import ATB, GENERATIONS
 from telechat_mindie.model_dir.atb.generation import check_generation
 from telechat_mindie.model_dir.atb.rules import BUILD, DTYPE, config_refusals, model_refusals, plain_length
-from telechat_mindie.model_dir.manifest import ATB, MANIFEST, Entry, backend_of, sound_entries
+from telechat_mindie.model_dir.manifest import MANIFEST, Entry, backend_of, sound_entries
 from telechat_mindie.model_dir.parts import attempt
 from telechat_mindie.reading import read_json
 
@@ -162,6 +162,11 @@ class AtbDir:
             kind = ConfigError if errors[0].id.endswith("json") else ModelDirError
             raise kind(errors[0].message, where=errors[0].where, advice=errors[0].advice)
         return cls(parts.path, parts.config, parts.files, parts.manifest or {}, parts.tensors, parts.quantised)
+
+    @property
+    def dtype(self) -> str:
+        """Of keys and values, and of the weights that are not quantised."""
+        return DTYPE
 
     @property
     def tp(self) -> int:

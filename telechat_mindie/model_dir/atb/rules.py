@@ -97,9 +97,8 @@ def plain_length(config: TelechatConfig) -> int:
     return min(config.seq_length, config.base_seqlen)
 
 
-def beyond_plain(length: int, config: TelechatConfig) -> str:
-    """What to say of sequences of `length` tokens; empty where all is well."""
-    plain = plain_length(config)
+def beyond_plain(length: int, plain: int) -> str:
+    """What to say of sequences of `length` tokens, where up to `plain` all is well; empty for those."""
     if length <= plain:
         return ""
     return f"is {length}, and atb_llm has no dynamic NTK: beyond base_seqlen {plain} its answers are not the model's"
