@@ -31,9 +31,13 @@ W8A8, W8A8SC, FLOAT = "W8A8", "W8A8SC", "FLOAT"
 KINDS = (W8A8, W8A8SC)
 """The kinds that MindIE's TeleChat takes (MindIE-LLM v3.0.0 examples/atb_models/examples/models/telechat/README.md)."""
 
+QUANTISE_AGAIN = (
+    "Copy it again, or quantise the float16 checkpoint again with MindIE's examples/models/telechat/"
+    "convert_quant_weights.py."
+)
 KIND_ADVICE = (
-    "MindIE's TeleChat takes W8A8, and W8A8SC where the W8A8S was compressed by its sparse_compressor: quantise the "
-    "float16 checkpoint again with MindIE's examples/models/telechat/convert_quant_weights.py."
+    "MindIE's TeleChat takes W8A8, and W8A8SC where its sparse_compressor made it of W8A8S: quantise the float16 "
+    "checkpoint again with MindIE's examples/models/telechat/convert_quant_weights.py."
 )
 
 PART = re.compile(r"part(0|[1-9]\d{0,3})-of-([1-9]\d{0,3})")

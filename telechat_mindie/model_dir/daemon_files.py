@@ -19,10 +19,10 @@ TOP_K_LIMIT = 1000
 request's top_k to it, and warms up with it."""
 
 
-def check_config_json(path: Path, data: Mapping[str, Any] | None) -> Iterator[Finding]:
+def check_config_json(parts: Parts) -> Iterator[Finding]:
     """torch_dtype, model_type and vocab_size: src/config_manager/model_deploy_config.cpp:55-91 of MindIE-LLM
     v3.0.0.beta.2. It starts without them, and then serves every model as float16 without a vocabulary check."""
-    where = path / "config.json"
+    data, where = parts.config_json, parts.path / "config.json"
     if data is None:
         return
     for key in ("torch_dtype", "model_type"):
@@ -31,6 +31,11 @@ def check_config_json(path: Path, data: Mapping[str, Any] | None) -> Iterator[Fi
     sizes = (data.get("vocab_size"), data.get("padded_vocab_size"))
     if not any(type(size) is int and 0 < size <= UINT32_MAX for size in sizes):
         yield error("config-field", where, "has no vocab_size that MindIE can read", REBUILD)
+    yield from check_depth(where, data)
+
+
+def check_depth(where: Path, data: Mapping[str, Any]) -> Iterator[Finding]:
+    """A config.json that MindIE's parser cuts."""
     if (levels := depth(data)) > MAX_JSON_DEPTH:
         # Its parser drops what is deeper (src/utils/safe_io.cpp:40-65); nothing there is of use to it.
         message = f"is nested {levels} deep, and MindIE drops what is deeper than {MAX_JSON_DEPTH}"

@@ -55,7 +55,7 @@ def inspect(
         *check_tree(path, user),
         *parts.problems,
         *check_files(parts),
-        *check_config_json(path, parts.config_json),
+        *check_config_json(parts),
         *check_generation_json(parts),
         *check_weights(parts),
     ]

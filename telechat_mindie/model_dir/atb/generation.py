@@ -27,7 +27,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
     "repetition_penalty": (0, 2),
-    "max_new_tokens": (0, 10_000_000),
 }
 """What the router lets pass (models/base/router.py:336-386); it ends at anything else."""
 
@@ -80,8 +79,8 @@ def _room(data: Mapping[str, Any], config: TelechatConfig | None, where: object)
         yield error("atb-length", f"{where}: max_new_tokens", message, ADVICE)
         return
     value = data[key]
-    if type(value) is not int:
-        yield error("atb-length", f"{where}: {key}", f"is {value!r}, where atb_llm reads an integer", ADVICE)
+    if type(value) is not int or value < 0:
+        yield error("atb-length", f"{where}: {key}", f"is {value!r}, where atb_llm reads a number of tokens", ADVICE)
     elif key == "max_length" and value < LEAST_PROMPT:
         yield error("atb-length", f"{where}: {key}", f"is {value}, expected {LEAST_PROMPT} or more", ADVICE)
     elif key == "max_new_tokens" and config is not None and config.seq_length - value < LEAST_PROMPT:

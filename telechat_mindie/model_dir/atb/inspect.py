@@ -9,7 +9,7 @@ from pathlib import Path
 
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.model_dir.atb.layout import CONFIG, AtbParts
-from telechat_mindie.model_dir.daemon_files import check_config_json
+from telechat_mindie.model_dir.daemon_files import check_depth
 from telechat_mindie.model_dir.files import check_files, check_hashes
 from telechat_mindie.model_dir.modes import User, check_tree
 
@@ -37,7 +37,7 @@ def inspect_atb(
         *check_tree(path, user or User(os.geteuid())),
         *parts.problems,
         *(check_files(parts, (CONFIG,)) if parts.manifest is not None else ()),
-        *check_config_json(parts.path, parts.config_json),
+        *check_depth(path / CONFIG, parts.config_json or {}),
         *_tokenizer(parts),
         *_weights(parts),
     ]

@@ -11,7 +11,15 @@ from typing import Any
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.mapping import EMBEDDINGS, HUGGING_FACE_DROPPED, differences, weights
-from telechat_mindie.checkpoint.msmodelslim import Quantised, description_file, problems, read_config, read_quantised
+from telechat_mindie.checkpoint.msmodelslim import (
+    PER_OUTPUT,
+    QUANTISE_AGAIN,
+    Quantised,
+    description_file,
+    problems,
+    read_config,
+    read_quantised,
+)
 from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
@@ -25,6 +33,8 @@ from telechat_mindie.model_dir.parts import attempt
 from telechat_mindie.reading import read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+
+PASSED_OVER = "Nothing to do: atb_llm passes over them."
 
 KEPT_TWICE = ("self_attention.query", "self_attention.key_value")
 """atb_llm loads these as w_pack and once more as w_pack_ori, and moves both to the card (MindIE-LLM v3.0.0 examples/
@@ -101,7 +111,12 @@ class AtbParts:
             model = self.quantised = attempt(self.problems, "weights", path, lambda: read_quantised(path))
             if model is not None:
                 self.tensors = model.tensors
-                self.problems += [error(f"quantised-{id}", file, clause, BUILD) for id, clause in problems(model)]
+                self.problems += [
+                    warning("tensor-names", path, clause, PASSED_OVER)
+                    if id == "unknown"
+                    else error(f"quantised-{id}", file, clause, QUANTISE_AGAIN)
+                    for id, clause in problems(model)
+                ]
             return
         shards = sorted(path.glob("*.safetensors"))
         self.tensors = attempt(self.problems, "weights", path, lambda: read_files(shards, read_safetensors, path)) or {}
@@ -115,7 +130,7 @@ def _float_problems(path: Path, tensors: Mapping[str, StoredTensor], config: Tel
     expected = {weight.name: weight.shape for weight in weights(config).values()}
     found = {name: tensor.shape for name, tensor in tensors.items() if not HUGGING_FACE_DROPPED.fullmatch(name)}
     problems = [
-        warning("tensor-names", path, clause, "Nothing to do: atb_llm passes over them.")
+        warning("tensor-names", path, clause, PASSED_OVER)
         if kind == "unknown"
         else error("shape" if kind == "shape" else "tensor-names", path, clause, BUILD)
         for kind, clause in differences(found, expected)
@@ -205,7 +220,7 @@ def rank_bytes(sizes: Mapping[str, int], config: TelechatConfig, tp: int) -> int
     for name, nbytes in sizes.items():
         stem, _, leaf = name.rpartition(".")
         role = roles.get(stem, Role.REPLICATED)
-        cut = role is Role.COLUMN or (role is Role.ROW and leaf == "weight")
-        share = -(-nbytes // tp) if cut and name != EMBEDDINGS else nbytes
+        is_cut = role.axis is not None and (leaf == "weight" or (role is Role.COLUMN and leaf in PER_OUTPUT))
+        share = nbytes // tp if is_cut and name != EMBEDDINGS else nbytes
         total += share * (2 if stem.endswith(KEPT_TWICE) else 1)
     return total
