@@ -33,15 +33,23 @@ RANGES: dict[str, tuple[float, float]] = {
 ADVICE = "Write it there, or build the directory again: telechat-mindie build MODEL_PATH --checkpoint DIR --backend atb"
 
 
-def complete(values: Mapping[str, Any], config: TelechatConfig, max_new_tokens: int) -> dict[str, Any]:
-    """A generation_config.json with all that atb_llm needs: the model's own values, `eos_token_id` as one integer, and
-    a max_new_tokens that leaves half of the shortest length for the prompt at least."""
+def complete(values: Mapping[str, Any], config: TelechatConfig) -> dict[str, Any]:
+    """A model's generation_config.json with all that atb_llm needs beside its own values.
+
+    `eos_token_id` becomes one integer. atb_llm keeps seq_length - max_new_tokens tokens of a question, and so at least
+    half; requests say themselves how long an answer may be.
+    """
     eos = values.get("eos_token_id", config.eos_token_id)
-    first = eos[0] if isinstance(eos, (list, tuple)) else eos
     ids = TOKEN_IDS | {key: values[key] for key in TOKEN_IDS if type(values.get(key)) is int}
+    longest = max(values.get("max_new_tokens") or values.get("max_length") or 1, 1)
     kept = {key: value for key, value in values.items() if key != "max_length"}
-    most = max(1, min(max_new_tokens, config.seq_length // 2))
-    return {**kept, **ids, "eos_token_id": first, "max_new_tokens": most}
+    return {
+        "do_sample": False,
+        **kept,
+        **ids,
+        "eos_token_id": eos[0] if isinstance(eos, (list, tuple)) else eos,
+        "max_new_tokens": min(longest, config.seq_length // 2),
+    }
 
 
 def check_generation(data: Mapping[str, Any], config: TelechatConfig | None, where: object) -> Iterator[Finding]:
