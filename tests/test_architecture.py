@@ -39,6 +39,8 @@ FLOORS = (
 def modules() -> dict[str, Path]:
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        if not (path.parent / "__init__.py").exists():
+            continue  # a file that is shipped as it is
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found

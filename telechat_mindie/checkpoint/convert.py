@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from telechat_mindie.checkpoint.copying import Copier
-from telechat_mindie.checkpoint.formats.bounds import open_bounded
-from telechat_mindie.checkpoint.formats.containers import CONTAINERS, MINDSPORE_CKPT
+from telechat_mindie.checkpoint.elsewhere.layout import hugging_face_files
+from telechat_mindie.checkpoint.formats.containers import CONTAINERS, MINDSPORE_CKPT, TORCH_SAFETENSORS
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.mapping import Target, hugging_face_targets, mindformers_targets
 from telechat_mindie.checkpoint.mindformers import rank_folders, read_file, weight_files
@@ -18,24 +18,11 @@ from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions, convert_staged, known_dtype
 from telechat_mindie.checkpoint.writer import Journal
-from telechat_mindie.config import SPELLINGS
 from telechat_mindie.errors import InputError
-from telechat_mindie.reading import read_json
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
-from telechat_mindie.text.settings import template_names
 
 HUGGING_FACE_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own tools cut at
 UNLIMITED = 1 << 62
-
-SIDE_FILES = (
-    "added_tokens.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-)
-"""What stands beside the weights in a published checkpoint, or where they are alone beside its config.json, but for
-chat templates, which are looked for, and the code, which the output has no use for."""
 
 _EXPERT_STACK = re.compile(r"feed_forward\.ffn\.w[123]\.weight")
 
@@ -109,13 +96,17 @@ def to_mindspore(
 def to_hugging_face(
     source: Checkpoint, output: Path, options: OutputOptions, on_start: OnStart | None = None
 ) -> ConversionPlan:
-    """Write `source` in the published Hugging Face format: shards, their index, config.json, the tokenizer's files.
+    """Write `source` in the published Hugging Face format: shards, their index, and what other engines need beside.
 
     Raises:
         InputError, CheckpointError, OutputError: as `to_mindspore`.
+        ConfigError, TokenizerError: a file beside the weights does not fit the model.
     """
     targets, dtype = _dtypes(hugging_face_targets(source.config), source, options)
-    plan = make_plan(source.config, targets, dtype, shard_bytes=HUGGING_FACE_SHARD_BYTES, folder="")
+    plan = make_plan(
+        source.config, targets, dtype, container=TORCH_SAFETENSORS, shard_bytes=HUGGING_FACE_SHARD_BYTES, folder=""
+    )
+    files = hugging_face_files(source.folders, source.config, plan.dtype)
     progress = on_start(plan.output_bytes) if on_start else None
     with StagedDirectory(
         output,
@@ -129,13 +120,9 @@ def to_hugging_face(
         total = sum(frame.nbytes for shard in plan.shards for frame in shard.frames)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_file(staged.path / "model.safetensors.index.json", dump_json(index))
-        write_file(staged.path / "config.json", dump_json(_config(source, plan.dtype)))
-        folders = (source.path if source.path.is_dir() else source.path.parent, source.config_dir)
-        templates = dict.fromkeys(name for folder in folders for name in template_names(folder))
-        for name in (*SIDE_FILES, *templates):
-            if found := [file for folder in folders if (file := folder / name).exists()]:
-                (staged.path / name).parent.mkdir(exist_ok=True)
-                write_file(staged.path / name, _side_file(found[0]))
+        for name, content in files.items():
+            (staged.path / name).parent.mkdir(exist_ok=True)
+            write_file(staged.path / name, content)
         staged.commit()
     return plan
 
@@ -181,24 +168,3 @@ def _dtypes(targets: Sequence[Target], source: Checkpoint, options: OutputOption
         dtypes = {source.weights[part.source].dtype for part in target.parts}
         kept.append(replace(target, dtype=dtypes.pop() if len(dtypes) == 1 else "float32"))
     return kept, source.dtype
-
-
-def _side_file(path: Path) -> bytes:
-    """The file as it is; without `auto_map`, which points at code that is not carried, and which loaders would miss."""
-    with open_bounded(path) as file:
-        content = file.read(0, file.size)
-    if path.suffix != ".json" or b"auto_map" not in content:
-        return content
-    return dump_json({key: value for key, value in read_json(path).items() if key != "auto_map"})
-
-
-def _config(source: Checkpoint, dtype: str) -> dict[str, object]:
-    """The source's own config.json, or the same facts in the published spelling where it came without one.
-
-    `auto_map` is left out with the code that it names.
-    """
-    config = source.config
-    if config.raw:
-        return {key: value for key, value in config.raw.items() if key != "auto_map"} | {"torch_dtype": dtype}
-    facts = {keys[0]: getattr(config, name) for name, keys in SPELLINGS.items() if hasattr(config, name)}
-    return {"architectures": ["TelechatForCausalLM"], "model_type": "telechat", **facts, "torch_dtype": dtype}

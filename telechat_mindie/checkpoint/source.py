@@ -45,6 +45,11 @@ class Checkpoint:
     note: str = ""
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the tokenizer's and other files may be: beside the weights, or beside config.json."""
+        return tuple(dict.fromkeys((_folder(self.path), self.config_dir)))
+
+    @property
     def dtype(self) -> str:
         """The dtype that most of the weights' elements have."""
         sizes: dict[str, int] = {}

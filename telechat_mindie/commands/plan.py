@@ -45,6 +45,7 @@ def plan(
 
     from telechat_mindie import variants
     from telechat_mindie.checkpoint.estimate import from_config, peak_memory, probe_disk, source_facts
+    from telechat_mindie.checkpoint.generation import read_generation
     from telechat_mindie.checkpoint.mapping import mindformers_targets
     from telechat_mindie.checkpoint.plan import make_plan
     from telechat_mindie.checkpoint.stream import choose_dtype
@@ -54,7 +55,6 @@ def plan(
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
-    from telechat_mindie.model_dir.generation import read_generation
     from telechat_mindie.units import GB, format_bytes
 
     if (checkpoint is None) == (variant is None):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import telechat_mindie
+from telechat_mindie.checkpoint.generation import Generation, read_generation
 from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
@@ -21,7 +22,6 @@ from telechat_mindie.computation import check_computation, plain_context
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import InputError
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
-from telechat_mindie.model_dir.generation import Generation, read_generation
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN

@@ -83,6 +83,10 @@ class ControlTokens:
         self._any_turn = re.compile("|".join(map(re.escape, turns)) or "(?!)")
 
     @property
+    def tokens(self) -> tuple[AddedToken, ...]:
+        return tuple(self._tokens.values())
+
+    @property
     def characters(self) -> frozenset[str]:
         """All characters of all tokens."""
         return frozenset().union(*self._tokens)

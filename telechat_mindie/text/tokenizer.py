@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from telechat_mindie.errors import InputError, TokenizerError
 from telechat_mindie.text import settings
 from telechat_mindie.text.chat_template import default_template, render
-from telechat_mindie.text.control_tokens import PUBLISHED_TOKENS, TURN_TOKENS, ControlTokens, Run
+from telechat_mindie.text.control_tokens import PUBLISHED_TOKENS, TURN_TOKENS, AddedToken, ControlTokens, Run
 from telechat_mindie.text.conversation import check_text, read_conversation
 from telechat_mindie.text.detokenizer import Detokenizer, StreamDecoder, to_ids
 from telechat_mindie.text.masking import Mask, unmask
@@ -188,6 +188,15 @@ class TelechatTokenizer:
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """The tokens that a rendered prompt may hold beside text."""
+        return self._template_tokens.tokens
+
+    def pieces(self) -> tuple[list[str], list[float]]:
+        """Every piece of the tokenizer.model, as sentencepiece writes it, and its score."""
+        return self._vocabulary.pieces()
 
     def __call__(
         self, text: str | Sequence[str], *, return_tensors: str | None = None, **options: Any

@@ -113,6 +113,11 @@ class Vocabulary:
         """The id of a piece, or that of `<_unk>`."""
         return self._added_ids.get(name, int(self._processor.piece_to_id(name)))
 
+    def pieces(self) -> tuple[list[str], list[float]]:
+        """The name and the score of every piece of the file."""
+        ids = list(range(self.num_pieces))
+        return self._processor.id_to_piece(ids), self._processor.get_score(ids)
+
     def control_ids(self) -> frozenset[int]:
         """Ids that are never part of a text."""
         flags = self._processor.is_control(list(range(self.num_pieces)))

@@ -87,28 +87,29 @@ def test_what_stands_beside_the_weights_goes_along(tmp_path):
     (root / "chat_template.jinja").write_text("{{ messages }}\n")
     (root / "modeling_telechat2.py").write_text("raise SystemExit\n")
     to_hugging_face(open_checkpoint(root), tmp_path / "hf", OutputOptions())
-    for name in ("chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+    for name in (*TEMPLATE_FILES, "tokenizer.model"):
         assert (tmp_path / "hf" / name).read_bytes() == (root / name).read_bytes()
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    assert written == {"chat_template": "{{ x }}", "n": "中"}
-    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert not (tmp_path / "hf" / "modeling_telechat2.py").exists()
-    assert {*TEMPLATE_FILES} <= {path.name for path in (tmp_path / "hf").iterdir()}
+    assert written["chat_template"] == "{{ x }}" and written["n"] == "中" and "auto_map" not in written
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+    # The code of others, and what would say the same of tokens a second time, does not.
+    assert (tmp_path / "hf" / "modeling_telechat2.py").read_text() != "raise SystemExit\n"
+    assert not (tmp_path / "hf" / "special_tokens_map.json").exists()
     # Weights that lie alone have it beside their config.json; what is beside themselves comes first.
     (tmp_path / "alone").mkdir()
     whole = tmp_path / "alone" / "whole.ckpt"
     to_mindspore(open_checkpoint(root), whole, MindSporeForm(container="ckpt"))
-    (whole.parent / "special_tokens_map.json").write_text("{}")
+    (whole.parent / "chat_template.json").write_text("{}")
     to_hugging_face(open_checkpoint(whole, root), tmp_path / "again", OutputOptions())
     for file in (tmp_path / "hf").iterdir():
         other = (tmp_path / "again" / file.name).read_bytes()
-        assert other == (b"{}" if file.name == "special_tokens_map.json" else file.read_bytes()), file.name
+        assert other == (b"{}" if file.name == "chat_template.json" else file.read_bytes()), file.name
 
 
 def test_nothing_beside_the_weights_is_read_through_a_link(tmp_path):
     make_checkpoint(tmp_path / "ckpt", "float16")
     (tmp_path / "secret").write_text("{}")
-    (tmp_path / "ckpt" / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    (tmp_path / "ckpt" / "generation_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="symbolic link"):
         to_hugging_face(open_checkpoint(tmp_path / "ckpt"), tmp_path / "hf", OutputOptions())
     assert not (tmp_path / "hf").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from telechat_mindie.checkpoint.formats.mindspore import ckpt_slices, encode_ckpt_entry_prefix
 from telechat_mindie.checkpoint.formats.safetensors import encode_safetensors_header
@@ -30,8 +31,8 @@ class Container:
     frames: Callable[[Sequence[Entry]], tuple[Frame, ...]]
 
 
-def _safetensors_frames(entries: Sequence[Entry]) -> tuple[Frame, ...]:
-    header = encode_safetensors_header(entries, {"format": "np"})
+def _safetensors_frames(entries: Sequence[Entry], made_for: str) -> tuple[Frame, ...]:
+    header = encode_safetensors_header(entries, {"format": made_for})
     return (Frame(header, sum(_nbytes(entry) for entry in entries)),)
 
 
@@ -47,7 +48,10 @@ def _nbytes(entry: Entry) -> int:
     return math.prod(entry[2]) * DTYPES[entry[1]].itemsize
 
 
-SAFETENSORS = Container(".safetensors", _safetensors_frames)
+SAFETENSORS = Container(".safetensors", partial(_safetensors_frames, made_for="np"))
+TORCH_SAFETENSORS = Container(".safetensors", partial(_safetensors_frames, made_for="pt"))
+"""transformers up to 4 opens no other (4.55, modeling_utils.py, load_state_dict)."""
+
 MINDSPORE_CKPT = Container(".ckpt", _ckpt_frames)
 
 CONTAINERS = {"safetensors": SAFETENSORS, "ckpt": MINDSPORE_CKPT}

@@ -25,12 +25,14 @@ class Generation:
     """What a checkpoint says of generation.
 
     Attributes:
-        values: its generation_config.json without what is null there, and with what sampling needs: do_sample,
-            temperature, top_k (0: no limit), top_p and repetition_penalty.
+        written: its generation_config.json without what is null there.
+        values: the same with what sampling needs: do_sample, temperature, top_k (0: no limit), top_p and
+            repetition_penalty.
         max_new_tokens: most tokens of an answer.
         eos_token_id: what ends an answer: an id or several. It is config.json's where this file names none.
     """
 
+    written: dict[str, Any]
     values: dict[str, Any]
     max_new_tokens: int
     eos_token_id: int | tuple[int, ...]
@@ -59,6 +61,7 @@ def read_generation(checkpoint: Path, config: TelechatConfig) -> Generation:
         if key.endswith("_token_id")
     }
     return Generation(
+        written=given,
         values=_DEFAULTS | given,
         # max_length counts the prompt too, which only the engine knows; its longest sequence bounds both.
         max_new_tokens=given.get("max_new_tokens", given.get("max_length", _MAX_NEW_TOKENS)),
