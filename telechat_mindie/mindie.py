@@ -115,6 +115,13 @@ def generation_named(name: str) -> Generation:
         ) from None
 
 
+def backend_named(name: str) -> str:
+    """One of BACKENDS. Raises InputError for another name."""
+    if name not in BACKENDS:
+        raise InputError("unknown choice", where="--backend", expected=" or ".join(BACKENDS), found=name)
+    return name
+
+
 def generation_of(version: str | None) -> str | None:
     """The name of the generation that an installed version belongs to; None for one that is not known."""
     matching = (name for name, row in GENERATIONS.items() if version and re.match(row.pattern, version, re.IGNORECASE))

@@ -121,6 +121,7 @@ def copy_file(source: Path, root: Path, name: str, progress: Progress) -> FileRe
                 copy.hash(pieces)
                 copy.write(pieces)
                 progress(count)
+            copy.write(copy.frame(memoryview(b"")))  # an empty file
             return copy.finish()
         finally:
             copy.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from telechat_mindie.commands.options import (
     AsJson,
+    Backend,
     ConfigDir,
     Dtype,
     NoQkvConcat,
@@ -18,6 +20,10 @@ from telechat_mindie.commands.options import (
     Tp,
     Variant,
 )
+
+if TYPE_CHECKING:
+    from telechat_mindie.commands.output import Facts
+    from telechat_mindie.model_dir.atb.plan import AtbOptions
 
 
 def plan(
@@ -30,6 +36,7 @@ def plan(
     other_sources: Source = None,
     packed_by_rank: PackedByRank = False,
     variant: Variant = None,
+    backend: Backend = "ms",
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -54,6 +61,8 @@ def plan(
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
+    from telechat_mindie.mindie import ATB, backend_named
+    from telechat_mindie.model_dir.atb.plan import AtbOptions
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
     from telechat_mindie.units import GB, format_bytes
 
@@ -62,6 +71,12 @@ def plan(
     choice = RunChoice(strategy, step, tuple(other_sources or ()), packed_by_rank)
     if checkpoint is None and (config_dir or choice):
         raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
+    if backend_named(backend) == ATB:
+        options = AtbOptions(config_dir=config_dir, choice=choice)
+        _atb_facts(checkpoint, variant, options, tp, device_mem, target).show(
+            str(checkpoint or variant), as_json=as_json
+        )
+        return
     source = (
         from_config(variants.named(variant)) if checkpoint is None else source_facts(checkpoint, config_dir, choice)
     )
@@ -137,6 +152,65 @@ def plan(
         ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
         listing = [(made.path(0, shard).replace("rank_0", ranks), f"{shard.nbytes:,}") for shard in made.shards]
         print_table("files", listing, ("file", "bytes each"))
+
+
+def _atb_facts(
+    checkpoint: Path | None, variant: str | None, options: AtbOptions, tp: int, device_mem: float | None, target: Path
+) -> Facts:
+    """What `build --backend atb` would write, and what fits beside it on a card."""
+    import shutil
+
+    from telechat_mindie import variants
+    from telechat_mindie.checkpoint.estimate import source_facts
+    from telechat_mindie.checkpoint.msmodelslim import description_file
+    from telechat_mindie.commands.output import Facts
+    from telechat_mindie.kv_budget import CacheShape, CardBudget
+    from telechat_mindie.mindie import ATB
+    from telechat_mindie.model_dir.atb.plan import open_source, plan_atb, plan_float16, refuse
+    from telechat_mindie.model_dir.atb.rules import BLOCK_SIZE, DTYPE, plain_length
+    from telechat_mindie.units import GB, format_bytes
+
+    if checkpoint is not None and description_file(checkpoint) is not None:
+        made = plan_atb(open_source(checkpoint, options), tp)
+    else:
+        config = (
+            source_facts(checkpoint, options.config_dir, options.choice).config
+            if checkpoint is not None
+            else variants.named(str(variant))
+        )
+        refuse(config)
+        made = plan_float16(config, tp)
+    config, length = made.config, plain_length(made.config)
+    facts = Facts()
+    facts.add("backend", "atb: MindIE 3.0 and later", backend=ATB, parameters=config.parameter_count)
+    listed = [{"path": name, "bytes": nbytes} for name, nbytes in made.files.items()]
+    text = f"{len(listed)} files, {format_bytes(made.output_bytes)} of {made.kind}"
+    facts.add("output", text, dtype=made.kind, tp=made.tp, files=listed, output_bytes=made.output_bytes)
+    nbytes = made.rank_bytes
+    text = f"{format_bytes(nbytes)} on each of {made.tp}: the embedding whole, query and key_value twice"
+    facts.add("weights a card", text, rank_bytes=nbytes)
+    shape = CacheShape(config.kv_bytes_per_token(DTYPE, made.tp), BLOCK_SIZE)
+    per_token = shape.token_bytes
+    facts.add("KV cache", f"{per_token:,} bytes a token and card", kv_bytes_per_token=per_token)
+    text = f"{length} of {config.seq_length} tokens: atb_llm has no dynamic NTK"
+    facts.add("right up to", text, max_seq_len=config.seq_length, plain_length=length)
+    free = shutil.disk_usage(target).free
+    short = max(0, made.output_bytes - free)
+    missing = f": {format_bytes(short)} too little" if short else ""
+    text = f"{format_bytes(free)} free in {target.resolve()}{missing}"
+    facts.add("disk", text, disk_free_bytes=free, disk_short_bytes=short)
+    if device_mem is not None:
+        budget = CardBudget.of(device_mem, nbytes, config.vocab_size)
+        room = budget.room(shape, length, -1)
+        fit = {
+            "device_bytes": int(budget.card * GB),
+            "reserve_bytes": int(budget.reserve * GB),
+            "kv_tokens": room.tokens,
+            "sequences": room.sequences,
+        }
+        held = f"{budget.left:.1f} GB of cache: {room.tokens:,} tokens, {room.sequences} sequences of {length}"
+        facts.add(f"a {device_mem:g} GB card", f"{budget}, so {held}", fit=fit)
+    return facts
 
 
 def _duration(seconds: float) -> str:
