@@ -94,7 +94,7 @@ def _show_atb_dir(directory: AtbDir, kv_gb: int, *, as_json: bool) -> None:
     facts.add("dtype", directory.dtype, dtype=directory.dtype)
     if model is not None:
         layers, left = model.layers(quantised=True), model.layers(quantised=False)
-        text = f"{model.kind}: {', '.join(layers)}; {directory.dtype} stay {', '.join(left) or 'norms and biases'}"
+        text = f"{model.kind}: {', '.join(layers)}; {directory.dtype} in {', '.join(left) or 'norms'}"
         facts.add("quantised", text, quantised=model.kind, quantised_layers=layers, float_layers=left)
     cards, held = measured.tp, measured.weight_bytes_per_rank
     allowed = ", ".join(map(str, directory.allowed_tp))

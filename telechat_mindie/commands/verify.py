@@ -28,8 +28,8 @@ def verify(
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.errors import InputError
-    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.model_dir.verify import check_against, check_files
+    from telechat_mindie.service.facts import open_model
 
     choice = RunChoice(strategy, step, tuple(source or ()), packed_by_rank)
     if (adapter or config or choice) and against is None:
@@ -39,7 +39,7 @@ def verify(
     def note(text: str) -> None:
         print(text, file=sys.stderr)
 
-    directory = ModelDir.open(model_path)
+    directory = open_model(model_path)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
 from telechat_mindie.mindie import ATB
@@ -95,12 +96,7 @@ class Parts:
             return
         self.manifest = attempt(self.problems, "manifest-json", where, lambda: read_json(where))
         if self.manifest is not None and self.manifest.get("backend") == ATB:
-            message = "was built for backendType atb of MindIE 3.0, a Hugging Face checkpoint that no MindSpore loads"
-            advice = (
-                "Build one from it to serve it here: "
-                f"telechat-mindie build OTHER --checkpoint {self.path} && telechat-mindie serve OTHER"
-            )
-            self._problem("backend", self.path, message, advice)
+            self._problem("backend", self.path, *_for_atb(self.path, self.manifest))
         elif self.manifest is not None:
             self.problems += check_manifest(self.manifest, where)
             self.files = sound_entries(self.manifest)
@@ -146,3 +142,16 @@ class Parts:
         if self.serving is not None and dtype is not None and self.serving.dtype != dtype:
             message = f"is not the dtype of the weights (expected {dtype}, found {self.serving.dtype})"
             self._problem("dtype", f"{where}: param_init_type", message)
+
+
+def _for_atb(path: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """What to say of a directory of the other backend, and how its model is served on a CPU."""
+    message = "was built for backendType atb of MindIE 3.0: no MindSpore loads it"
+    source = f"--checkpoint {path}"
+    if manifest.get("dtype") not in WEIGHT_DTYPES:
+        message += f", and {manifest.get('dtype')} computes on NPUs alone"
+        source = "--checkpoint DIR of the checkpoint that was quantised"
+    return (
+        message,
+        f"Build it for ms to serve it here: telechat-mindie build OTHER {source}; telechat-mindie serve OTHER",
+    )

@@ -129,18 +129,15 @@ def plan_atb(source: Checkpoint | Quantised, tp: int) -> AtbPlan:
 def plan_float16(config: TelechatConfig, tp: int) -> AtbPlan:
     """The same of a model that is converted to float16; its weights need not be there yet."""
     config.check_tp(tp)
-    made = make_plan(
-        config,
-        hugging_face_targets(config),
-        DTYPE,
-        container=TORCH_SAFETENSORS,
-        shard_bytes=HUGGING_FACE_SHARD_BYTES,
-        folder="",
-    )
+    made = atb_conversion(config)
     files = {made.path(0, shard): shard.nbytes for shard in made.shards}
-    sizes = {
-        target.name: DTYPES[DTYPE].itemsize * math.prod(target.shape)
-        for shard in made.shards
-        for target in shard.targets
-    }
+    targets = [target for shard in made.shards for target in shard.targets]
+    sizes = {target.name: DTYPES[DTYPE].itemsize * math.prod(target.shape) for target in targets}
     return AtbPlan(config, tp, files, sizes, conversion=made)
+
+
+def atb_conversion(config: TelechatConfig) -> ConversionPlan:
+    """The shards of a model in float16."""
+    targets = hugging_face_targets(config)
+    size = HUGGING_FACE_SHARD_BYTES
+    return make_plan(config, targets, DTYPE, container=TORCH_SAFETENSORS, shard_bytes=size, folder="")
