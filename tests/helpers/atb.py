@@ -64,7 +64,7 @@ def make_w8a8_directory(
 ) -> dict[str, np.ndarray]:
     """The same as msmodelslim leaves it, with `description` added to that of the weights."""
     config = merged(CONFIG, {"quantize": "w8a8"} | changes)
-    plain = {key: value for key, value in config.items() if key not in ("quantize", "auto_map")}
+    plain = {key: value for key, value in config.items() if key not in ("quantize", "quantization_config", "auto_map")}
     rng = np.random.default_rng(8)
     arrays, described = {}, {"model_quant_type": "W8A8", "version": "1.0.0"}
     for weight in weights(TelechatConfig.from_dict(plain)).values():

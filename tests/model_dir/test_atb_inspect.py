@@ -374,6 +374,22 @@ def test_anti_outlier_norms_and_norm_biases_are_known(quantised: Path, tmp_path:
     assert found(path) == []
 
 
+def test_what_atb_would_take_for_plain_numbers(tmp_path: Path) -> None:
+    """The embedding and lm_head are never dequantised, and keys and values stay float16."""
+    make_w8a8_directory(tmp_path / "head", description={"lm_head.weight": "W8A8"})
+    assert any(item.id == "quantised-layers" and "lm_head.weight" in item.message for item in found(tmp_path / "head"))
+    make_w8a8_directory(tmp_path / "cache", description={"kv_quant_type": "C8"})
+    assert "kv_quant_type C8" in the_error(tmp_path / "cache").message
+    make_w8a8_directory(tmp_path / "config", quantization_config={"fa_quant_type": "FAQuant", "group_size": 0})
+    assert "fa_quant_type FAQuant" in the_error(tmp_path / "config").message
+
+
+def test_norms_that_are_described_must_be_there(tmp_path: Path) -> None:
+    name = "transformer.h.0.input_layernorm.module.weight"
+    make_w8a8_directory(tmp_path / "model", description={name: "FLOAT"})
+    assert name in the_error(tmp_path / "model").message
+
+
 def test_what_is_read_of_w8a8sc(compressed: Path, tmp_path: Path) -> None:
     directory = AtbDir.open(compressed)
     assert directory.quantised is not None and directory.quantised.kind == "W8A8SC"

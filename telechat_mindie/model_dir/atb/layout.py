@@ -12,14 +12,13 @@ from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.checkpoint.mapping import EMBEDDINGS, HUGGING_FACE_DROPPED, differences, weights
 from telechat_mindie.checkpoint.msmodelslim import (
-    PER_OUTPUT,
     QUANTISE_AGAIN,
     Quantised,
     description_file,
-    problems,
     read_config,
     read_quantised,
 )
+from telechat_mindie.checkpoint.quantised_tensors import PER_OUTPUT, quantised_problems
 from telechat_mindie.checkpoint.sharding import Role
 from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
@@ -115,7 +114,7 @@ class AtbParts:
                     warning("tensor-names", path, clause, PASSED_OVER)
                     if id == "unknown"
                     else error(f"quantised-{id}", file, clause, QUANTISE_AGAIN)
-                    for id, clause in problems(model)
+                    for id, clause in quantised_problems(model)
                 ]
             return
         shards = sorted(path.glob("*.safetensors"))

@@ -15,10 +15,10 @@ from telechat_mindie.checkpoint.msmodelslim import (
     W8A8SC,
     Quantised,
     description_file,
-    problems,
     read_quantised,
 )
 from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
+from telechat_mindie.checkpoint.quantised_tensors import quantised_problems
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.checkpoint.stream import ConvertOptions
 from telechat_mindie.checkpoint.training_run import RunChoice
@@ -88,7 +88,7 @@ def open_source(checkpoint: Path, options: AtbOptions) -> Checkpoint | Quantised
                 advice="Merge and convert first (`convert --to hf`), then quantise.",
             )
         source = read_quantised(checkpoint)
-        for rule, clause in problems(source):
+        for rule, clause in quantised_problems(source):
             if rule != "unknown":
                 raise CheckpointError(clause, where=checkpoint, advice=QUANTISE_AGAIN)
     else:
