@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.formats.safetensors import read_safetensors
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, read_files
 from telechat_mindie.config import TelechatConfig
@@ -54,6 +55,7 @@ class Quantised:
         config: without the keys that say that it is quantised.
         tensors: by name; those of all parts, for W8A8SC by `partRANK-of-TP/NAME`.
         tp: the tensor parallel size that W8A8SC was compressed for, else 0.
+        files: what holds the weights and describes them, below `path`.
     """
 
     path: Path
@@ -97,9 +99,8 @@ def read_config(data: Mapping[str, Any]) -> TelechatConfig:
     return TelechatConfig.from_dict(plain)
 
 
-def read_quantised(path: Path, config_json: Mapping[str, Any] | None = None) -> Quantised:
-    """Read the description, config.json and the headers of the weights; `quantised_problems` says
-    what is wrong with them.
+def read_quantised(path: Path) -> Quantised:
+    """Read the description, config.json and the headers of the weights; `quantised_problems` says what is wrong there.
 
     Raises:
         ConfigError: config.json or the description is missing or malformed.
@@ -108,23 +109,23 @@ def read_quantised(path: Path, config_json: Mapping[str, Any] | None = None) -> 
     file = description_file(path)
     if file is None:
         raise CheckpointError("holds no description of quantised weights", where=path, expected=DESCRIPTION)
-    data = dict(config_json) if config_json is not None else read_json(path / "config.json")
+    data = read_json(path / "config.json")
     kind, description = _description(file, data)
     try:
         config = read_config(data)
     except ConfigError as failure:
         raise ConfigError(str(failure), where=path / "config.json") from None
-    parts = _parts(path)
     if kind == W8A8SC:
+        parts = _parts(path)
         tp = len(parts)
         tensors = {
             f"{folder.name}/{name}": tensor for folder in parts for name, tensor in _read_folder(folder, path).items()
         }
-        files = [str(file.relative_to(path)) for folder in parts for file in sorted(folder.iterdir())]
+        files = [str(file.relative_to(path)) for folder in parts for file in folder.iterdir()]
     else:
-        tp, tensors, files = 0, _read_folder(path, path), []
+        tp, tensors = 0, _read_folder(path, path)
+        files = [file.name for file in path.glob("*.safetensors")]
     files += [entry.name for entry in path.iterdir() if DESCRIPTION_NAME.fullmatch(entry.name)]
-    files += [entry.name for entry in path.glob("*.safetensors")] if kind == W8A8 else []
     return Quantised(path, kind, description, config, tensors, tp, tuple(sorted(files)))
 
 
@@ -151,9 +152,10 @@ def _description(file: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, 
         )
     section = config.get("quantization_config")
     for key in NOT_SERVED:
-        if kinds := {content.get(key), section.get(key) if isinstance(section, Mapping) else None} - {None}:
-            what = "quantises what MindIE's TeleChat keeps in float16"
-            raise CheckpointError(what, where=file, found=f"{key} {name_some(kinds)}", advice=KIND_ADVICE)
+        for said_in in (content, section):
+            if isinstance(said_in, Mapping) and (kind := said_in.get(key)) is not None:
+                what = "quantises what MindIE's TeleChat keeps in float16"
+                raise CheckpointError(what, where=file, found=f"{key} {quoted(kind)}", advice=KIND_ADVICE)
     if said.upper() not in KINDS:
         raise CheckpointError(
             "is of a kind that is not served", where=file, expected=" or ".join(KINDS), found=said, advice=KIND_ADVICE
@@ -162,23 +164,21 @@ def _description(file: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, 
 
 
 def _parts(path: Path) -> list[Path]:
-    """The folders of a W8A8SC model in the order of their ranks; empty where there are none.
+    """The folders of a W8A8SC model in the order of their ranks.
 
     Raises:
         CheckpointError: they are not those of one tensor parallel size, each once.
     """
     found = {match.group(): match for entry in path.iterdir() if (match := PART.fullmatch(entry.name))}
     sizes = {int(match[2]) for match in found.values()}
-    if not found:
-        return []
-    size = max(sizes)
+    size = max(sizes, default=1)
     wanted = [f"part{rank}-of-{size}" for rank in range(size)]
     if len(sizes) > 1 or set(wanted) != found.keys():
         raise CheckpointError(
             "holds the parts of several sizes, or not all of one",
             where=path,
             expected=f"part0-of-{size} to part{size - 1}-of-{size}",
-            found=name_some(found),
+            found=name_some(found) or "none",
         )
     return [path / name for name in wanted]
 

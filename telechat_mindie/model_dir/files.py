@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from telechat_mindie.checkpoint.formats.tensors import open_regular
 from telechat_mindie.errors import CheckpointError, name_some
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, section
+from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD_AS, Entry, section
 from telechat_mindie.model_dir.modes import file_status
 from telechat_mindie.text.settings import template_names
 
@@ -30,6 +30,9 @@ class Described(Protocol):
     path: Path
     manifest: dict[str, Any] | None
     files: dict[str, Entry]
+
+    @property
+    def backend(self) -> str: ...
 
 
 def differences(path: Path, listed: Mapping[str, object]) -> tuple[list[str], list[str]]:
@@ -66,18 +69,18 @@ def changes(
 
 def check_files(parts: Described, required: Sequence[str] = REQUIRED) -> Iterator[Finding]:
     """Files that are missing, extra, or of another size."""
-    listed = section(parts.manifest, "files")
+    listed, rebuild = section(parts.manifest, "files"), REBUILD_AS[parts.backend]
     missing, extra = differences(parts.path, dict.fromkeys(required) | parts.files)
     found = []
     if missing := [name for name in missing if name != "config.json"]:  # its absence was told when it was read
-        found.append(error("missing-file", parts.path, f"lacks {name_some(missing)}", REBUILD))
+        found.append(error("missing-file", parts.path, f"lacks {name_some(missing)}", rebuild))
     for name, entry in parts.files.items():
         status = file_status(parts.path / name)
         if status is None or not stat.S_ISREG(status.st_mode) or name.endswith(EDITABLE):
             continue
         if status.st_size != entry.nbytes:
             message = f"has {status.st_size} bytes, {entry.nbytes} when it was built"
-            found.append(error("size", parts.path / name, message, REBUILD))
+            found.append(error("size", parts.path / name, message, rebuild))
     # A second yaml has a rule of its own, and a model may be given its template later.
     known = {*listed, *template_names(parts.path)}
     strange = {name for name in extra if name not in known and not ("/" not in name and name.endswith(_YAMLS))}
@@ -101,6 +104,8 @@ def check_hashes(parts: Described, progress: Callable[[int], object] | None = No
         if name.endswith(EDITABLE):
             yield warning("edited", parts.path / name, "was edited after the build", "Nothing to do if that was you.")
         else:
-            yield error("hash", parts.path / name, f"{message}: it is damaged or was replaced", REBUILD)
+            yield error(
+                "hash", parts.path / name, f"{message}: it is damaged or was replaced", REBUILD_AS[parts.backend]
+            )
     if parts.files and not changed:
         yield ok("hashes", parts.path, f"{len(parts.files)} files have the bytes that build wrote")

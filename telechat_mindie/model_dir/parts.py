@@ -12,7 +12,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
-from telechat_mindie.mindie import ATB
+from telechat_mindie.mindie import ATB, MS
 from telechat_mindie.model_dir.manifest import (
     MANIFEST,
     REBUILD,
@@ -30,12 +30,12 @@ READ_FAILURES = (TelechatMindieError, OSError, TypeError, ValueError, OverflowEr
 T = TypeVar("T")
 
 
-def attempt(problems: list[Finding], id: str, where: Path, read: Callable[[], T]) -> T | None:
+def attempt(problems: list[Finding], id: str, where: Path, read: Callable[[], T], advice: str = REBUILD) -> T | None:
     """What `read` gives, or None and one more problem."""
     try:
         return read()
     except READ_FAILURES as failure:
-        problems.append(error(id, where, str(failure).removeprefix(f"{where}: "), REBUILD))
+        problems.append(error(id, where, str(failure).removeprefix(f"{where}: "), advice))
     return None
 
 
@@ -75,6 +75,11 @@ class Parts:
         return parts
 
     @property
+    def backend(self) -> str:
+        """That of a directory whose every part is read here."""
+        return MS
+
+    @property
     def model_config(self) -> Mapping[str, Any]:
         """The yaml's model.model_config."""
         return section(self.yaml, "model", "model_config")
@@ -82,7 +87,7 @@ class Parts:
     @property
     def tp(self) -> int | None:
         """Ranks, as a sound manifest says."""
-        damaged = any(problem.id == "manifest" for problem in self.problems)
+        damaged = any(problem.id in ("manifest", "backend") for problem in self.problems)
         return None if self.manifest is None or damaged else int(self.manifest["tp"])
 
     def _problem(self, id: str, where: object, message: str, advice: str = REBUILD) -> None:

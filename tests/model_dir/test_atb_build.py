@@ -289,6 +289,13 @@ def test_a_killed_copy_is_resumed(quantised: Path, tmp_path: Path, monkeypatch: 
 # Verify
 
 
+def test_what_is_lost_is_built_again_for_the_same_backend(built: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "model"))
+    (copy / "modeling_telechat2.py").unlink()
+    (item,) = (item for item in inspect_atb(copy, User(os.geteuid())).findings if item.severity == "error")
+    assert item.id == "missing-file" and item.advice.endswith("--backend atb")
+
+
 def test_verify(built: Path, checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(built, tmp_path / "model"))
     directory = AtbDir.open(copy)

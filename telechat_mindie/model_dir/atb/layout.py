@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,12 +28,13 @@ from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.mindie import ATB, GENERATIONS
 from telechat_mindie.model_dir.atb.generation import check_generation
 from telechat_mindie.model_dir.atb.rules import BUILD, DTYPE, config_refusals, model_refusals, plain_length
-from telechat_mindie.model_dir.manifest import MANIFEST, Entry, backend_of, sound_entries
+from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD_AS, Entry, backend_of, check_manifest, sound_entries
 from telechat_mindie.model_dir.parts import attempt
 from telechat_mindie.reading import read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
+NOWHERE = "Nothing here computes that, for no backend; check it against the code that the model was published with."
 PASSED_OVER = "Nothing to do: atb_llm passes over them."
 
 KEPT_TWICE = ("self_attention.query", "self_attention.key_value")
@@ -43,7 +45,7 @@ atb_models/atb_llm/models/telechat/flash_causal_telechat.py:117-163, atb_llm/run
 def is_atb(path: Path, generation: str | None = None) -> bool:
     """Whether a directory is one for atb: `build --backend atb` made it, msmodelslim quantised it, or it is a Hugging
     Face checkpoint and MindIE's `generation` has no other backend for it."""
-    if not path.is_dir():
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         return False
     if (path / MANIFEST).is_file():
         return backend_of(path) == ATB
@@ -74,31 +76,37 @@ class AtbParts:
         parts = cls(path)
         if (path / MANIFEST).is_file():
             where = path / MANIFEST
-            parts.manifest = attempt(parts.problems, "manifest-json", where, lambda: read_json(where))
-            parts.files = sound_entries(parts.manifest or {})
+            parts.manifest = attempt(parts.problems, "manifest-json", where, lambda: read_json(where), REBUILD_AS[ATB])
+            if parts.manifest is not None:
+                parts.problems += check_manifest(parts.manifest, where, ATB)
+                parts.files = sound_entries(parts.manifest)
         parts._read_config()
         parts._read_generation()
         parts._read_weights()
         return parts
 
+    @property
+    def backend(self) -> str:
+        return ATB
+
     def _read_config(self) -> None:
         where = self.path / CONFIG
-        data = self.config_json = attempt(self.problems, "config-json", where, lambda: read_json(where))
+        data = self.config_json = attempt(self.problems, "config-json", where, lambda: read_json(where), BUILD)
         if data is None:
             return
         read = read_config if description_file(self.path) else TelechatConfig.from_dict
-        config = self.config = attempt(self.problems, "config-json", where, lambda: read(data))
+        config = self.config = attempt(self.problems, "config-json", where, lambda: read(data), BUILD)
         refusals = list(config_refusals(data))
         if config is not None:
             refusals = [*model_refusals(config), *refusals]
-            attempt(self.problems, "config-json", where, lambda: check_computation(config, where))
+            attempt(self.problems, "config-json", where, lambda: check_computation(config, where), NOWHERE)
         self.problems += [error(id, f"{where}: {key}", message, advice) for id, key, message, advice in refusals]
 
     def _read_generation(self) -> None:
         where = self.path / GENERATION
         data: dict[str, Any] | None = {}
         if where.exists():
-            data = attempt(self.problems, "generation-json", where, lambda: read_json(where))
+            data = attempt(self.problems, "generation-json", where, lambda: read_json(where), REBUILD_AS[ATB])
         if data is not None:
             self.problems += check_generation(data, self.config, where)
 
@@ -107,18 +115,21 @@ class AtbParts:
         if config is None:
             return
         if (file := description_file(path)) is not None:
-            model = self.quantised = attempt(self.problems, "weights", path, lambda: read_quantised(path))
+            model = self.quantised = attempt(self.problems, "weights", path, lambda: read_quantised(path), "")
             if model is not None:
                 self.tensors = model.tensors
+                found = attempt(self.problems, "weights", path, lambda: list(quantised_problems(model)), "")
                 self.problems += [
                     warning("tensor-names", path, clause, PASSED_OVER)
                     if id == "unknown"
                     else error(f"quantised-{id}", file, clause, QUANTISE_AGAIN)
-                    for id, clause in quantised_problems(model)
+                    for id, clause in found or ()
                 ]
             return
         shards = sorted(path.glob("*.safetensors"))
-        self.tensors = attempt(self.problems, "weights", path, lambda: read_files(shards, read_safetensors, path)) or {}
+        self.tensors = (
+            attempt(self.problems, "weights", path, lambda: read_files(shards, read_safetensors, path), BUILD) or {}
+        )
         if not shards:
             self.problems.append(error("weights", path, "holds no safetensors, which alone atb_llm loads", BUILD))
         elif self.tensors:
