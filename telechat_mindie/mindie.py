@@ -43,6 +43,9 @@ ATB_VARIABLES = ("ATB_HOME_PATH", "ATB_SPEED_HOME_PATH")
 """What atb's own set_env.sh and that of atb-models export; without them atb_llm finds no libraries (MindIE-LLM v3.0.0
 docs/zh/user_guide/user_manual/environment_variable.md, examples/atb_models/atb_llm/utils/initial.py:77)."""
 
+ATB_UNKNOWN = "is not known to load TeleChat2 by its backend atb, since its code is not public"
+"""What there is to say of the generations with a closed source."""
+
 SOURCE_ATB = "source /usr/local/Ascend/nnal/atb/set_env.sh and /usr/local/Ascend/atb-models/set_env.sh"
 """Where MindIE's images have them (v3.0.0 docs/zh/user_guide/user_manual/offline_inference.md:43-45)."""
 

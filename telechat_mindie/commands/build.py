@@ -58,7 +58,7 @@ def build(
     from telechat_mindie.errors import name_some
     from telechat_mindie.mindie import ATB, MS, backend_named
     from telechat_mindie.model_dir.atb.build import build_atb
-    from telechat_mindie.model_dir.atb.plan import AtbOptions
+    from telechat_mindie.model_dir.atb.plan import AtbOptions, refuse_ms_options
     from telechat_mindie.model_dir.build import BuildOptions
     from telechat_mindie.model_dir.build import build as run
     from telechat_mindie.units import format_bytes
@@ -80,7 +80,7 @@ def build(
 
     with byte_progress("building") as start:
         if backend_named(backend) == ATB:
-            _check_for_atb(dtype, no_qkv_concat, max_seq_len, block_size, bare_prompt)
+            refuse_ms_options(dtype, not no_qkv_concat, max_seq_len, block_size, bare_prompt)
             options = AtbOptions(**common)
             made = build_atb(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), note)
             kind, tp, nbytes = made.kind, made.tp, made.output_bytes
@@ -105,17 +105,3 @@ def build(
             else f"MindIE's atb, on {tp} card{'s' if tp > 1 else ''}"
         )
         print(f"{model_path}: {format_bytes(nbytes)} of {kind} weights for {ranks}{merged}")
-
-
-def _check_for_atb(dtype: str, no_qkv_concat: bool, max_seq_len: int | None, block_size: int, bare_prompt: str) -> None:
-    """Raises InputError for what is decided elsewhere, or by atb_llm itself."""
-    from telechat_mindie.errors import InputError
-
-    if dtype not in ("auto", "float16"):
-        raise InputError("is not what atb_llm computes in", where=f"--dtype {dtype}", expected="auto or float16")
-    if no_qkv_concat or max_seq_len is not None or block_size != 128 or bare_prompt != "chat":
-        raise InputError(
-            "is for --backend ms",
-            where="--no-qkv-concat, --max-seq-len, --block-size, --bare-prompt",
-            advice="A directory for atb has no such settings; `service-config --max-seq-len` bounds the length.",
-        )

@@ -62,7 +62,7 @@ def plan(
     from telechat_mindie.errors import InputError
     from telechat_mindie.kv_budget import CacheShape, CardBudget
     from telechat_mindie.mindie import ATB, backend_named
-    from telechat_mindie.model_dir.atb.plan import AtbOptions
+    from telechat_mindie.model_dir.atb.plan import AtbOptions, refuse_ms_options
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
     from telechat_mindie.units import GB, format_bytes
 
@@ -72,6 +72,7 @@ def plan(
     if checkpoint is None and (config_dir or choice):
         raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
     if backend_named(backend) == ATB:
+        refuse_ms_options(dtype, not no_qkv_concat, max_seq_len, block_size)
         options = AtbOptions(config_dir=config_dir, choice=choice)
         _atb_facts(checkpoint, variant, options, tp, device_mem, target).show(
             str(checkpoint or variant), as_json=as_json
@@ -184,7 +185,7 @@ def _atb_facts(
     facts = Facts()
     facts.add("backend", "atb: MindIE 3.0 and later", backend=ATB, parameters=config.parameter_count)
     listed = [{"path": name, "bytes": nbytes} for name, nbytes in made.files.items()]
-    text = f"{len(listed)} files, {format_bytes(made.output_bytes)} of {made.kind}"
+    text = f"{len(listed)} file{'s' if len(listed) > 1 else ''}, {format_bytes(made.output_bytes)} of {made.kind}"
     facts.add("output", text, dtype=made.kind, tp=made.tp, files=listed, output_bytes=made.output_bytes)
     nbytes = made.rank_bytes
     text = f"{format_bytes(nbytes)} on each of {made.tp}: the embedding whole, query and key_value twice"

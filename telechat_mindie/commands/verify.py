@@ -27,7 +27,9 @@ def verify(
     """
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
-    from telechat_mindie.errors import InputError
+    from telechat_mindie.errors import InputError, ModelDirError
+    from telechat_mindie.model_dir.atb.rules import BUILD
+    from telechat_mindie.model_dir.manifest import MANIFEST
     from telechat_mindie.model_dir.verify import check_against, check_files
     from telechat_mindie.service.facts import open_model
 
@@ -40,6 +42,8 @@ def verify(
         print(text, file=sys.stderr)
 
     directory = open_model(model_path)
+    if not directory.manifest:
+        raise ModelDirError(f"has no {MANIFEST} to prove it by", where=model_path, advice=BUILD)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))

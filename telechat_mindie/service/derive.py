@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.kv_budget import FULL_BATCH, CacheShape, CardBudget
-from telechat_mindie.mindie import ATB, GENERATIONS, MS, SERVER_PORTS
+from telechat_mindie.mindie import ATB, ATB_UNKNOWN, GENERATIONS, MS, SERVER_PORTS
 from telechat_mindie.service import ports
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
@@ -74,7 +74,7 @@ def derive(
     """
     if facts.backend == ATB and not GENERATIONS[options.generation].is_public:
         raise InputError(
-            "is not known to load TeleChat2 by its backend atb",
+            ATB_UNKNOWN,
             where=f"--mindie {options.generation}",
             expected=" or ".join(name for name, row in GENERATIONS.items() if row.is_public),
             advice="Build a directory for backendType ms for it: telechat-mindie build without --backend.",

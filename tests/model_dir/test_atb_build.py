@@ -359,6 +359,8 @@ def test_the_commands(run: Any, checkpoint: Path, quantised: Path, tmp_path: Pat
     assert planned["dtype"] == shown["quantised"] == "W8A8"
     assert planned["rank_bytes"] == shown["weight_bytes_per_rank"]
     assert shown["float_layers"] == ["lm_head", "mlp.down_proj", "word_embeddings"]
+    with pytest.raises(ModelDirError, match=r"has no manifest\.json to prove it by"):
+        run("verify", quantised)
     assert run("build", tmp_path / "q", "--checkpoint", quantised, "--backend", "atb")["dtype"] == "W8A8"
 
 
@@ -377,6 +379,9 @@ def test_a_plan_of_a_size(run: Any) -> None:
 def test_options_of_ms(run: Any, checkpoint: Path, tmp_path: Path, option: list[str]) -> None:
     with pytest.raises(InputError, match=option[0]):
         run("build", tmp_path / "model", "--checkpoint", checkpoint, "--backend", "atb", *option)
+    if option[0] != "--bare-prompt":
+        with pytest.raises(InputError, match=option[0]):
+            run("plan", "--checkpoint", checkpoint, "--backend", "atb", *option)
     with pytest.raises(InputError, match="expected ms or atb"):
         run("build", tmp_path / "model", "--checkpoint", checkpoint, "--backend", "torch")
 

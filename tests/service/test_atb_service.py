@@ -212,9 +212,9 @@ def test_the_variable_of_ms_is_refused(served: tuple[Path, Path]) -> None:
     assert checked(*served, environment={BACKEND_VARIABLE: "ATB"}) == []
 
 
-def test_check_takes_a_checkpoint_for_one_where_there_is_no_ms(plain: Path) -> None:
-    assert checked(plain, None) == []
-    assert any("it has no manifest.json" in item.message for item in checked(plain, None, generation="3.0.0.beta"))
+def test_check_for_a_generation_whose_atb_nobody_can_read(quantised: Path) -> None:
+    (only,) = checked(quantised, None, generation="2.3")
+    assert (only.id, only.severity) == ("atb-generation", "warning") and "MindIE 2.3 is not known" in only.message
 
 
 def test_the_generation_where_none_is_named(plain: Path, quantised: Path) -> None:

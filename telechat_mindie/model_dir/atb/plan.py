@@ -27,7 +27,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, ConfigError, InputError
 from telechat_mindie.model_dir.atb.layout import CONFIG, rank_bytes
-from telechat_mindie.model_dir.atb.rules import DTYPE, model_refusals
+from telechat_mindie.model_dir.atb.rules import BLOCK_SIZE, DTYPE, model_refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,20 @@ def open_source(checkpoint: Path, options: AtbOptions) -> Checkpoint | Quantised
         source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
     refuse(source.config, (source.path if isinstance(source, Quantised) else source.config_dir) / CONFIG)
     return source
+
+
+def refuse_ms_options(
+    dtype: str, qkv_concat: bool, max_seq_len: int | None, block_size: int, bare_prompt: str = "chat"
+) -> None:
+    """Raises InputError for what only a directory for ms has, or what atb_llm does not compute in."""
+    if dtype not in ("auto", DTYPE):
+        raise InputError("is not what atb_llm computes in", where=f"--dtype {dtype}", expected=f"auto or {DTYPE}")
+    if not qkv_concat or max_seq_len is not None or block_size != BLOCK_SIZE or bare_prompt != "chat":
+        raise InputError(
+            "is for --backend ms",
+            where="--no-qkv-concat, --max-seq-len, --block-size, --bare-prompt",
+            advice="A directory for atb has no such settings; `service-config --max-seq-len` bounds the length.",
+        )
 
 
 def refuse(config: TelechatConfig, where: Path | None = None) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from telechat_mindie.errors import ConfigError, ModelDirError
-from telechat_mindie.findings import Report
-from telechat_mindie.mindie import ATB, MS
+from telechat_mindie.findings import Report, warning
+from telechat_mindie.mindie import ATB, ATB_UNKNOWN, GENERATIONS, MS
 from telechat_mindie.model_dir.atb.inspect import inspect_atb
 from telechat_mindie.model_dir.atb.layout import AtbDir, AtbParts, is_atb
 from telechat_mindie.model_dir.inspect import inspect
@@ -58,6 +58,9 @@ def check(
     if is_atb(path, options.generation):
         found = inspect_atb(path, options.user, full=options.full, on_hash=on_hash)
         findings, facts, backend = found.findings, _atb_facts(found.parts, options), ATB
+        if not GENERATIONS[options.generation].is_public:
+            advice = "Serve it with MindIE 3.0.0, or build a directory for backendType ms."
+            findings.append(warning("atb-generation", path, f"MindIE {options.generation} {ATB_UNKNOWN}", advice))
     else:
         seen = inspect(path, options.user, full=options.full, on_hash=on_hash)
         findings, facts, tp = list(seen.findings), _facts(seen.parts), seen.parts.tp

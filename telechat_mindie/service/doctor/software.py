@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.mindie import (
     ATB,
+    ATB_UNKNOWN,
     ATB_VARIABLES,
     DAEMON,
     DEFAULT_HOME,
@@ -164,18 +165,19 @@ def check_atb(machine: Machine) -> Iterator[Finding]:
         what = f"has no {WRAPPERS[ATB]}" if found else "is not installed: there is no mindie_llm"
         yield error("mindie", where, what, "Install MindIE 3.0.0, and source its set_env.sh.")
     elif generation is not None and not GENERATIONS[generation].is_public:
-        message = f"{version}: whether its atb loads TeleChat2 is not known, since its code is not public"
-        yield warning("mindie", where, message, "Take MindIE 3.0.0, or serve with backendType ms.")
+        yield warning(
+            "mindie", where, f"MindIE {version} {ATB_UNKNOWN}", "Take MindIE 3.0.0, or serve with backendType ms."
+        )
     else:
         yield ok("mindie", where, f"{version or 'of unknown version'}, with backendType atb")
-    for name, advice in (
+    for name, remedy in (
         ("atb_llm", f"First {SOURCE_ATB}."),
         ("torch", "Install the torch that MindIE's release notes name."),
         ("torch_npu", "Install the torch_npu made for that torch."),
     ):
         package = machine.package(name)
         if package is None:
-            yield error("atb", name, "is not found, and atb's workers import it", advice)
+            yield error("atb", name, "is not found, and atb's workers import it", remedy)
         else:
             yield ok("atb", package.folder, package.version or f"{name}, of unknown version")
     for name in ATB_VARIABLES:
