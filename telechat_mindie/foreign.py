@@ -37,18 +37,22 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What peft calls an adapter's weights, which may lie beside a model's."""
 
 _GPTQ, _AWQ = "is quantised by GPTQ", "is quantised by AWQ"
-_W8A8 = "is quantised to int8 by msmodelslim (W8A8, W8A16)"
+_W8A8 = "is quantised to int8 by msmodelslim (W8A8, W8A8SC, W8A16)"
 _FP8, _BNB = "is quantised to fp8", "is quantised by bitsandbytes"
 IS_ADAPTER = "is a LoRA adapter, not a model"
 NOT_A_MODEL = "Name the model that it was trained on as --checkpoint, and the adapter as --adapter."
 _ORIGINAL = "Take the float16, bfloat16 or float32 checkpoint that it was made from; nothing is dequantised here."
+_ATB_TAKES_IT = (
+    "Take the float16, bfloat16 or float32 checkpoint that it was made from: no kernel for MindSpore here computes "
+    "with it. `build --backend atb` passes W8A8 and W8A8SC on to MindIE 3.0 as they are."
+)
 ANOTHER_ARCHITECTURE = "Only TeleChat2, TeleChat2.5 and T1 are built here; use an engine that has this architecture."
 
 TABLE = (
     Foreign("file", r"adapter_config\.json|adapter_model\.(safetensors|bin)", IS_ADAPTER, NOT_A_MODEL),
     Foreign("file", r".*\.(zip|7z|rar|tar|tgz|tar\.\w+)", "is an archive", "Unpack it, and name the folder it gives."),
     Foreign("file", r".*\.gguf", "is in llama.cpp's format GGUF", _ORIGINAL),
-    Foreign("file", r"quant_model_description.*\.json|quant_model_weight.*", _W8A8, _ORIGINAL),
+    Foreign("file", r"quant_model_description.*\.json|quant_model_weight.*", _W8A8, _ATB_TAKES_IT),
     Foreign("file", r"quantize_config\.json", _GPTQ, _ORIGINAL),
     Foreign("file", r"quant_config\.json", _AWQ, _ORIGINAL),
     Foreign(
@@ -82,7 +86,7 @@ TABLE = (
     ),
     Foreign("tensor", r".*\.(qweight|qzeros|g_idx)", "is quantised by GPTQ or AWQ", _ORIGINAL),
     Foreign("tensor", r".*\.(SCB|weight_format|weight\.(nested_)?(absmax|quant_map|quant_state\..*))", _BNB, _ORIGINAL),
-    Foreign("tensor", r".*\.(deq_scale|quant_bias|input_offset|weight_offset)", _W8A8, _ORIGINAL),
+    Foreign("tensor", r".*\.(deq_scale|quant_bias|input_offset|weight_offset)", _W8A8, _ATB_TAKES_IT),
     Foreign("tensor", r".*\.(weight_scale(_inv)?|input_scale)", _FP8, _ORIGINAL),
     Foreign(
         "tensor",
@@ -121,7 +125,9 @@ TABLE = (
     Foreign("config", r"quantization_config\.quant_method=(auto)?awq", _AWQ, _ORIGINAL),
     Foreign("config", r"quantization_config\.quant_method=.*fp8.*", _FP8, _ORIGINAL),
     Foreign("config", r"quantization_config\.(quant_method=bitsandbytes|load_in_[48]bit=true)", _BNB, _ORIGINAL),
-    Foreign("config", r"quantize=w\d+a\d+.*|quantization_config\.quant_method=(ascend|msmodelslim)", _W8A8, _ORIGINAL),
+    Foreign(
+        "config", r"quantize=w\d+a\d+.*|quantization_config\.quant_method=(ascend|msmodelslim)", _W8A8, _ATB_TAKES_IT
+    ),
     Foreign("config", r"quantization_config\..*", "is quantised", _ORIGINAL),
 )
 """The first row that fits names what was given."""

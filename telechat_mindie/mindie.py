@@ -11,6 +11,11 @@ from pathlib import Path
 
 from telechat_mindie.errors import InputError
 
+MS, ATB = "ms", "atb"
+"""The backendTypes that TeleChat2 is served by: MindSpore, and MindIE's own atb_llm."""
+
+BACKENDS = (MS, ATB)
+
 HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
 """What names the folder with bin/ and conf/; the first that is set does.
 
@@ -29,9 +34,20 @@ DAEMON, SERVER = "mindieservice_daemon", "mindie_llm_server"
 HOME_FOLDERS = ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-service", "latest/mindie-llm")
 """Where the home is, from a folder that somebody names: there, or below."""
 
-MS_WRAPPER = "modeling/model_wrapper/ms"
+WRAPPERS = {MS: "modeling/model_wrapper/ms", ATB: "modeling/model_wrapper/atb"}
+MS_WRAPPER = WRAPPERS[MS]
 """The folder of the package mindie_llm that knows backendType ms. A MindIE without it passes backendType ms in its C++
 checks and then falls back to another backend without a word."""
+
+ATB_VARIABLES = ("ATB_HOME_PATH", "ATB_SPEED_HOME_PATH")
+"""What atb's own set_env.sh and that of atb-models export; without them atb_llm finds no libraries (MindIE-LLM v3.0.0
+docs/zh/user_guide/user_manual/environment_variable.md, examples/atb_models/atb_llm/utils/initial.py:77)."""
+
+ATB_UNKNOWN = "is not known to load TeleChat2 by its backend atb, since its code is not public"
+"""What there is to say of the generations with a closed source."""
+
+SOURCE_ATB = "source /usr/local/Ascend/nnal/atb/set_env.sh and /usr/local/Ascend/atb-models/set_env.sh"
+"""Where MindIE's images have them (v3.0.0 docs/zh/user_guide/user_manual/offline_inference.md:43-45)."""
 
 SERVER_PORTS = {"port": 1025, "managementPort": 1026, "metricsPort": 1027}
 """Business, management and metrics port: MindIE-LLM v3.0.0.beta.2 src/server/conf/config.json."""
@@ -100,6 +116,13 @@ def generation_named(name: str) -> Generation:
             expected=GENERATION_NAMES,
             advice="Take the one nearest to the installed MindIE.",
         ) from None
+
+
+def backend_named(name: str) -> str:
+    """One of BACKENDS. Raises InputError for another name."""
+    if name not in BACKENDS:
+        raise InputError("unknown choice", where="--backend", expected=" or ".join(BACKENDS), found=name)
+    return name
 
 
 def generation_of(version: str | None) -> str | None:

@@ -113,6 +113,7 @@ def test_the_framework_stays_behind_the_model():
 COMMANDS = {
     "nano": ("nano", "{tmp}/ckpt"),
     "plan": ("plan", "--variant", "7b", "--no-probe"),
+    "plan for atb": ("plan", "--variant", "7b", "--backend", "atb"),
     "build": ("build", "{tmp}/model", "--checkpoint", "{tmp}/ckpt"),
     "convert": ("convert", "{tmp}/model", "{tmp}/hf", "--to", "hf"),
     "info": ("info", "{tmp}/model"),

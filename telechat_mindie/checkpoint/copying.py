@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from telechat_mindie.checkpoint.formats.containers import Container
-from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
+from telechat_mindie.checkpoint.formats.containers import Container, Frame
+from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, open_regular
 from telechat_mindie.checkpoint.writer import FileRecord, HashedFile
 from telechat_mindie.dtypes import DTYPES
 
@@ -100,6 +101,30 @@ class Copier:
         # As integers of the dtype's width: what the numbers are does not matter here.
         matrix = data.view(f"u{DTYPES[tensor.dtype].itemsize}").reshape(tensor.shape[1:])
         return np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint8)
+
+
+def copy_file(source: Path, root: Path, name: str, progress: Progress) -> FileRecord:
+    """Copy the file `name` of the folder `source` below `root`, byte by byte, hashed and synced on the way.
+
+    Raises:
+        CheckpointError: it is no file, or a link out of `source`.
+        OutputError: the copy cannot be written.
+    """
+    descriptor = open_regular(source / name, source)
+    with open(descriptor, "rb", buffering=0) as file:
+        size = os.fstat(descriptor).st_size
+        copy = HashedFile(root, name, [Frame(b"", size)])
+        try:
+            buffer = bytearray(BLOCK_BYTES)
+            while count := file.readinto(buffer):
+                pieces = copy.frame(memoryview(buffer)[:count])
+                copy.hash(pieces)
+                copy.write(pieces)
+                progress(count)
+            copy.write(copy.frame(memoryview(b"")))  # an empty file
+            return copy.finish()
+        finally:
+            copy.close()
 
 
 def _blocks(tensor: StoredTensor, turned: bool) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,7 @@ class ConvertOptions:
     resume: bool = False
     allow_nonfinite: bool = False
     allow_overflow: bool = False
+    overflow_advice: str = "Choose --dtype bfloat16, or accept infinities with --allow-overflow."
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _judge(odd: dict[str, OddValues], options: ConvertOptions) -> None:
     if overflow and not options.allow_overflow:
         raise CheckpointError(
             f"{sum(overflow.values())} values do not fit float16 in {name_some(overflow)}",
-            advice="Choose --dtype bfloat16, or accept infinities with --allow-overflow.",
+            advice=options.overflow_advice,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -13,6 +14,7 @@ from telechat_mindie.commands.options import (
     AllowNonfinite,
     AllowOverflow,
     AsJson,
+    Backend,
     BlockSize,
     ConfigDir,
     Dtype,
@@ -36,6 +38,7 @@ def build(
     step: Step = None,
     source: Source = None,
     packed_by_rank: PackedByRank = False,
+    backend: Backend = "ms",
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -63,33 +66,48 @@ def build(
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
     from telechat_mindie.errors import name_some
+    from telechat_mindie.mindie import ATB, MS, backend_named
+    from telechat_mindie.model_dir.atb.build import build_atb
+    from telechat_mindie.model_dir.atb.plan import AtbOptions, refuse_ms_options
     from telechat_mindie.model_dir.build import BuildOptions
     from telechat_mindie.model_dir.build import build as run
     from telechat_mindie.units import format_bytes
 
-    options = BuildOptions(
-        tp=tp,
-        dtype=dtype,
-        qkv_concat=not no_qkv_concat,
-        max_seq_len=max_seq_len,
-        block_size=block_size,
-        bare_prompt=bare_prompt,
-        force=force,
-        adapters=tuple(adapter or ()),
-        config_dir=config,
-        choice=RunChoice(strategy, step, tuple(source or ()), packed_by_rank),
-        resume=resume,
-        allow_nonfinite=allow_nonfinite,
-        allow_overflow=allow_overflow,
-    )
-
+    choice = RunChoice(strategy, step, tuple(source or ()), packed_by_rank)
+    common: dict[str, Any] = {
+        "tp": tp,
+        "force": force,
+        "adapters": tuple(adapter or ()),
+        "config_dir": config,
+        "choice": choice,
+        "resume": resume,
+        "allow_nonfinite": allow_nonfinite,
+        "allow_overflow": allow_overflow,
+    }
     with byte_progress("building") as start:
-        plan = run(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), logger.info)
+        if backend_named(backend) == ATB:
+            refuse_ms_options(dtype, not no_qkv_concat, max_seq_len, block_size, bare_prompt)
+            options = AtbOptions(**common)
+            made = build_atb(model_path, checkpoint, options, lambda plan: start(plan.output_bytes), logger.info)
+            kind, tp, nbytes = made.kind, made.tp, made.output_bytes
+        else:
+            ms = BuildOptions(
+                dtype=dtype,
+                qkv_concat=not no_qkv_concat,
+                max_seq_len=max_seq_len,
+                block_size=block_size,
+                bare_prompt=bare_prompt,
+                **common,
+            )
+            plan = run(model_path, checkpoint, ms, lambda plan: start(plan.output_bytes), logger.info)
+            kind, tp, nbytes = plan.dtype, plan.tp, plan.output_bytes
     if as_json:
-        print_json(
-            {"model_path": str(model_path), "dtype": plan.dtype, "tp": plan.tp, "weight_bytes": plan.output_bytes}
-        )
+        print_json({"model_path": str(model_path), "backend": backend, "dtype": kind, "tp": tp, "weight_bytes": nbytes})
     else:
         merged = f", with {name_some(adapter)} merged" if adapter else ""
-        ranks = f"{plan.tp} rank{'s' if plan.tp > 1 else ''}"
-        print(f"{model_path}: {format_bytes(plan.output_bytes)} of {plan.dtype} weights for {ranks}{merged}")
+        ranks = (
+            f"{tp} rank{'s' if tp > 1 else ''}"
+            if backend == MS
+            else f"MindIE's atb, on {tp} card{'s' if tp > 1 else ''}"
+        )
+        print(f"{model_path}: {format_bytes(nbytes)} of {kind} weights for {ranks}{merged}")

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import typer
 
-from telechat_mindie.commands.options import AsJson, CardMem, Generation, MindieHome, ModelPath
-from telechat_mindie.service import DEFAULT_GENERATION
+from telechat_mindie.commands.options import AnyGeneration, AsJson, CardMem, MindieHome, ModelPath
 
 
 def check(
     model_path: ModelPath,
     service_config: Path = typer.Option(None, "--service-config", help="The conf/config.json that will serve it."),
-    mindie: Generation = DEFAULT_GENERATION,
+    mindie: AnyGeneration = None,
     mindie_home: MindieHome = None,
     device_mem: CardMem = None,
     full: bool = typer.Option(False, "--full", help="Hash every file and compare with the manifest."),
@@ -33,10 +32,11 @@ def check(
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.service.check import CheckOptions
     from telechat_mindie.service.check import check as run
+    from telechat_mindie.service.facts import generation_for
 
     options = CheckOptions(
         service_config=service_config,
-        generation=mindie,
+        generation=mindie or generation_for(model_path),
         device_mem_gb=device_mem,
         full=full,
         fix=fix,

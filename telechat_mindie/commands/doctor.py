@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from telechat_mindie.commands.options import AsJson
+from telechat_mindie.commands.options import AnyGeneration, AsJson
 
 
 def doctor(
+    mindie: AnyGeneration = None,
     matrix: bool = typer.Option(False, "--matrix", help="Print which versions work together, with the sources."),
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has of what MindIE needs, and what works without the rest.
+
+    With `--mindie 3.0` that is what its atb needs; else MindSpore, for backendType ms.
 
     Exit codes: 0 ready to launch, 1 warnings, 2 errors.
 
@@ -23,9 +26,11 @@ def doctor(
         _print_matrix(as_json)
         return
     from telechat_mindie.commands.findings import show_report
+    from telechat_mindie.mindie import ATB, MS, generation_named
     from telechat_mindie.service.doctor import diagnose
 
-    show_report("this machine", diagnose(), as_json=as_json)
+    backend = MS if mindie is None or generation_named(mindie).ms_backend else ATB
+    show_report("this machine", diagnose(backend=backend), as_json=as_json)
 
 
 def _print_matrix(as_json: bool) -> None:

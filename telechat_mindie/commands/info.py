@@ -11,6 +11,9 @@ from telechat_mindie.commands.options import AsJson, ConfigDir, Source, Step, St
 
 if TYPE_CHECKING:
     from telechat_mindie.checkpoint.training_run import TrainingRun
+    from telechat_mindie.commands.output import Facts
+    from telechat_mindie.config import TelechatConfig
+    from telechat_mindie.model_dir.atb.layout import AtbDir
     from telechat_mindie.model_dir.layout import ModelDir
 
 
@@ -31,17 +34,23 @@ def info(
     """
     from telechat_mindie.checkpoint.training_run import RunChoice, find_run
     from telechat_mindie.errors import InputError
-    from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
+    from telechat_mindie.model_dir.atb.layout import AtbDir, is_atb
+    from telechat_mindie.model_dir.layout import MANIFEST
+    from telechat_mindie.service.facts import open_model
 
     choice = RunChoice(strategy, step, tuple(source or ()))
-    if not (model_path / MANIFEST).exists() and (choice or model_path.is_dir()):
+    if not (model_path / MANIFEST).exists() and (choice or model_path.is_dir()) and not is_atb(model_path):
         run = find_run(model_path, choice)
         if run is not None:
             _show_run(run, config, as_json=as_json)
             return
     if choice or config is not None:
         raise InputError("is for the output of a training run", where="--config, --strategy, --step, --source")
-    _show_model_dir(ModelDir.open(model_path), kv_gb, as_json=as_json)
+    directory = open_model(model_path)
+    if isinstance(directory, AtbDir):
+        _show_atb_dir(directory, kv_gb, as_json=as_json)
+    else:
+        _show_model_dir(directory, kv_gb, as_json=as_json)
 
 
 def _show_run(run: TrainingRun, config_dir: Path | None, *, as_json: bool) -> None:
@@ -75,6 +84,37 @@ def _show_run(run: TrainingRun, config_dir: Path | None, *, as_json: bool) -> No
     facts.show(str(run.path), as_json=as_json)
 
 
+def _show_atb_dir(directory: AtbDir, kv_gb: int, *, as_json: bool) -> None:
+    from telechat_mindie.commands.output import Facts
+    from telechat_mindie.kv_budget import CacheShape
+    from telechat_mindie.service.facts import model_facts
+    from telechat_mindie.units import GB, format_bytes
+
+    facts, measured, model = Facts(), model_facts(directory), directory.quantised
+    shape = CacheShape(measured.kv_bytes_per_token_per_rank, measured.block_size)
+    blocks, longest = shape.usable_blocks_in(kv_gb * GB), measured.default_length
+    tokens, sequences = blocks * measured.block_size, shape.sequences(blocks, longest)
+    facts.add("backend", "atb: MindIE 3.0 and later", backend=measured.backend)
+    _add_shape(facts, directory.config)
+    facts.add("dtype", directory.dtype, dtype=directory.dtype)
+    if model is not None:
+        layers, left = model.layers(quantised=True), model.layers(quantised=False)
+        text = f"{model.kind}: {', '.join(layers)}; {directory.dtype} in {', '.join(left) or 'norms'}"
+        facts.add("quantised", text, quantised=model.kind, quantised_layers=layers, float_layers=left)
+    cards, held = measured.tp, measured.weight_bytes_per_rank
+    allowed = ", ".join(map(str, directory.allowed_tp))
+    text = f"{cards} of {allowed} that are possible, {format_bytes(held)} of weights a card"
+    facts.add("cards", text, tp=cards, allowed_tp=list(directory.allowed_tp), weight_bytes_per_rank=held)
+    plain, most = directory.plain_length, measured.max_seq_len
+    text = f"{most} tokens; right up to {plain}, as atb_llm has no dynamic NTK" if most > plain else f"{most} tokens"
+    facts.add("longest sequence", text, max_seq_len=most, plain_length=plain)
+    per_token = shape.token_bytes
+    facts.add("KV cache", f"{per_token:,} bytes a token and card", kv_bytes_per_token_per_rank=per_token)
+    text = f"{tokens:,} tokens, {sequences} sequences of {longest}"
+    facts.add(f"{kv_gb} GB of cache", text, kv_gb=kv_gb, kv_tokens=tokens, kv_sequences=sequences)
+    facts.show(str(directory.path), as_json=as_json)
+
+
 def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     from telechat_mindie.commands.output import Facts
     from telechat_mindie.kv_budget import CacheShape
@@ -89,11 +129,30 @@ def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     tokens, sequences = blocks * serving.block_size, shape.sequences(blocks, serving.max_seq_len)
     weight_bytes, qkv_concat = measured.weight_bytes_per_rank, directory.manifest["qkv_concat"]
     kernels = describe_cpu_kernels(serving.dtype, tp)
+    facts = Facts()
+    _add_shape(facts, config)
+    concat = f"qkv_concat {'on' if qkv_concat else 'off'}"
+    facts.add("dtype", f"{serving.dtype}, {concat}", dtype=serving.dtype, qkv_concat=qkv_concat)
+    weights = f"{tp}, {format_bytes(weight_bytes)} of weights a rank"
+    facts.add("tensor parallel", weights, tp=tp, weight_bytes_per_rank=weight_bytes)
+    longest, block_size = serving.max_seq_len, serving.block_size
+    facts.add(
+        "longest sequence", f"{longest} tokens, blocks of {block_size}", max_seq_len=longest, block_size=block_size
+    )
+    facts.add("CPU kernels", kernels, cpu_kernels=kernels)
+    per_token = shape.token_bytes
+    facts.add("KV cache", f"{per_token:,} bytes a token and rank", kv_bytes_per_token_per_rank=per_token)
+    held = f"{tokens:,} tokens, {sequences} longest sequences"
+    facts.add(f"{kv_gb} GB of cache", held, kv_gb=kv_gb, kv_tokens=tokens, kv_sequences=sequences)
+    facts.show(str(directory.path), as_json=as_json)
+
+
+def _add_shape(facts: Facts, config: TelechatConfig) -> None:
     experts = "none"
     if config.is_moe:
         active = f"{config.active_parameter_count:,} active parameters"
         experts = f"{config.num_experts}, {config.experts_per_token} a token, {active}"
-    facts, count = Facts(), config.parameter_count
+    count = config.parameter_count
     facts.add("parameters", f"{count:,}", parameters=count, active_parameters=config.active_parameter_count)
     facts.add(
         "layers",
@@ -111,17 +170,3 @@ def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     )
     facts.add("experts", experts, experts=config.num_experts, experts_per_token=config.experts_per_token)
     facts.add("vocabulary", str(config.vocab_size), vocab_size=config.vocab_size)
-    concat = f"qkv_concat {'on' if qkv_concat else 'off'}"
-    facts.add("dtype", f"{serving.dtype}, {concat}", dtype=serving.dtype, qkv_concat=qkv_concat)
-    weights = f"{tp}, {format_bytes(weight_bytes)} of weights a rank"
-    facts.add("tensor parallel", weights, tp=tp, weight_bytes_per_rank=weight_bytes)
-    longest, block_size = serving.max_seq_len, serving.block_size
-    facts.add(
-        "longest sequence", f"{longest} tokens, blocks of {block_size}", max_seq_len=longest, block_size=block_size
-    )
-    facts.add("CPU kernels", kernels, cpu_kernels=kernels)
-    per_token = shape.token_bytes
-    facts.add("KV cache", f"{per_token:,} bytes a token and rank", kv_bytes_per_token_per_rank=per_token)
-    held = f"{tokens:,} tokens, {sequences} longest sequences"
-    facts.add(f"{kv_gb} GB of cache", held, kv_gb=kv_gb, kv_tokens=tokens, kv_sequences=sequences)
-    facts.show(str(directory.path), as_json=as_json)

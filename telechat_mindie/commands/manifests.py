@@ -63,6 +63,8 @@ def manifests(
         telechat-mindie manifests model --kind k8s --claim models --tls-secret mindie-tls -o deploy
     """
     from telechat_mindie.commands.output import print_json
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.model_dir.atb.layout import is_atb
     from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service.facts import model_facts
     from telechat_mindie.service.manifests import DEFAULT_IMAGE, ManifestOptions, write_manifests
@@ -92,6 +94,12 @@ def manifests(
         index_url=index_url,
         service=service,
     )
+    if is_atb(model_path):
+        raise InputError(
+            "was built for backendType atb, for which no images and manifests are known to work",
+            where=model_path,
+            advice="Start MindIE's own image, and in it: telechat-mindie launch MODEL_PATH.",
+        )
     files = write_manifests(output, model_facts(ModelDir.open(model_path)), options, force=force)
     if as_json:
         print_json({"output": str(output), "files": files})

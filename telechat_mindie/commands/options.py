@@ -39,6 +39,10 @@ Dtype = Annotated[
 ]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor parallel size: the number of NPUs that share the model.")]
 NoQkvConcat = Annotated[bool, typer.Option("--no-qkv-concat", help="Keep q, k/v, gate and up apart.")]
+Backend = Annotated[
+    str,
+    typer.Option("--backend", help="ms: MindSpore, MindIE up to 3.0.0.beta.2; atb: MindIE from 3.0 on, in float16."),
+]
 BlockSize = Annotated[int, typer.Option("--block-size", help="Tokens of a KV cache block.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity in the weights.")]
@@ -125,6 +129,14 @@ Generation = Annotated[
     str,
     typer.Option(
         "--mindie", help=f"Generation of MindIE: {GENERATION_NAMES}.", autocompletion=names_in("mindie", "GENERATIONS")
+    ),
+]
+AnyGeneration = Annotated[
+    str | None,
+    typer.Option(
+        "--mindie",
+        help=f"Generation of MindIE: {GENERATION_NAMES}; default: one with the model's backend.",
+        autocompletion=names_in("mindie", "GENERATIONS"),
     ),
 ]
 MindieHome = Annotated[

@@ -8,6 +8,7 @@ import typer
 
 from telechat_mindie.commands.options import (
     AsJson,
+    Backend,
     ConfigDir,
     Dtype,
     NoQkvConcat,
@@ -32,6 +33,7 @@ def plan(
     other_sources: Source = None,
     packed_by_rank: PackedByRank = False,
     variant: Variant = None,
+    backend: Backend = "ms",
     tp: Tp = 1,
     dtype: Dtype = "auto",
     no_qkv_concat: NoQkvConcat = False,
@@ -63,8 +65,11 @@ def plan(
     from telechat_mindie.checkpoint.stream import choose_dtype
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import Facts, print_table
+    from telechat_mindie.commands.plan_atb import atb_facts
     from telechat_mindie.computation import refusal
     from telechat_mindie.errors import InputError
+    from telechat_mindie.mindie import ATB, backend_named
+    from telechat_mindie.model_dir.atb.plan import AtbOptions, refuse_ms_options
     from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
     from telechat_mindie.units import format_bytes, format_duration
 
@@ -73,6 +78,12 @@ def plan(
     choice = RunChoice(strategy, step, tuple(other_sources or ()), packed_by_rank)
     if checkpoint is None and (config_dir or choice):
         raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
+    if backend_named(backend) == ATB:
+        refuse_ms_options(dtype, not no_qkv_concat, max_seq_len, block_size)
+        options = AtbOptions(config_dir=config_dir, choice=choice)
+        facts = atb_facts(checkpoint, variant, options, tp, device_mem, target)
+        facts.show(str(checkpoint or variant), as_json=as_json)
+        return
     source = (
         from_config(variants.named(variant)) if checkpoint is None else source_facts(checkpoint, config_dir, choice)
     )

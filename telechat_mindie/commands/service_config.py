@@ -10,10 +10,10 @@ import typer
 
 from telechat_mindie.commands.messages import logger
 from telechat_mindie.commands.options import (
+    AnyGeneration,
     AsJson,
     CardMem,
     Devices,
-    Generation,
     InsecureHttp,
     Instances,
     MaxInputLen,
@@ -23,7 +23,6 @@ from telechat_mindie.commands.options import (
     Reserve,
     Set,
 )
-from telechat_mindie.service import DEFAULT_GENERATION
 
 if TYPE_CHECKING:
     from telechat_mindie.service.cards import Cards
@@ -48,7 +47,7 @@ def service_config(
     insecure_http: InsecureHttp = False,
     set_: Set = None,
     template: Path = typer.Option(None, "--template", help="A conf/config.json to change as little as possible."),
-    mindie: Generation = DEFAULT_GENERATION,
+    mindie: AnyGeneration = None,
     mindie_home: Path = typer.Option(
         None, "--mindie-home", help="MindIE's folder: say which certificates are missing there, or make them there."
     ),
@@ -68,11 +67,10 @@ def service_config(
     import os
 
     from telechat_mindie.mindie import certificate_home
-    from telechat_mindie.model_dir.layout import ModelDir
     from telechat_mindie.service import ports
     from telechat_mindie.service.card_rules import card_memory
     from telechat_mindie.service.cards import read_cards
-    from telechat_mindie.service.facts import model_facts
+    from telechat_mindie.service.facts import generation_for, model_facts, open_model
     from telechat_mindie.service.options import ServiceOptions, parse_devices
     from telechat_mindie.service.render import render_service_config
     from telechat_mindie.staging import write_file
@@ -93,14 +91,14 @@ def service_config(
         request_tokens=request_tokens,
         port_base=port_base,
         insecure_http=insecure_http,
-        generation=mindie,
+        generation=mindie or generation_for(model_path),
         template=template,
         overrides=tuple(set_ or ()),
         mindie_home=home,
     )
-    directory = ModelDir.open(model_path)
+    directory = open_model(model_path, mindie)
     # The file may be for another machine; `launch` goes round the ports that are taken on its own.
-    rendered = render_service_config(model_facts(directory), options, ports.assume_free)
+    rendered = render_service_config(model_facts(directory, devices, options.instances), options, ports.assume_free)
     if output is not None:
         _prepare_output(output, replace=force or (template is not None and _same_file(output, template)))
     if make_test_certificates:
@@ -108,7 +106,7 @@ def service_config(
     if output is not None:
         write_file(output, rendered.text.encode())
     _tell(rendered, home)
-    _tell_cards(rendered, cards, directory.serving.dtype, assumed)
+    _tell_cards(rendered, cards, directory.dtype, assumed)
     if explain:
         _explain(rendered, str(output or model_path), as_json)
     elif as_json:
@@ -116,7 +114,9 @@ def service_config(
     elif output is None:
         print(rendered.text, end="")
     else:
-        print(f"{output}: for MindIE {mindie}, {len(rendered.derived)} values derived; --explain lists them")
+        print(
+            f"{output}: for MindIE {options.generation}, {len(rendered.derived)} values derived; --explain lists them"
+        )
 
 
 def _make_certificates(rendered: RenderedConfig, home: Path | None, replace: bool) -> RenderedConfig:

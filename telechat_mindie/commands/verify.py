@@ -31,16 +31,20 @@ def verify(
     """
     from telechat_mindie.checkpoint.training_run import RunChoice
     from telechat_mindie.commands.output import byte_progress, print_json
-    from telechat_mindie.errors import InputError
-    from telechat_mindie.model_dir.layout import ModelDir
+    from telechat_mindie.errors import InputError, ModelDirError
+    from telechat_mindie.model_dir.atb.rules import BUILD
+    from telechat_mindie.model_dir.manifest import MANIFEST
     from telechat_mindie.model_dir.verify import check_against, check_files
+    from telechat_mindie.service.facts import open_model
 
     choice = RunChoice(strategy, step, tuple(source or ()), packed_by_rank)
     if (adapter or config or choice) and against is None:
         where = "--adapter, --config, --strategy, --step, --source, --packed-by-rank"
         raise InputError("is for a comparison", where=where, advice="Name the checkpoint too: --against DIR.")
 
-    directory = ModelDir.open(model_path)
+    directory = open_model(model_path)
+    if not directory.manifest:
+        raise ModelDirError(f"has no {MANIFEST} to prove it by", where=model_path, advice=BUILD)
     files = directory.files
     with byte_progress("hashing") as start:
         problems = check_files(directory, start(sum(entry.nbytes for entry in files.values())))

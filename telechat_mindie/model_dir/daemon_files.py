@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.model_dir.manifest import REBUILD
@@ -29,6 +31,11 @@ def check_config_json(parts: Parts) -> Iterator[Finding]:
     sizes = (data.get("vocab_size"), data.get("padded_vocab_size"))
     if not any(type(size) is int and 0 < size <= UINT32_MAX for size in sizes):
         yield error("config-field", where, "has no vocab_size that MindIE can read", REBUILD)
+    yield from check_depth(where, data)
+
+
+def check_depth(where: Path, data: Mapping[str, Any]) -> Iterator[Finding]:
+    """A config.json that MindIE's parser cuts."""
     if (levels := depth(data)) > MAX_JSON_DEPTH:
         # Its parser drops what is deeper (src/utils/safe_io.cpp:40-65); nothing there is of use to it.
         message = f"is nested {levels} deep, and MindIE drops what is deeper than {MAX_JSON_DEPTH}"

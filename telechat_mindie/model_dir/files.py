@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from telechat_mindie.checkpoint.formats.tensors import open_regular
 from telechat_mindie.errors import CheckpointError, name_some
 from telechat_mindie.findings import Finding, error, ok, warning
-from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, section
+from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD_AS, Entry, section
 from telechat_mindie.model_dir.modes import file_status
-from telechat_mindie.model_dir.parts import Parts
 from telechat_mindie.text.settings import template_names
 
 REQUIRED = ("config.json", "tokenizer.model", "tokenizer_config.json")
@@ -22,6 +22,17 @@ EDITABLE = (".json", ".jinja", *_YAMLS)
 """What a person may change after a build, within what the other rules allow."""
 
 CHUNK = 8 << 20
+
+
+class Described(Protocol):
+    """A directory of any backend, as far as its manifest describes it."""
+
+    path: Path
+    manifest: dict[str, Any] | None
+    files: dict[str, Entry]
+
+    @property
+    def backend(self) -> str: ...
 
 
 def differences(path: Path, listed: Mapping[str, object]) -> tuple[list[str], list[str]]:
@@ -56,26 +67,26 @@ def changes(
             yield name, "has another sha256 than when it was built"
 
 
-def check_files(parts: Parts) -> Iterator[Finding]:
+def check_files(parts: Described, required: Sequence[str] = REQUIRED) -> Iterator[Finding]:
     """Files that are missing, extra, or of another size."""
-    listed = section(parts.manifest, "files")
-    missing, extra = differences(parts.path, dict.fromkeys(REQUIRED) | parts.files)
+    listed, rebuild = section(parts.manifest, "files"), REBUILD_AS[parts.backend]
+    missing, extra = differences(parts.path, dict.fromkeys(required) | parts.files)
     found = []
     if missing := [name for name in missing if name != "config.json"]:  # its absence was told when it was read
-        found.append(error("missing-file", parts.path, f"lacks {name_some(missing)}", REBUILD))
+        found.append(error("missing-file", parts.path, f"lacks {name_some(missing)}", rebuild))
     for name, entry in parts.files.items():
         status = file_status(parts.path / name)
         if status is None or not stat.S_ISREG(status.st_mode) or name.endswith(EDITABLE):
             continue
         if status.st_size != entry.nbytes:
             message = f"has {status.st_size} bytes, {entry.nbytes} when it was built"
-            found.append(error("size", parts.path / name, message, REBUILD))
+            found.append(error("size", parts.path / name, message, rebuild))
     # A second yaml has a rule of its own, and a model may be given its template later.
     known = {*listed, *template_names(parts.path)}
     strange = {name for name in extra if name not in known and not ("/" not in name and name.endswith(_YAMLS))}
     if weights := {name for name in strange if name.endswith(".safetensors")}:
         message = f"holds weights that build did not write: {name_some(weights)}"
-        advice = "Move them away: every safetensors file of a rank's folder is loaded."
+        advice = "Move them away: every safetensors file is loaded."
         found.append(error("extra-weights", parts.path, message, advice))
     if others := strange - weights:
         message = f"holds files that build did not write: {name_some(others)}"
@@ -85,7 +96,7 @@ def check_files(parts: Parts) -> Iterator[Finding]:
         yield ok("contents", parts.path, f"all {len(parts.files)} files of the manifest, and no others")
 
 
-def check_hashes(parts: Parts, progress: Callable[[int], object] | None = None) -> Iterator[Finding]:
+def check_hashes(parts: Described, progress: Callable[[int], object] | None = None) -> Iterator[Finding]:
     """Every file hashed again. An edited json or yaml is a warning, other changes are errors."""
     changed = 0
     for name, message in changes(parts.path, parts.files, progress):
@@ -93,6 +104,8 @@ def check_hashes(parts: Parts, progress: Callable[[int], object] | None = None) 
         if name.endswith(EDITABLE):
             yield warning("edited", parts.path / name, "was edited after the build", "Nothing to do if that was you.")
         else:
-            yield error("hash", parts.path / name, f"{message}: it is damaged or was replaced", REBUILD)
+            yield error(
+                "hash", parts.path / name, f"{message}: it is damaged or was replaced", REBUILD_AS[parts.backend]
+            )
     if parts.files and not changed:
         yield ok("hashes", parts.path, f"{len(parts.files)} files have the bytes that build wrote")

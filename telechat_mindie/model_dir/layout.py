@@ -35,6 +35,11 @@ class ModelDir:
     files: Mapping[str, Entry]
 
     @property
+    def dtype(self) -> str:
+        """Of the weights, and of keys and values."""
+        return self.serving.dtype
+
+    @property
     def tp(self) -> int:
         return int(self.manifest["tp"])
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from telechat_mindie.config import MAX_RANKS
+from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, error
+from telechat_mindie.mindie import ATB, MS
+from telechat_mindie.reading import read_json
 
 MANIFEST = "manifest.json"
 REBUILD = "Build the directory again: telechat-mindie build MODEL_PATH --checkpoint DIR --force"
+REBUILD_AS = {MS: REBUILD, ATB: f"{REBUILD} --backend atb"}
+"""By the backend that a directory is for."""
 
 MAX_FILE_BYTES = 1 << 60  # beyond any file system; sums of sizes stay exact
 
@@ -20,6 +27,13 @@ def section(data: Mapping[str, Any] | None, *keys: str) -> Mapping[str, Any]:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}
+
+
+def backend_of(path: Path) -> str | None:
+    """The backend that a directory was built for, ms where its manifest names none; None where it cannot be read."""
+    with contextlib.suppress(ConfigError):
+        return str(read_json(path / MANIFEST).get("backend", MS))
+    return None
 
 
 class Entry(NamedTuple):
@@ -35,17 +49,24 @@ def sound_entries(manifest: Mapping[str, Any]) -> dict[str, Entry]:
     return {name: Entry(**entry) for name, entry in files.items() if not _fault(name, entry)}
 
 
-def check_manifest(manifest: Mapping[str, Any], where: object) -> Iterator[Finding]:
+KEYS: dict[str, type] = {"tp": int, "dtype": str, "qkv_concat": bool, "files": dict}
+"""What a manifest must have; only weights for ms can be packed."""
+
+
+def check_manifest(manifest: Mapping[str, Any], where: object, backend: str = MS) -> Iterator[Finding]:
     """The form of a manifest, key by key and file by file."""
-    for key, kind in (("tp", int), ("dtype", str), ("qkv_concat", bool), ("files", dict)):
+    advice = REBUILD_AS[backend]
+    for key, kind in KEYS.items():
+        if key == "qkv_concat" and backend != MS:
+            continue
         if type(manifest.get(key)) is not kind:
-            yield error("manifest", where, f"manifest lacks {key}", REBUILD)
+            yield error("manifest", where, f"manifest lacks {key}", advice)
     tp = manifest.get("tp")
     if type(tp) is int and not 1 <= tp <= MAX_RANKS:
-        yield error("manifest", where, f"tp is out of range (expected 1 to {MAX_RANKS}, found {tp})", REBUILD)
+        yield error("manifest", where, f"tp is out of range (expected 1 to {MAX_RANKS}, found {tp})", advice)
     for name, entry in section(manifest, "files").items():
         if fault := _fault(name, entry):
-            yield error("manifest", f"{where}: files", f"{name!r} {fault}", REBUILD)
+            yield error("manifest", f"{where}: files", f"{name!r} {fault}", advice)
 
 
 def _fault(name: str, entry: object) -> str:

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import TelechatMindieError
 from telechat_mindie.findings import Finding, error
 from telechat_mindie.foreign import WEIGHT_SUFFIXES, find_foreign
+from telechat_mindie.mindie import ATB, MS
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD, Entry, check_manifest, section, sound_entries
 from telechat_mindie.model_dir.serving import ONE_YAML, ServingConfig, contradictions, read_serving, yaml_files
 from telechat_mindie.reading import meant_instead, read_json, read_yaml
@@ -22,12 +24,12 @@ READ_FAILURES = (TelechatMindieError, OSError, TypeError, ValueError, OverflowEr
 T = TypeVar("T")
 
 
-def attempt(problems: list[Finding], id: str, where: Path, read: Callable[[], T]) -> T | None:
+def attempt(problems: list[Finding], id: str, where: Path, read: Callable[[], T], advice: str = REBUILD) -> T | None:
     """What `read` gives, or None and one more problem."""
     try:
         return read()
     except READ_FAILURES as failure:
-        problems.append(error(id, where, str(failure).removeprefix(f"{where}: "), REBUILD))
+        problems.append(error(id, where, str(failure).removeprefix(f"{where}: "), advice))
     return None
 
 
@@ -77,6 +79,11 @@ class Parts:
         return any(problem.id == "model-dir" for problem in self.problems)
 
     @property
+    def backend(self) -> str:
+        """That of a directory whose every part is read here."""
+        return MS
+
+    @property
     def model_config(self) -> Mapping[str, Any]:
         """The yaml's model.model_config."""
         return section(self.yaml, "model", "model_config")
@@ -84,7 +91,7 @@ class Parts:
     @property
     def tp(self) -> int | None:
         """Ranks, as a sound manifest says."""
-        damaged = any(problem.id == "manifest" for problem in self.problems)
+        damaged = any(problem.id in ("manifest", "backend") for problem in self.problems)
         return None if self.manifest is None or damaged else int(self.manifest["tp"])
 
     def _problem(self, id: str, where: object, message: str, advice: str = REBUILD) -> None:
@@ -96,7 +103,9 @@ class Parts:
             self._problem(*_without_manifest(self.path))
             return
         self.manifest = attempt(self.problems, "manifest-json", where, lambda: read_json(where))
-        if self.manifest is not None:
+        if self.manifest is not None and self.manifest.get("backend") == ATB:
+            self._problem("backend", self.path, *_for_atb(self.path, self.manifest))
+        elif self.manifest is not None:
             self.problems += check_manifest(self.manifest, where)
             self.files = sound_entries(self.manifest)
 
@@ -156,3 +165,16 @@ def _without_manifest(path: Path) -> tuple[str, Path, str, str]:
         )
         return "model-dir", path, f"{message}, but a checkpoint's config.json and weights", advice
     return "manifest", path, message, "Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`."
+
+
+def _for_atb(path: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """What to say of a directory of the other backend, and how its model is served on a CPU."""
+    message = "was built for backendType atb of MindIE 3.0: no MindSpore loads it"
+    source = f"--checkpoint {path}"
+    if manifest.get("dtype") not in WEIGHT_DTYPES:
+        message += f", and {manifest.get('dtype')} computes on NPUs alone"
+        source = "--checkpoint DIR of the checkpoint that was quantised"
+    return (
+        message,
+        f"Build it for ms to serve it here: telechat-mindie build OTHER {source}; telechat-mindie serve OTHER",
+    )

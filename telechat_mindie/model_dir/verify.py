@@ -13,19 +13,23 @@ from telechat_mindie.checkpoint.casting import cast_into
 from telechat_mindie.checkpoint.formats.bounds import quoted
 from telechat_mindie.checkpoint.formats.tensors import open_regular
 from telechat_mindie.checkpoint.mapping import Target, mindformers_targets
+from telechat_mindie.checkpoint.msmodelslim import Quantised, read_quantised
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan, Shard, make_plan
 from telechat_mindie.checkpoint.reader import BLOCK_BYTES, BlockReader
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
 from telechat_mindie.checkpoint.training_run import RunChoice
+from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError, ModelDirError, name_some
+from telechat_mindie.model_dir.atb.layout import AtbDir
+from telechat_mindie.model_dir.atb.plan import atb_conversion
 from telechat_mindie.model_dir.files import changes, differences
 from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.model_dir.manifest import section
+from telechat_mindie.model_dir.manifest import Entry, section
 
 
-def check_files(directory: ModelDir, progress: Progress | None = None) -> list[str]:
+def check_files(directory: ModelDir | AtbDir, progress: Progress | None = None) -> list[str]:
     """What is wrong with the directory's files: missing, unknown, of another size or content than the manifest says."""
     missing, extra = differences(directory.path, directory.files)
     problems = [f"{name}: is missing" for name in missing]
@@ -34,7 +38,7 @@ def check_files(directory: ModelDir, progress: Progress | None = None) -> list[s
 
 
 def check_against(
-    directory: ModelDir,
+    directory: ModelDir | AtbDir,
     checkpoint: Path,
     on_start: Callable[[int], Progress] | None = None,
     adapters: Sequence[str | Path] = (),
@@ -61,20 +65,34 @@ def check_against(
             expected=name_some(names) if names else "none",
             found=name_some(adapters) if adapters else "none",
         )
+    if isinstance(directory, AtbDir) and directory.quantised is not None:
+        return _copies_that_differ(directory, read_quantised(checkpoint), on_start)
     source = open_checkpoint(checkpoint, config_dir, adapters, choice)
     if source.note:
         on_note(source.note)
     if source.config != directory.config:
         raise ModelDirError("was built from a model of another shape", where=directory.path, expected=source.config)
-    packed = directory.manifest["qkv_concat"]
-    targets = mindformers_targets(source.config, qkv_concat=packed, transposed_experts=source.config.is_moe)
-    plan = make_plan(source.config, targets, directory.manifest["dtype"], directory.tp)
+    plan = atb_conversion(source.config) if isinstance(directory, AtbDir) else _ms_plan(directory, source.config)
     progress = on_start(plan.output_bytes) if on_start else (lambda _: None)
     comparison = _Comparison(directory.path, plan, source, progress)
     try:
         return [problem for shard in plan.shards for problem in comparison.problems(shard)]
     finally:
         comparison.reader.close()
+
+
+def _ms_plan(directory: ModelDir, config: TelechatConfig) -> ConversionPlan:
+    packed = directory.manifest["qkv_concat"]
+    targets = mindformers_targets(config, qkv_concat=packed, transposed_experts=config.is_moe)
+    return make_plan(config, targets, directory.manifest["dtype"], directory.tp)
+
+
+def _copies_that_differ(directory: AtbDir, source: Quantised, on_start: Callable[[int], Progress] | None) -> list[str]:
+    """The files of a quantised model that have other bytes than those they were copied from."""
+    sizes = {name: (source.path / name).stat().st_size for name in source.files}
+    progress = on_start(sum(sizes.values())) if on_start else None
+    listed = {name: directory.files.get(name, Entry(-1, "")) for name in source.files}
+    return [f"{name}: differs from the checkpoint" for name, _ in changes(source.path, listed, progress)]
 
 
 class _Comparison:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.kv_budget import FULL_BATCH, CacheShape, CardBudget
-from telechat_mindie.mindie import SERVER_PORTS
+from telechat_mindie.mindie import ATB, ATB_UNKNOWN, GENERATIONS, MS, SERVER_PORTS
 from telechat_mindie.service import ports
 from telechat_mindie.service.options import ModelFacts, ServiceOptions, device_groups
 from telechat_mindie.service.overrides import MODEL_ENTRY, parse_override
@@ -72,6 +72,13 @@ def derive(
         InputError: an option is malformed, the devices do not fit tp and instances, a length exceeds the model's, or
             the memory of a card does not hold the weights and one request of maxSeqLen.
     """
+    if facts.backend == ATB and not GENERATIONS[options.generation].is_public:
+        raise InputError(
+            ATB_UNKNOWN,
+            where=f"--mindie {options.generation}",
+            expected=" or ".join(name for name, row in GENERATIONS.items() if row.is_public),
+            advice="Build a directory for backendType ms for it: telechat-mindie build without --backend.",
+        )
     ledger = _Ledger(dict(parse_override(text, options.generation) for text in options.overrides))
     _server(ledger, options, base, is_free)
     _devices(ledger, facts, options)
@@ -115,12 +122,13 @@ def _devices(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> Non
     reason = f"the first {tp * instances}" if options.devices is None else f"--devices {options.devices}"
     ledger.settle((*BACKEND, "modelInstanceNumber"), instances, "flag" if instances > 1 else "computed", "--instances")
     ledger.settle((*BACKEND, "npuDeviceIds"), rows, origin, f"{reason}, tp {tp} an instance")
-    ledger.settle((*MODEL_ENTRY, "worldSize"), tp, "checkpoint", "the tp that the directory was built for")
+    why = "the tp that the directory was built for" if facts.backend == MS else "cards of an instance"
+    ledger.settle((*MODEL_ENTRY, "worldSize"), tp, "checkpoint" if facts.backend == MS else origin, why)
 
 
 def _lengths(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions) -> int:
     """Settle the lengths and return maxSeqLen."""
-    wanted = facts.max_seq_len if options.max_seq_len is None else options.max_seq_len
+    wanted = facts.default_length if options.max_seq_len is None else options.max_seq_len
     if not 2 <= wanted <= facts.max_seq_len:
         raise InputError(
             "is not a length that the model directory serves",
@@ -162,8 +170,10 @@ def _model(ledger: _Ledger, facts: ModelFacts) -> int:
     """Settle what names the model and return cacheBlockSize."""
     ledger.settle((*MODEL_ENTRY, "modelName"), facts.model_name, "checkpoint", "the model directory's name")
     ledger.settle((*MODEL_ENTRY, "modelWeightPath"), facts.model_path, "flag", "MODEL_PATH")
-    ledger.settle((*MODEL_ENTRY, "backendType"), "ms", "checkpoint", "a directory for MindSpore")
-    reason = "block_size of the directory's yaml"
+    why, reason = "a directory for MindSpore", "block_size of the directory's yaml"
+    if facts.backend == ATB:
+        why, reason = "a directory for atb_llm", "what MindIE ships"
+    ledger.settle((*MODEL_ENTRY, "backendType"), facts.backend, "checkpoint", why)
     return int(ledger.settle((*SCHEDULE, "cacheBlockSize"), facts.block_size, "checkpoint", reason))
 
 
@@ -177,7 +187,9 @@ def _memory(ledger: _Ledger, facts: ModelFacts, options: ServiceOptions, max_seq
         raise InputError("must be positive", where="--request-tokens", found=options.request_tokens)
     budget = CardBudget.of(options.device_mem_gb, facts.weight_bytes_per_rank, facts.vocab_size, options.reserve_gb)
     location = (*MODEL_ENTRY, "npuMemSize")
-    if options.dynamic_kv:
+    if facts.backend == ATB:
+        size = ledger.settle(location, -1, "MindIE default", "the worker takes what is left, as MindIE ships it")
+    elif options.dynamic_kv:
         size = ledger.settle(location, -1, "flag", "--dynamic-kv: the worker takes what is left")
     else:
         size = ledger.settle(location, budget.cache, "computed", str(budget))

@@ -9,6 +9,7 @@ from pathlib import Path
 from telechat_mindie.config import MAX_RANKS
 from telechat_mindie.errors import InputError
 from telechat_mindie.kv_budget import DEFAULT_CARD_GB
+from telechat_mindie.mindie import MS
 from telechat_mindie.service import DEFAULT_GENERATION
 
 
@@ -24,6 +25,14 @@ class ModelFacts:
     weight_bytes_per_rank: int
     kv_bytes_per_token_per_rank: int
     vocab_size: int
+    backend: str = MS
+    plain_length: int | None = None  # beyond it the backend does not compute what the model does
+    allowed_tp: tuple[int, ...] = ()  # other numbers of cards that the same directory serves with
+
+    @property
+    def default_length(self) -> int:
+        """maxSeqLen where nobody says."""
+        return min(self.max_seq_len, self.plain_length or self.max_seq_len)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from telechat_mindie import templates
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.mindie import GENERATIONS
+from telechat_mindie.model_dir.atb.rules import beyond_plain
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import Certificate, https_certificates
 from telechat_mindie.service.derive import Derived, derive
@@ -17,8 +18,8 @@ from telechat_mindie.service.options import ModelFacts, ServiceOptions
 from telechat_mindie.service.overrides import set_value
 from telechat_mindie.service.patch import patch
 from telechat_mindie.service.schema.rules_generation import older_layout
-from telechat_mindie.service.schema.settings import READ_FROM_HOME
-from telechat_mindie.service.schema.violations import warning
+from telechat_mindie.service.schema.settings import DEPLOY, READ_FROM_HOME
+from telechat_mindie.service.schema.violations import typed_at, warning
 
 TEMPLATE = "conf_config.json.j2"
 
@@ -77,9 +78,19 @@ def render_service_config(
         text = patch(base_text, {entry.location: entry.value for entry in derived}, where=template)
     where = template or "the rendered file"
     config = schema.parse(text, where)
-    warnings = (*schema.accept(config, generation, where), *_without_effect(derived, generation))
+    accepted = schema.accept(config, generation, where)
+    warnings = (*accepted, *_without_effect(derived, generation), *_beyond_plain(config, facts))
     certificates = https_certificates(config, generation, options.mindie_home)
     return RenderedConfig(text, config, base, options, derived, warnings, certificates)
+
+
+def _beyond_plain(config: dict[str, Any], facts: ModelFacts) -> Iterator[schema.Violation]:
+    """A maxSeqLen that the daemon takes, and that the backend computes wrong."""
+    here, plain = (*DEPLOY, "maxSeqLen"), facts.plain_length
+    length = typed_at(config, here)
+    if plain is not None and length is not None and beyond_plain(length, plain):
+        expected = f"at most {plain}, which is base_seqlen: atb_llm has no dynamic NTK"
+        yield warning(here, "plain-length", expected, length, f"Set it to {plain}: longer answers are not the model's.")
 
 
 def _without_effect(derived: tuple[Derived, ...], generation: str) -> Iterator[schema.Violation]:

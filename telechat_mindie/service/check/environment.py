@@ -17,6 +17,7 @@ from telechat_mindie.findings import Finding, Severity, error, ok, warning
 from telechat_mindie.mindie import (
     BACKEND_VARIABLE,
     GENERATIONS,
+    MS,
     RANK_PORTS,
     SCHEDULER_HOST,
     SERVER_PORTS,
@@ -51,19 +52,22 @@ LEFTOVERS = ("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID")
 """mindformers' ModelRunner sets these itself for its ranks; a shell that ran msrun may still have them."""
 
 
-def check_environment(config: Mapping[str, Any] | None, tp: int | None, options: CheckOptions) -> Iterator[Finding]:
-    """The rules, for a config with MindSpore workers.
+def check_environment(
+    config: Mapping[str, Any] | None, tp: int | None, options: CheckOptions, backend: str = MS
+) -> Iterator[Finding]:
+    """The rules, for a config with workers of one backend.
 
     Args:
         config: the content of the service config, None without one.
         tp: ranks of the model directory, None where it is not known.
         options: of the check.
+        backend: of the model directory. The ranks of ms alone have a scheduler of MindSpore's.
     """
     found = [
-        *_backend(config, options),
+        *(_backend(config, options) if backend == MS else _atb_backend(options.environment)),
+        *_permission_check(options.environment),
         *_numbers(options.environment),
-        *_rank_ports(config, tp, options.environment),
-        *_instances(config),
+        *([*_rank_ports(config, tp, options.environment), *_instances(config)] if backend == MS else []),
         *_files(options),
         *_rank_table(config, options),
         *_devices(config, options.environment),
@@ -85,16 +89,28 @@ def _backend(config: Mapping[str, Any] | None, options: CheckOptions) -> Iterato
     if options.environment.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         name = "MINDIE_ASYNC_SCHEDULING_ENABLE"
         yield error("async-scheduling", name, "is 1, which MindSpore workers refuse", f"unset {name}")
-    if options.environment.get(SKIP_VARIABLE) == "0":
+    for name in LEFTOVERS:
+        if name in options.environment:
+            yield warning("leftover", name, "is set already, and the runner sets it for its ranks", f"unset {name}")
+
+
+def _atb_backend(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """3.0.0.beta follows the variable, whose default is ATB (mindie_llm/utils/env.py:152); v3.0.0 has none."""
+    value = environment.get(BACKEND_VARIABLE)
+    if value is not None and value.lower() != "atb":
+        yield error(
+            "framework-backend", BACKEND_VARIABLE, f"is {value}, beside backendType atb", f"unset {BACKEND_VARIABLE}"
+        )
+
+
+def _permission_check(environment: Mapping[str, str]) -> Iterator[Finding]:
+    if environment.get(SKIP_VARIABLE) == "0":
         yield warning(
             "permission-check",
             SKIP_VARIABLE,
             "is 0: MindIE passes over owners and modes of the model",
             f"unset {SKIP_VARIABLE}",
         )
-    for name in LEFTOVERS:
-        if name in options.environment:
-            yield warning("leftover", name, "is set already, and the runner sets it for its ranks", f"unset {name}")
 
 
 def _numbers(environment: Mapping[str, str]) -> Iterator[Finding]:

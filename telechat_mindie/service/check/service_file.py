@@ -13,7 +13,8 @@ from typing import Any
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.findings import Finding, Severity, error, ok, warning
 from telechat_mindie.kv_budget import CacheShape, CardBudget
-from telechat_mindie.mindie import GENERATIONS, SERVER_PORTS
+from telechat_mindie.mindie import ATB, GENERATIONS, MS, SERVER_PORTS
+from telechat_mindie.model_dir.atb.rules import beyond_plain
 from telechat_mindie.model_dir.modes import permission_findings
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.card_rules import card_memory
@@ -108,11 +109,16 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
         yield differs(here, "model-path", f"is {path}, not the directory checked", f"Set it to {facts.model_path}.")
     here = model_location(0, "backendType")
     backend = typed_at(config, here, str)
-    if backend is not None and backend != "ms":
-        yield differs(here, "backend-type", f"is {backend}: it cannot load this directory", 'Set it to "ms".')
+    if backend is not None and backend != facts.backend:
+        advice = f'Set it to "{facts.backend}".'
+        yield differs(here, "backend-type", f"is {backend}: it cannot load this directory", advice)
     here = model_location(0, "worldSize")
     world_size = typed_at(config, here)
-    if world_size is not None and world_size != facts.tp:
+    if facts.backend == ATB and world_size is not None and world_size not in facts.allowed_tp:
+        allowed = ", ".join(map(str, facts.allowed_tp))
+        message = f"is {world_size}, and the model is shared by {allowed} cards"
+        yield differs(here, "tp", message, "Set it to one of them, with as many npuDeviceIds.")
+    elif facts.backend == MS and world_size is not None and world_size != facts.tp:
         yield differs(
             here,
             "tp",
@@ -128,9 +134,11 @@ def _model(config: Mapping[str, Any], where: Path, facts: ModelFacts) -> Iterato
             f"is {length}, and the directory serves up to {facts.max_seq_len} tokens",
             f"Set it to {facts.max_seq_len} at most, or build the directory with a greater --max-seq-len.",
         )
+    if length is not None and facts.plain_length and (message := beyond_plain(length, facts.plain_length)):
+        yield differs(here, "plain-length", message, f"Set it to {facts.plain_length}.", "warning")
     here = (*SCHEDULE, "cacheBlockSize")
     block_size = typed_at(config, here)
-    if block_size is not None and block_size != facts.block_size:
+    if facts.backend == MS and block_size is not None and block_size != facts.block_size:
         yield differs(
             here,
             "model-block-size",

@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from telechat_mindie.findings import Finding, error, ok, warning
 from telechat_mindie.installing import install_here
 from telechat_mindie.mindie import (
+    ATB,
+    ATB_UNKNOWN,
+    ATB_VARIABLES,
     DAEMON,
     DEFAULT_HOME,
+    GENERATIONS,
     MS_WRAPPER,
     SERVER,
+    SOURCE_ATB,
+    WRAPPERS,
     exported_homes,
     find_home,
     generation_of,
@@ -24,6 +30,11 @@ from telechat_mindie.service.doctor.support import release_of, same_version, sta
 OLDEST_MINDSPORE, NEWEST_MINDSPORE = (2, 6), (2, 11)  # as setup.cfg: from its release candidates on, and before
 OLDEST_TESTED = (2, 7)
 DAEMONS = (DAEMON, SERVER)
+
+AS_ATB = (
+    "Or build for its atb: telechat-mindie build MODEL_PATH --checkpoint DIR --backend atb; what that needs: "
+    "telechat-mindie doctor --mindie 3.0"
+)
 
 NEEDED = ("numpy", "sentencepiece", "safetensors", "ml_dtypes", "yaml", "jinja2", "pydantic", "typer", "rich", "psutil")
 
@@ -132,20 +143,58 @@ def check_mindie(machine: Machine) -> Iterator[Finding]:
             found.folder,
             f"MindIE {version or 'of unknown version'} has no {MS_WRAPPER}: it would take backendType ms and fall back "
             "without a word",
-            advice,
+            f"{advice} {AS_ATB}",
         )
     elif release is not None and not release.ms_backend:
-        yield error("ms-wrapper", where, f"MindIE {version} has no MindSpore backend ({release.source})", advice)
+        message = f"MindIE {version} has no MindSpore backend ({release.source})"
+        yield error("ms-wrapper", where, message, f"{advice} {AS_ATB}")
     elif release is not None:
         yield ok("mindie", where, f"{version}: its conf/config.json is of the generation {generation_of(version)}")
     else:
         yield warning("mindie", where, f"is of a version that is not known ({version or 'none recorded'})", advice)
+    yield _daemon(daemon)
+
+
+def check_atb(machine: Machine) -> Iterator[Finding]:
+    """mindie_llm with its atb wrapper, and what its workers load TeleChat2 with: atb_llm, torch_npu, two set_env.sh."""
+    found, version = machine.package("mindie_llm"), mindie_version(machine)
+    generation = generation_of(version)
+    where = found.folder if found else "MindIE"
+    if found is None or not (found.folder / WRAPPERS[ATB]).is_dir():
+        what = f"has no {WRAPPERS[ATB]}" if found else "is not installed: there is no mindie_llm"
+        yield error("mindie", where, what, "Install MindIE 3.0.0, and source its set_env.sh.")
+    elif generation is not None and not GENERATIONS[generation].is_public:
+        yield warning(
+            "mindie", where, f"MindIE {version} {ATB_UNKNOWN}", "Take MindIE 3.0.0, or serve with backendType ms."
+        )
+    else:
+        yield ok("mindie", where, f"{version or 'of unknown version'}, with backendType atb")
+    for name, remedy in (
+        ("atb_llm", f"First {SOURCE_ATB}."),
+        ("torch", "Install the torch that MindIE's release notes name."),
+        ("torch_npu", "Install the torch_npu made for that torch."),
+    ):
+        package = machine.package(name)
+        if package is None:
+            yield error("atb", name, "is not found, and atb's workers import it", remedy)
+        else:
+            yield ok("atb", package.folder, package.version or f"{name}, of unknown version")
+    for name in ATB_VARIABLES:
+        if machine.environment.get(name):
+            yield ok("atb-environment", name, str(machine.environment[name]))
+        else:
+            yield error(
+                "atb-environment", name, "is not set, and atb_llm finds its libraries by it", f"First {SOURCE_ATB}."
+            )
+    yield _daemon(find_daemon(machine))
+
+
+def _daemon(daemon: str | None) -> Finding:
     if daemon is None:
-        yield error(
+        return error(
             "daemon",
             "PATH",
             f"neither {' nor '.join(DAEMONS)} is on PATH or in MindIE's home",
             "source MindIE's set_env.sh first: /usr/local/Ascend/mindie/set_env.sh in the public images.",
         )
-    else:
-        yield ok("daemon", daemon, "is the daemon that launch would start")
+    return ok("daemon", daemon, "is the daemon that launch would start")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import telechat_mindie.backend
-from telechat_mindie.mindie import HOME_VARIABLES, rank_environment
+from telechat_mindie.mindie import HOME_VARIABLES, MS, is_since, rank_environment
 from telechat_mindie.service.launch.processes import MARKER
 from telechat_mindie.service.launch.rundir import RunDirectory
 
@@ -26,6 +26,7 @@ def daemon_environment(
     generation: str,
     home: Path | None,
     shadow: bool,
+    backend: str = MS,
 ) -> dict[str, str]:
     """The variables that differ from `base`, in the order in which a person would export them.
 
@@ -36,14 +37,17 @@ def daemon_environment(
         generation: of MindIE, a key of `schema.GENERATIONS`.
         home: MindIE's folder with bin/; None where no MindIE is installed.
         shadow: put the stand-in for mindformers first on PYTHONPATH.
+        backend: whose workers are started; the rest is for those of ms.
     """
     variables: dict[str, str] = {}
     if home is not None:
         variables |= _home_variables(base, generation, home)
-    variables |= {"MIES_CONFIG_JSON_PATH": str(run.config), **rank_environment(ports)}
-    if base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
+    variables["MIES_CONFIG_JSON_PATH"] = str(run.config)
+    if backend == MS:
+        variables |= rank_environment(ports)
+    if backend == MS and base.get("MINDIE_ASYNC_SCHEDULING_ENABLE") == "1":
         variables["MINDIE_ASYNC_SCHEDULING_ENABLE"] = "0"  # MindSpore workers raise on it
-    if shadow:
+    if backend == MS and shadow:
         variables["PYTHONPATH"] = _prepend([SHADOW], variables.get("PYTHONPATH", base.get("PYTHONPATH", "")))
     variables["MINDIE_LOG_TO_STDOUT"] = "1"
     variables["MINDIE_LOG_LEVEL"] = base.get("MINDIE_LOG_LEVEL", "INFO")
@@ -60,7 +64,7 @@ def _home_variables(base: Mapping[str, str], generation: str, home: Path) -> dic
     set_env.sh itself is not run: one of them empties /dev/shm, and with it other instances' shared memory.
     """
     service, llm = HOME_VARIABLES
-    variable = llm if generation == "3.0.0.beta" else service
+    variable = llm if is_since(generation, "3.0.0.beta") else service
     variables = {variable: str(home)}
     if llm not in base:
         beside = home.parent / "mindie-llm"

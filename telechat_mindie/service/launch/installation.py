@@ -13,14 +13,32 @@ from pathlib import Path
 from typing import Any
 
 from telechat_mindie.installing import install_here
-from telechat_mindie.mindie import DAEMON, MS_WRAPPER, SERVER, find_home, generation_of, recorded_version
-from telechat_mindie.service import DEFAULT_GENERATION
+from telechat_mindie.mindie import (
+    ATB,
+    ATB_VARIABLES,
+    DAEMON,
+    MS,
+    MS_WRAPPER,
+    SERVER,
+    SOURCE_ATB,
+    WRAPPERS,
+    find_home,
+    generation_of,
+    recorded_version,
+)
+from telechat_mindie.service import DEFAULT_GENERATIONS
 from telechat_mindie.service.doctor.support import release_of, working_releases
 from telechat_mindie.service.launch.errors import LaunchError
 
 WORKER = "mindie_llm_backend"  # the console script that the daemon starts for each rank
 
 PROBE_SECONDS = 60
+
+NEEDED: dict[str, dict[str, str | None]] = {
+    MS: {"telechat_mindie": None, "mindspore": "mindspore"},
+    ATB: {"torch": "torch", "torch_npu": "torch-npu"},
+}
+"""Modules that the workers of a backend load the model with -> the packages that have them; None: this one."""
 
 _PROBE = """
 import importlib.metadata, importlib.util, json, os, sys
@@ -32,7 +50,7 @@ def version(name):
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-names = ("mindie_llm", "mindformers", "telechat_mindie", "mindspore")
+names = ("mindie_llm", "mindformers", "telechat_mindie", "mindspore", "atb_llm", "torch", "torch_npu")
 print(json.dumps({"folders": {name: folder(name) for name in names}, "version": version("mindie_llm")}))
 """
 
@@ -62,7 +80,7 @@ class Installation:
     has_mindformers: bool
 
 
-def find_installation(home: Path | None, environment: Mapping[str, str]) -> Installation:
+def find_installation(home: Path | None, environment: Mapping[str, str], backend: str = MS) -> Installation:
     """Find MindIE and ask its workers' Python what it can import; nothing of MindIE is run.
 
     Looked for in `home`, MIES_INSTALL_PATH, MINDIE_LLM_HOME_PATH, the usual places and PATH, in that order. A named
@@ -70,8 +88,8 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
 
     Raises:
         NotInstalledError: no daemon, where `home` names none.
-        LaunchError: no daemon in `home`, or one that cannot serve TeleChat2: no MindSpore wrapper in its mindie_llm, or
-            a Python without this package.
+        LaunchError: no daemon in `home`, or one that cannot serve TeleChat2 by this backend: no wrapper for it in its
+            mindie_llm, or a Python without what the workers need.
     """
     daemon_home, command = _find_daemon(home, environment)
     python = _worker_python(daemon_home, environment)
@@ -86,25 +104,39 @@ def find_installation(home: Path | None, environment: Mapping[str, str]) -> Inst
     found = daemon_home or Path(folders["mindie_llm"])  # the wheel is its own home
     version = answer["version"] or recorded_version(found)
     release = release_of(version)
-    if not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
+    if backend == ATB:
+        _need_atb(python, folders, environment)
+    elif not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
         raise LaunchError(
             f"has no MindSpore backend: it would take backendType ms and then load the model as another backend "
             f"(MindIE {version or 'of unknown version'})",
             where=folders["mindie_llm"],
             expected=f"MindIE {working_releases()}",
             found=f"no {MS_WRAPPER}",
-            advice="Install one of these, or serve this directory without MindIE: telechat-mindie serve MODEL_PATH.",
+            advice="Build a directory for its atb: telechat-mindie build MODEL_PATH --checkpoint DIR --backend atb; or "
+            "install one of these, or serve this directory without MindIE: telechat-mindie serve MODEL_PATH.",
         )
-    needed = (("telechat_mindie", install_here(python)), ("mindspore", f"{python} -m pip install mindspore"))
-    for name, command_line in needed:
+    for name, package in NEEDED[backend].items():
         if folders[name] is None:
             raise LaunchError(
                 f"finds no {name}, which MindIE's workers load the model with",
                 where=python,
-                advice=command_line,
+                advice=f"{python} -m pip install {package}" if package else install_here(python),
             )
-    generation = generation_of(version) or DEFAULT_GENERATION
+    generation = generation_of(version) or DEFAULT_GENERATIONS[backend]
     return Installation(found, command, python, version, generation, folders["mindformers"] is not None)
+
+
+def _need_atb(python: Path, folders: Mapping[str, str | None], environment: Mapping[str, str]) -> None:
+    """What the workers of atb load the model with, and the variables that its set_env.sh exports."""
+    if not (Path(str(folders["mindie_llm"])) / WRAPPERS[ATB]).is_dir():
+        raise LaunchError("has no atb backend", where=folders["mindie_llm"], expected=WRAPPERS[ATB])
+    absent = [name for name in ATB_VARIABLES if not environment.get(name)]
+    if folders["atb_llm"] is None or absent:
+        found = ", ".join(["no atb_llm"] * (folders["atb_llm"] is None) + [f"no {name}" for name in absent])
+        raise LaunchError(
+            "does not find what MindIE's atb needs", where=python, found=found, advice=f"First {SOURCE_ATB}."
+        )
 
 
 def _find_daemon(home: Path | None, environment: Mapping[str, str]) -> tuple[Path | None, tuple[str, ...]]:

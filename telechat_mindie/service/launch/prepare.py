@@ -11,15 +11,14 @@ from typing import Any
 
 from telechat_mindie.errors import InputError
 from telechat_mindie.findings import Finding, error
-from telechat_mindie.mindie import DAEMON, RANK_PORTS, SERVER_PORTS
-from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.service import DEFAULT_GENERATION, ports, schema
+from telechat_mindie.mindie import DAEMON, MS, RANK_PORTS, SERVER_PORTS
+from telechat_mindie.service import ports, schema
 from telechat_mindie.service.addresses import listen_on, url_of
 from telechat_mindie.service.card_rules import card_memory, check_devices, check_toolkit
 from telechat_mindie.service.cards import Cards, read_cards
 from telechat_mindie.service.check import CheckOptions, check, check_config
 from telechat_mindie.service.check.service_file import device_rows
-from telechat_mindie.service.facts import model_facts
+from telechat_mindie.service.facts import generation_for, model_facts, open_model
 from telechat_mindie.service.launch.client import OWN_FILES, ClientFiles
 from telechat_mindie.service.launch.environment import daemon_environment
 from telechat_mindie.service.launch.installation import (
@@ -111,15 +110,15 @@ def prepare(
         ModelDirError, ConfigError: the directory is incomplete, or the config would be refused.
         InputError: an option does not fit the directory or the host.
     """
-    directory = ModelDir.open(model_path)
-    facts = model_facts(directory)
+    directory = open_model(model_path, launch.generation)
+    facts = model_facts(directory, options.devices, options.instances)
     installation: Installation | None = None
     try:
-        installation = find_installation(options.mindie_home, environment)
+        installation = find_installation(options.mindie_home, environment, facts.backend)
     except NotInstalledError:
         if launch.need_mindie:
             raise
-    generation = launch.generation or (installation.generation if installation else DEFAULT_GENERATION)
+    generation = launch.generation or (installation.generation if installation else generation_for(model_path))
     mindie_home = installation.home if installation else None
     active = active_runs(home)
     taken = {port for run in active for port in run.plan().ports.values()}
@@ -130,12 +129,13 @@ def prepare(
     seen = read_cards(environment)
     options = replace(options, generation=generation, mindie_home=mindie_home)
     options, config, notes = _sourced(options, launch, facts, mindie_home, seen)
+    facts = model_facts(directory, options.devices, options.instances)  # which a config may name
     rendered = render_service_config(facts, _with_free_ports(options, config, is_free), is_free)
     if options.template is not None and (changed := changes(rendered)):
         notes.append(f"config: changed in a copy: {'; '.join(changed)}")
     server = rendered.config["ServerConfig"]
     used = {name: int(server.get(name, server["port"])) for name in SERVER_PORTS}
-    for name, default in RANK_PORTS.items():
+    for name, default in RANK_PORTS.items() if facts.backend == MS else ():
         wanted = environment.get(name, "")
         base = int(wanted) if wanted.isdigit() and ports.LOWEST <= int(wanted) <= ports.HIGHEST else default
         used[name] = ports.free_run(base, 1, set(used.values()), is_free)
@@ -148,6 +148,7 @@ def prepare(
         generation=generation,
         home=mindie_home,
         shadow=installation is None or not installation.has_mindformers,
+        backend=facts.backend,
     )
     if launch.host is not None and environment.get("MIES_CONTAINER_IP"):
         variables["MIES_CONTAINER_IP"] = str(server["ipAddress"])  # it would win over the config
@@ -166,7 +167,7 @@ def prepare(
         client=launch.client,
         cards=tuple(seen.unmasked(device) for device in devices),
     )
-    cards = (*check_devices(seen, devices, directory.serving.dtype, cards_of(active)), *check_toolkit(environment))
+    cards = (*check_devices(seen, devices, directory.dtype, cards_of(active)), *check_toolkit(environment))
     return Prepared(
         run, plan, rendered, facts, installation, {**environment, **variables}, cards=cards, notes=tuple(notes)
     )

@@ -49,12 +49,12 @@ def find_usual(facts: ModelFacts, mindie_home: Path | None) -> tuple[Path, dict[
 def is_for(config: Mapping[str, Any], facts: ModelFacts) -> bool:
     """Whether it serves this model directory, or one of its name and tp at another place, as on another machine."""
     weights = typed_at(config, model_location(0, "modelWeightPath"), str) or ""
-    if typed_at(config, model_location(0, "backendType"), str) != "ms":
+    if typed_at(config, model_location(0, "backendType"), str) != facts.backend:
         return False
     with contextlib.suppress(OSError, ValueError):
         if Path(weights).samefile(facts.model_path):
             return True
-    same_tp = typed_at(config, model_location(0, "worldSize")) == facts.tp
+    same_tp = typed_at(config, model_location(0, "worldSize")) in (facts.tp, *facts.allowed_tp)
     return same_tp and Path(weights).name == Path(facts.model_path).name
 
 

@@ -94,8 +94,9 @@ def ms_backend(settings: Settings) -> Iterator[Violation]:
     gone = GENERATIONS[settings.generation].releases
     repair = (
         f"MindIE {gone} have no MindSpore backend: the daemon takes ms, then every worker ends with "
-        "NotImplementedError. Serve this directory with MindIE 3.0.0.beta.2 or older, or without MindIE: "
-        "telechat-mindie serve MODEL_PATH."
+        "NotImplementedError. Build a directory for theirs: telechat-mindie build MODEL_PATH --checkpoint DIR "
+        "--backend atb; or serve this one with MindIE 3.0.0.beta.2 or older, or without MindIE: telechat-mindie serve "
+        "MODEL_PATH."
     )
     for index, entry in enumerate(settings.models):
         if entry.get("backendType") == "ms":
