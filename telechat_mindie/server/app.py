@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
-from importlib import resources
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -20,13 +19,8 @@ from telechat_mindie.server.http.openapi import document
 from telechat_mindie.server.http.request_log import RequestLog
 from telechat_mindie.server.management import management_routes, metrics_routes
 from telechat_mindie.server.models import model_routes
+from telechat_mindie.server.page import PAGE_HEADERS, page_files
 from telechat_mindie.server.service import Service
-
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""Content-Security-Policy of the page: what is in its one file, and requests to this server."""
 
 
 class Plane(Enum):
@@ -72,18 +66,15 @@ def make_app(service: Service, planes: Iterable[Plane], is_local: bool) -> ASGIA
 
 
 def page_routes() -> APIRouter:
-    """GET /: the chat page. MindIE's / is POST only."""
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/")
-    async def page() -> Response:
-        html = resources.files(__package__).joinpath("static/index.html").read_bytes()
-        headers = {
-            "Content-Security-Policy": PAGE_POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
-        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
-
+    """GET / and the files of the chat page behind it. MindIE's / is POST only."""
+    router = APIRouter()
+    for path, (content, kind) in page_files().items():
+        router.add_route(path, _file(content, kind), include_in_schema=False)
     return router
+
+
+def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def file(_: Request) -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return file

@@ -8,14 +8,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+
+from telechat_mindie.server.page import PAGE_HEADERS, page_files
+
+_STREAMS = {"/v1/chat/completions": "_chat", "/v1/completions": "_completion", "/generate_stream": "_tgi"}
 
 
 @dataclass
 class FakeMindie:
     """Serves on a free port inside `with`. A token is a piece of the answer, or a character of a prompt."""
 
-    page: Path | None = None
+    has_page: bool = False  # also serves the chat page
     pieces: list[str] = field(default_factory=lambda: ["你", "好", "，世界"])
     thoughts: list[str] = field(default_factory=list)  # come before the pieces, in a chat as reasoning_content
     delay: float = 0.0  # seconds before each piece
@@ -74,8 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.fake
         if self.path in fake.faults:
             self._send(*fake.faults[self.path])
-        elif self.path == "/" and fake.page is not None:
-            self._send(200, fake.page.read_text(encoding="utf-8"), "text/html; charset=utf-8")
+        elif fake.has_page and self.path in page_files():
+            content, kind = page_files()[self.path]
+            self._send(200, content.decode(), kind, PAGE_HEADERS)
         elif self.path == "/v1/models":
             self._send(200, json.dumps({"object": "list", "data": [{"id": "fake", "object": "model"}]}))
         elif self.path == "/metrics":
@@ -99,10 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(*fake.faults[self.path])
         elif self.path == "/v1/tokenizer":
             self._send(200, json.dumps({"token_number": len(body["inputs"])}))
-        elif self.path in ("/v1/chat/completions", "/generate_stream"):
+        elif self.path in _STREAMS:
             fake.count(1)
             try:
-                self._stream(self._chat(body) if self.path == "/v1/chat/completions" else self._tgi(body))
+                self._stream(getattr(self, _STREAMS[self.path])(body))
             except OSError:
                 with fake._lock:
                     fake.disconnects += 1
@@ -136,6 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
             yield json.dumps({**chunk, "choices": [choice], **({"usage": usage} if reason and self.fake.usage else {})})
         yield "[DONE]"
 
+    def _completion(self, body):
+        chunk = {"id": "1", "object": "text_completion", "created": 1, "model": body["model"]}
+        for number, piece, reason in self._pieces(body.get("max_tokens")):
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": number}
+            choice = {"index": 0, "text": piece, "logprobs": None, "finish_reason": reason}
+            yield json.dumps({**chunk, "choices": [choice], **({"usage": usage} if reason and self.fake.usage else {})})
+        yield "[DONE]"
+
     def _tgi(self, body):
         text = ""
         for number, piece, reason in self._pieces(body["parameters"].get("max_new_tokens")):
@@ -160,10 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
         self.wfile.flush()
 
-    def _send(self, status, text, kind="application/json"):
+    def _send(self, status, text, kind="application/json", headers=()):
         data = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

@@ -1,108 +1,56 @@
-"""The chat playground, in a real browser against a service that answers as a test wants."""
+"""The chat page, in a real browser against a service that answers as a test wants: asking, answers, settings, looks."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-import shutil
 import time
-from importlib import resources
 
 import pytest
-from helpers.fake_mindie import FakeMindie
+from helpers.page import ask, asked, press, start, texts, wait_for_end, wait_until
 from helpers.server import shared_server
 
-PAGE = resources.files("telechat_mindie.server") / "static" / "index.html"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+from telechat_mindie.server.page import PAGE_HEADERS, PAGE_POLICY, page_files
+
 HOSTILE = '<img src="/pwned" onerror="window.pwned = 1"><script>window.pwned = 1</script>'
 
 
-@pytest.fixture(scope="module")
-def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on PATH")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
-        yield browser
-        browser.close()
+def test_the_policy_admits_the_servers_own_files_and_nothing_else():
+    files = page_files()
+    assert "unsafe" not in PAGE_POLICY and "default-src 'none'" in PAGE_POLICY
+    assert {"script-src 'self'", "connect-src 'self'", "trusted-types 'none'"} <= set(PAGE_POLICY.split("; "))
+    ours = {path: content.decode() for path, (content, _) in files.items() if "vendor" not in path}
+    html = ours["/"]
+    assert re.findall(r"<style|\s(?:on\w+|style)=|<script[^>]*>[^<]", html) == []
+    named = set(re.findall(r'(?:src|href)="(page/[^"]*)"', html))
+    assert {f"/{name}" for name in named} <= files.keys() and len(named) == 4
+    for path, text in ours.items():
+        assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text.replace("https?:", "")) == [], path
+        assert re.findall("innerHTML|outerHTML|insertAdjacentHTML|document.write|eval\\(", text) == [], path
 
 
-@pytest.fixture
-def fake():
-    with FakeMindie(page=PAGE) as fake:
-        yield fake
+def test_the_embedded_server_has_the_pages_files():
+    server = shared_server()
+    for path, (content, kind) in page_files().items():
+        response = server.get(path)
+        assert (response.status_code, response.content) == (200, content)
+        assert response.headers["content-type"] == kind
+        assert {name: response.headers[name] for name in PAGE_HEADERS} == PAGE_HEADERS
+    assert server.get("/page/vendor/marked/LICENSE").status_code == 404
+    assert server.get("/page/../page.py").status_code == 404
 
 
-@pytest.fixture
-def visit(browser, fake):
-    """`visit(locale=...)` opens the page; at the end it must have loaded nothing from elsewhere and raised nothing."""
-    contexts, faults, urls, served = [], [], [], set()
-
-    def open_page(url=fake.url, **options):
-        context = browser.new_context(**{"locale": "en-US", "viewport": {"width": 1100, "height": 720}, **options})
-        context.set_default_timeout(10_000)
-        contexts.append(context)
-        served.add(url)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if "Content Security" in message.text else None)
-        page.on("request", lambda request: urls.append(request.url))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []
-    assert [url for url in urls if not url.startswith((*served, "data:"))] == []
-
-
-def wait_until(page, expression):
-    """Playwright's own wait_for_function polls by an eval in the page, which the page's policy forbids."""
-    deadline = time.monotonic() + 10
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(20)
-
-
-def ask(page, question):
-    """Ask by keyboard and give the answer's element once it is complete."""
-    count = page.locator(".assistant").count()
-    page.get_by_role("textbox", name=re.compile("Ask something|输入问题")).fill(question)
-    page.keyboard.press("Enter")
-    answer = page.locator(".assistant").nth(count)
-    answer.wait_for()
-    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
-    return answer
-
-
-def asked(fake):
-    return fake.bodies("/v1/chat/completions")
-
-
-def test_the_policy_admits_the_page_and_nothing_else():
-    text = PAGE.read_text(encoding="utf-8")
-    policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
-    for tag in ("script", "style"):
-        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}';" in policy
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
-    assert re.findall(r"\s(?:on\w+|style)=", text.split("<script>")[0].split("</style>")[1]) == []
+SETTINGS = {
+    "Temperature": "0.5",
+    "top_p": "0.9",
+    "top_k": "7",
+    "Max tokens": "2",
+    "Repetition penalty": "1.1",
+    "Presence penalty": "0.4",
+    "Frequency penalty": "-0.5",
+    "Seed": "3",
+    "Stop strings": "END\n\na\\nb\\\\\n",
+}
 
 
 def test_a_conversation(fake, visit):
@@ -113,9 +61,8 @@ def test_a_conversation(fake, visit):
     assert re.fullmatch(r"3 tokens · First token \d+ ms · [\d.]+ tok/s", first.locator(".foot").text_content())
     assert int(page.locator("#ttft").text_content()) >= 0 and float(page.locator("#speed").text_content()) > 0
     page.get_by_label("System prompt").fill("short")
-    for label, value in (("Temperature", "0.5"), ("top_p", "0.9"), ("top_k", "7"), ("Max tokens", "2"), ("Seed", "3")):
+    for label, value in SETTINGS.items():
         page.get_by_label(label, exact=True).fill(value)
-    page.get_by_label("Repetition penalty").fill("1.1")
     second = ask(page, "two")
     assert second.locator(".text").text_content() == "你好"
     assert second.locator(".foot").text_content().endswith("cut for its length")
@@ -136,9 +83,12 @@ def test_a_conversation(fake, visit):
         "top_k": 7,
         "max_tokens": 2,
         "repetition_penalty": 1.1,
+        "presence_penalty": 0.4,
+        "frequency_penalty": -0.5,
         "seed": 3,
+        "stop": ["END", "a\nb\\"],
     }
-    page.get_by_role("button", name="New chat").click()
+    press(page, "New chat")
     assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible()
     ask(page, "three")
     assert [message["content"] for message in asked(fake)[2]["messages"]] == ["short", "three"]
@@ -160,8 +110,7 @@ def test_the_embedded_server(visit):
 def test_an_answer_is_shown_as_it_comes(fake, visit):
     fake.pieces, fake.delay = ["x"] * 300, 0.02
     page = visit()
-    page.get_by_role("textbox", name="Ask something").fill("long")
-    page.keyboard.press("Enter")
+    start(page, "long")
     lengths = []
     for size in (3, 10, 20):
         least = max([size, *(length + 1 for length in lengths)])
@@ -175,14 +124,13 @@ def test_an_answer_is_shown_as_it_comes(fake, visit):
 def test_an_answer_can_be_stopped(fake, visit, how):
     fake.pieces, fake.delay = ["x"] * 500, 0.02
     page = visit()
-    page.get_by_role("textbox", name="Ask something").fill("long")
-    page.keyboard.press("Enter")
+    start(page, "long")
     wait_until(page, "document.querySelector('.assistant .text').textContent.length >= 3")
     if how == "button":
         page.get_by_role("button", name="Stop").click()
     else:
         page.keyboard.press("Escape")
-    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
+    wait_for_end(page)
     assert page.locator(".assistant .foot").text_content().endswith("stopped")
     deadline = time.monotonic() + 10
     while not fake.disconnects and time.monotonic() < deadline:
@@ -241,15 +189,14 @@ def test_a_thoughts_time_is_that_of_its_end(fake, visit):
 
 
 def test_a_thought_shows_that_it_goes_on(fake, visit):
-    fake.thoughts, fake.pieces, fake.delay = ["想"] * 100, ["好"], 0.02
+    fake.thoughts, fake.pieces, fake.delay = ["想"] * 1000, ["好"], 0.02
     page = visit()
-    page.get_by_role("textbox", name="Ask something").fill("long")
-    page.keyboard.press("Enter")
+    start(page, "long")
     wait_until(page, "document.querySelector('.thought div').textContent.length >= 3")
     assert page.locator(".thought summary").text_content().startswith("Thinking… ")
     assert page.locator(".assistant .text").text_content() == ""
     page.keyboard.press("Escape")  # an answer that ends inside its thought
-    wait_until(page, "document.querySelector('[aria-busy=true]') === null")
+    wait_for_end(page)
     assert page.locator(".thought summary").text_content().startswith("Thought for ")
     fake.thoughts, fake.delay = [], 0
     answer = ask(page, "again")
@@ -345,7 +292,7 @@ def test_by_keyboard_alone(fake, visit):
     for _ in range(30):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.name"))
-    assert {"log", "question", "clear", "theme", "language", "system", "temperature", "seed"} <= reached
+    assert {"skip", "log", "question", "new-too", "theme", "language", "system", "temperature", "seed"} <= reached
 
 
 def test_the_focus_survives_the_examples(visit):
@@ -370,10 +317,35 @@ def test_a_narrow_screen(fake, visit, locale):
     fake.pieces = ["w" * 200, "\n", "宽" * 200]
     page = visit(locale=locale, viewport={"width": 360, "height": 640})
     ask(page, "W" * 300)
-    page.locator("#settings summary").click()
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    for element in page.locator("button:visible, textarea:visible, input:visible, dd:visible, .text").all():
-        box = element.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360.5, element.evaluate("e => e.outerHTML")
     send = page.locator("#send").bounding_box()
-    assert send["y"] + send["height"] <= 640  # in sight even with the settings open
+    assert send["y"] + send["height"] <= 640
+    for toggle in (None, "#show-history", "#show-side"):
+        if toggle:
+            page.locator(toggle).click()
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        for element in page.locator("button:visible, textarea:visible, input:visible, dd:visible, .text:visible").all():
+            box = element.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 360.5, element.evaluate("e => e.outerHTML")
+
+
+def test_the_panels_of_a_narrow_screen(fake, visit):
+    page = visit(viewport={"width": 390, "height": 800})
+    assert page.locator("#log").is_visible() and page.evaluate("document.activeElement.id") == "question"
+    assert page.locator("nav, aside").filter(visible=True).count() == 0
+    ask(page, "one")
+    for toggle, panel in (("Conversations", "#history"), ("Settings", "#side")):
+        button = page.get_by_role("button", name=toggle, exact=True)
+        assert button.get_attribute("aria-expanded") == "false"
+        button.click()
+        assert page.locator(panel).is_visible() and button.get_attribute("aria-expanded") == "true"
+        assert page.evaluate(f"document.querySelector('{panel}').contains(document.activeElement)")
+        assert page.evaluate("document.getElementById('chat').inert")  # Tab does not get behind the panel
+        page.keyboard.press("Escape")
+        assert page.locator(panel).is_hidden() and button.evaluate("e => e === document.activeElement")
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    page.locator("#list .open").click()
+    assert page.locator("#history").is_hidden() and texts(page) == ["one", "你好，世界"]
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.set_viewport_size({"width": 1100, "height": 800})  # a tablet that is turned
+    wait_until(page, "!document.getElementById('chat').inert")
+    assert page.locator("nav, aside").filter(visible=True).count() == 2

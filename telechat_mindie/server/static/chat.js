@@ -1,0 +1,149 @@
+// The conversation on the page: asking, stopping, other versions.
+
+import { add, branch, create, messages, show, versions } from "./conversation.js";
+import { $, announce, everyFrame } from "./elements.js";
+import { answer } from "./service.js";
+import { isRaw, parameters, systemPrompt } from "./settings.js";
+import { Turn } from "./turn.js";
+import { word } from "./words.js";
+
+const NEAR_END = 60; // pixels from the end within which a reader is taken along
+const SAVE_MS = 3000; // between two times that a growing answer is kept
+
+export class Chat {
+  conversation = create();
+  #turns = [];
+  #running = null; // AbortController of the answer under way
+  #save;
+
+  /** `save(conversation)` keeps it. */
+  constructor(save) {
+    this.#save = save;
+  }
+
+  get isRunning() { return this.#running !== null; }
+
+  /** Show a conversation, a new one by default. An answer under way is stopped. */
+  open(conversation = create()) {
+    this.stop();
+    this.#setRunning(null);
+    this.conversation = conversation;
+    this.#drawAll();
+    $("log").scrollTop = $("log").scrollHeight;
+  }
+
+  ask(question) {
+    const node = add(this.conversation, this.conversation.shown, { role: "user", content: question, isRaw: isRaw() });
+    this.#append(node);
+    return this.#answer(node);
+  }
+
+  stop() { this.#running?.abort(); }
+
+  /** Write again what depends on the language. */
+  redraw() {
+    for (const turn of this.#turns) turn.redraw();
+  }
+
+  #does = {
+    edit: (turn) => turn.edit((question) => {
+      if (this.isRunning) return;
+      const { parent, isRaw } = turn.node;
+      const node = add(this.conversation, parent, { role: "user", content: question, isRaw });
+      this.#drawAll();
+      this.#answer(node);
+    }),
+    regenerate: (turn) => {
+      if (this.isRunning) return;
+      this.conversation.shown = turn.node.parent;
+      this.#drawAll();
+      this.#answer(this.conversation.nodes[turn.node.parent]);
+    },
+    choose: (node, label) => {
+      if (this.isRunning) return;
+      show(this.conversation, node);
+      this.#save(this.conversation);
+      this.#drawAll();
+      const { element } = this.#turns.find((turn) => turn.node === node);
+      const pressed = element.querySelector(`.versions [data-label=${label}]:enabled`);
+      (pressed ?? element.querySelector(".versions :enabled")).focus();
+      element.scrollIntoView({ block: "nearest" });
+    },
+  };
+
+  async #answer(question) {
+    const { conversation } = this;
+    const request = question.isRaw
+      ? { prompt: question.content, ...parameters() }
+      : { messages: this.#messages(question.id), ...parameters() };
+    const { messages: _, prompt: __, ...sampling } = request;
+    const node = add(conversation, question.id, {
+      role: "assistant", content: "", isRaw: question.isRaw, request: { ...sampling, ...(!question.isRaw && { system: systemPrompt() }) },
+    });
+    const turn = this.#append(node);
+    const draw = everyFrame((isOver = false) => keepingEnd(() => turn.draw(isOver)));
+    const controller = new AbortController();
+    this.#setRunning(controller);
+    turn.draw(false);
+    $("log").scrollTop = $("log").scrollHeight;
+    announce(word("answering"));
+    this.#save(conversation);
+    let saved = performance.now();
+    await answer(node, request, controller.signal, () => {
+      draw.ask();
+      if (performance.now() < saved + SAVE_MS) return;
+      saved = performance.now();
+      this.#save(conversation);
+    });
+    draw.end(true);
+    this.#save(conversation);
+    if (this.#running !== controller) return; // another conversation was opened meanwhile
+    announce(node.fault ? "" : node.content); // a fault is an alert already
+    this.#setRunning(null);
+    if (node.ttft !== undefined) $("ttft").textContent = node.ttft.toFixed(0);
+    if (node.speed) $("speed").textContent = node.speed.toFixed(1);
+  }
+
+  #messages(end) {
+    const system = systemPrompt();
+    return [...(system ? [{ role: "system", content: system }] : []), ...messages(this.conversation, end)];
+  }
+
+  #drawAll() {
+    this.#turns = [];
+    for (const element of $("log").querySelectorAll(".turn")) element.remove();
+    const nodes = branch(this.conversation);
+    $("welcome").hidden = nodes.length > 0;
+    for (const node of nodes) this.#append(node).draw(true);
+  }
+
+  #append(node) {
+    const turn = new Turn(node, this.#does, versions(this.conversation, node));
+    $("welcome").hidden = true;
+    this.#turns.push(turn);
+    $("log").append(turn.element);
+    if (node.role === "user") turn.draw(true);
+    return turn;
+  }
+
+  #setRunning(controller) {
+    keepFocus();
+    this.#running = controller;
+    $("send").hidden = controller !== null;
+    $("stop").hidden = controller === null;
+    $("log").classList.toggle("running", controller !== null);
+  }
+}
+
+/** Run `change`, and stay at the end of the conversation if that is where the reader was. */
+function keepingEnd(change) {
+  const log = $("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END;
+  change();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+/** Before what has the focus goes: the focus would fall to the body. */
+export function keepFocus() {
+  if (document.activeElement?.matches("#send, #stop, #examples button, #log .turn *")) $("question").focus();
+}

@@ -1,0 +1,11 @@
+// A conversation as a file.
+
+import { make } from "./elements.js";
+
+/** Let the browser save a text. The name keeps letters and digits of any script, and what it may not hold becomes a dash. */
+export function download(title, ending, kind, text) {
+  const name = title.replace(/[^\p{Letter}\p{Number}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60);
+  const address = URL.createObjectURL(new Blob([text], { type: kind }));
+  make("a", { href: address, download: `${name || "conversation"}.${ending}` }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000); // the browser may still be reading
+}

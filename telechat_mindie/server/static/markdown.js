@@ -1,0 +1,208 @@
+// Markdown to elements: marked reads, and what it found is built here node by node. Of what an answer may hold, only these
+// elements come out; HTML stays the text that it is, links lead to the web or to mail, and nothing is loaded.
+
+import { copyButton } from "./clipboard.js";
+import { make, setText } from "./elements.js";
+import { Lexer, Marked } from "./vendor/marked/marked.esm.js";
+import { translate } from "./words.js";
+
+const WINDOW = 16384; // characters that are read at once: reading twice as many takes marked more than twice as long
+const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
+
+// TeX is left as it is written: Markdown would take its \, _ and * for its own. A formula ends at an empty line at the
+// latest, so that one that is still being written does not change what stands before it.
+const DISPLAY = /^ {0,3}(?:\$\$(?:(?!\$\$|\n *\n)[^])*(?:\$\$|(?=\n *\n)|$)|\\\[(?:(?!\\\]|\n *\n)[^])*(?:\\\]|(?=\n *\n)|$))/;
+const INLINE = /^(?:\$\$(?:(?!\$\$|\n *\n)[^])+\$\$|\\\((?:(?!\\\)|\n *\n)[^])+\\\)|\\\[(?:(?!\\\]|\n *\n)[^])+\\\]|\$(?![\s$])(?:\\[^\n]|[^$\\\n])*?(?:\\[^\n]|[^\s$\\])\$(?!\w))/;
+const display = {
+  name: "display",
+  level: "block",
+  start(text) {
+    const begin = text.search(/\n {0,3}(?:\$\$|\\\[)/);
+    return begin < 0 ? undefined : begin + 1;
+  },
+  tokenizer(text) {
+    const raw = DISPLAY.exec(text)?.[0];
+    return raw && { type: "display", raw, text: raw.trim() };
+  },
+};
+const formula = {
+  name: "formula",
+  level: "inline",
+  start(text) {
+    const begin = text.search(/\$|\\[([]/);
+    return begin < 0 ? undefined : begin;
+  },
+  tokenizer(text) {
+    const raw = INLINE.exec(text)?.[0];
+    return raw && { type: "formula", raw, text: raw };
+  },
+};
+// CommonMark takes **“这样”**的 for no emphasis, as punctuation within and a letter without stand beside the stars. Chinese
+// has no spaces that would help.
+const strong = {
+  name: "strong",
+  level: "inline",
+  start(text) {
+    const begin = text.indexOf("**");
+    return begin < 0 ? undefined : begin;
+  },
+  tokenizer(text) {
+    const [raw, said] = /^\*\*(?![\s*])([^*\n`\\]*[^*\s`\\])\*\*(?!\*)/.exec(text) ?? [];
+    return raw && { type: "strong", raw, text: said, tokens: this.lexer.inlineTokens(said) };
+  },
+};
+const { defaults } = new Marked({ gfm: true, breaks: true, extensions: [display, formula, strong] });
+
+const ENTITIES = {
+  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…", mdash: "—",
+  ndash: "–", times: "×", divide: "÷", deg: "°", plusmn: "±", middot: "·", bull: "•", larr: "←", rarr: "→", uarr: "↑",
+  darr: "↓", le: "≤", ge: "≥", ne: "≠", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", yen: "¥", euro: "€", sect: "§",
+};
+
+/** The text with its entities read; those that are not known here stay as they are written. */
+function readEntities(text) {
+  return text.replace(/&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|([a-zA-Z]{2,8}));/g, (written, decimal, hexadecimal, name) => {
+    if (name) return Object.hasOwn(ENTITIES, name) ? ENTITIES[name] : written;
+    const code = decimal ? Number(decimal) : parseInt(hexadecimal, 16);
+    return code > 0 && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? String.fromCodePoint(code) : "\ufffd";
+  });
+}
+
+const inner = (token) => nodes(token.tokens ?? []);
+const wrap = (tag) => (token) => make(tag, {}, ...inner(token));
+
+function link(href, children) {
+  const address = readEntities(href);
+  if (!SAFE_LINK.test(address)) return null;
+  return make("a", { href: address, title: address, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+}
+
+const languageOf = (token) => /^[\w#+.-]{0,30}/.exec(token.lang ?? "")[0];
+
+function codeBlock(token) {
+  const code = make("code", {}, token.text);
+  const bar = make("div", { className: "title" }, make("span", {}, languageOf(token)), copyButton("copyCode", () => code.textContent));
+  const pre = make("pre", { tabIndex: 0, role: "region", "data-label": "code" }, code); // wide code scrolls, by keyboard too
+  return translate(make("div", { className: "code" }, bar, pre));
+}
+
+function table(token) {
+  const row = (cells) => make("tr", {}, ...cells.map((cell) => {
+    const element = make(cell.header ? "th" : "td", {}, ...inner(cell));
+    if (cell.align) element.className = cell.align;
+    return element;
+  }));
+  const grid = make("table", {}, make("thead", {}, row(token.header)), make("tbody", {}, ...token.rows.map(row)));
+  return make("div", { className: "wide", tabIndex: 0 }, grid);
+}
+
+function list(token) {
+  const element = make(token.ordered ? "ol" : "ul", {}, ...token.items.map(wrap("li")));
+  if (token.ordered && token.start !== 1) element.start = token.start;
+  return element;
+}
+
+/** What to make of each kind of token: nodes and texts, several in a list; of one that is not here, its text. */
+const BUILD = {
+  space: () => [],
+  def: () => [],
+  hr: () => make("hr"),
+  br: () => make("br"),
+  paragraph: wrap("p"),
+  blockquote: wrap("blockquote"),
+  strong: wrap("strong"),
+  em: wrap("em"),
+  del: wrap("del"),
+  heading: (token) => make(`h${Math.min(6, token.depth + 2)}`, {}, ...inner(token)), // below the page's own h1 and h2
+  code: codeBlock,
+  codespan: (token) => make("code", {}, token.text),
+  display: (token) => make("div", { className: "math", tabIndex: 0 }, token.text),
+  formula: (token) => make("span", { className: "math" }, token.text),
+  table,
+  list,
+  checkbox: (token) => (token.checked ? "☑ " : "☐ "),
+  html: (token) => {
+    if (/^<br *\/?>$/i.test(token.raw)) return make("br"); // the way to a line break within a table
+    return token.block ? make("p", { className: "html" }, token.raw.trimEnd()) : token.raw;
+  },
+  escape: (token) => token.text,
+  link: (token) => link(token.href, inner(token)) ?? (token.autolink ? inner(token) : token.raw),
+  image: (token) => {
+    const name = make("span", { "data-word": "image" });
+    return translate(link(token.href, [name, ` ${token.text}`]) ?? make("span", {}, token.raw));
+  },
+  text: (token) => (token.tokens ? inner(token) : readEntities(token.text)),
+};
+
+function nodes(tokens) {
+  return tokens.flatMap((token) => (Object.hasOwn(BUILD, token.type) ? BUILD[token.type](token) : token.raw));
+}
+
+/** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only the
+    last block is read anew. */
+export class MarkdownView {
+  #place;
+  #links = {}; // definitions of links that were met
+  #settled = ""; // the beginning of the text whose blocks stand
+  #tail = []; // the nodes of the rest
+
+  constructor(place) {
+    this.#place = place;
+  }
+
+  /** Show `text`, which is whole if `isOver`: links may then be defined behind their use. */
+  put(text, isOver) {
+    if (text.includes("\r")) text = text.replace(/\r\n?/g, "\n");
+    if (!text.startsWith(this.#settled)) this.#restart();
+    this.#build(text);
+    if (isOver && Object.keys(this.#links).length > 0) {
+      this.#restart();
+      this.#build(text);
+    }
+  }
+
+  #restart() {
+    this.#settled = "";
+    this.#tail = [];
+    this.#place.replaceChildren();
+  }
+
+  #build(text) {
+    for (let length = WINDOW; ;) {
+      const rest = text.slice(this.#settled.length);
+      const tokens = this.#read(rest.slice(0, length));
+      const last = tokens.findLastIndex((token) => token.type !== "space");
+      const settled = tokens.slice(0, Math.max(0, last));
+      this.#show(settled, tokens.slice(settled.length));
+      this.#settled += settled.map((token) => token.raw).join("");
+      if (length >= rest.length) return;
+      length = settled.length > 0 ? WINDOW : 2 * length;
+    }
+  }
+
+  #read(text) {
+    try {
+      const lexer = new Lexer({ ...defaults });
+      lexer.tokens.links = this.#links;
+      return lexer.lex(text);
+    } catch { // nested deeper than the stack
+      return [{ type: "html", block: true, raw: text }];
+    }
+  }
+
+  #show(settled, rest) {
+    if (settled.length === 0 && rest[0]?.type === "code" && this.#tail[0]?.className === "code") {
+      const [code] = this.#tail[0].getElementsByTagName("code");
+      if (code.firstChild && this.#tail[0].firstChild.firstChild.textContent === languageOf(rest[0])) {
+        setText(code.firstChild, rest[0].text); // a long listing grows at little cost
+        return;
+      }
+    }
+    for (const node of this.#tail) node.remove();
+    const stands = asNodes(settled);
+    this.#tail = asNodes(rest);
+    this.#place.append(...stands, ...this.#tail);
+  }
+}
+
+const asNodes = (tokens) => nodes(tokens).map((node) => (typeof node === "string" ? document.createTextNode(node) : node));

@@ -1,0 +1,117 @@
+"""The chat page in a real browser, as its tests drive it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@contextlib.contextmanager
+def open_browser():
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visits:
+    """Opens the page; at the end it must have loaded nothing from elsewhere and raised nothing.
+
+    Args:
+        browser: of all tests; each visit is a context of its own, which remembers nothing of the others.
+        url: of the service.
+    """
+
+    def __init__(self, browser, url):
+        self._browser, self._url = browser, url
+        self._contexts, self._served = [], set()
+        self.faults, self.urls = [], []
+
+    def __call__(self, url=None, *, script=None, **options):
+        options = {"locale": "en-US", "viewport": {"width": 1100, "height": 720}, **options}
+        context = self._browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        if script is not None:
+            context.add_init_script(script)
+        self._contexts.append(context)
+        self._served.add(url or self._url)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", lambda message: self.faults.append(message.text) if message.type == "warning" else None)
+        page.on("console", lambda message: self.faults.append(message.text) if "Security" in message.text else None)
+        page.on("request", lambda request: self.urls.append(request.url))
+        page.goto(url or self._url)
+        page.locator("#examples button").first.wait_for(state="attached")  # the scripts have run
+        return page
+
+    def close(self):
+        for context in self._contexts:
+            context.close()
+        assert self.faults == []
+        assert [url for url in self.urls if not url.startswith((*self._served, "data:", "blob:"))] == []
+
+
+def wait_until(page, expression):
+    """Playwright's own wait_for_function polls by an eval in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + 10
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
+
+
+def wait_for_end(page):
+    wait_until(page, "document.querySelector('[aria-busy=true]') === null && document.getElementById('send').offsetParent")
+
+
+def question_box(page):
+    return page.locator("#question")
+
+
+def start(page, question):
+    """Ask by keyboard and give the answer's element as soon as there is one."""
+    count = page.locator(".assistant").count()
+    question_box(page).fill(question)
+    page.keyboard.press("Enter")
+    answer = page.locator(".assistant").nth(count)
+    answer.wait_for()
+    return answer
+
+
+def ask(page, question):
+    """Ask, and give the answer's element once it is complete."""
+    answer = start(page, question)
+    wait_for_end(page)
+    return answer
+
+
+def press(place, name):
+    place.get_by_role("button", name=re.compile(name)).click()
+
+
+def asked(fake):
+    return fake.bodies("/v1/chat/completions")
+
+
+def texts(page):
+    """Of the messages that are shown."""
+    return page.locator(".turn .text").all_text_contents()

@@ -1,0 +1,27 @@
+"""What the tests of the chat page share: one browser, and a service that answers as a test wants."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.fake_mindie import FakeMindie
+from helpers.page import Visits, open_browser
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def fake():
+    with FakeMindie(has_page=True) as fake:
+        yield fake
+
+
+@pytest.fixture
+def visit(browser, fake):
+    """`visit(locale=...)` opens the page of `fake`."""
+    visits = Visits(browser, fake.url)
+    yield visits
+    visits.close()
