@@ -24,7 +24,11 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}  # of what a browser asks for, by its ending
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+}  # of what a browser asks for, by its ending
 
 
 @functools.cache

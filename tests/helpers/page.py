@@ -80,7 +80,9 @@ def wait_until(page, expression):
 
 
 def wait_for_end(page):
-    wait_until(page, "document.querySelector('[aria-busy=true]') === null && document.getElementById('send').offsetParent")
+    wait_until(
+        page, "document.querySelector('[aria-busy=true]') === null && document.getElementById('send').offsetParent"
+    )
 
 
 def question_box(page):

@@ -8,7 +8,7 @@ import { Turn } from "./turn.js";
 import { word } from "./words.js";
 
 const NEAR_END = 60; // pixels from the end within which a reader is taken along
-const SAVE_MS = 3000; // between two times that a growing answer is kept
+const SAVE_MS = 1000; // between two times that a growing answer is kept
 
 export class Chat {
   conversation = create();

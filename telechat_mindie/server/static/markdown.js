@@ -138,11 +138,14 @@ function nodes(tokens) {
   return tokens.flatMap((token) => (Object.hasOwn(BUILD, token.type) ? BUILD[token.type](token) : token.raw));
 }
 
+const NO_LINKS = {};
+const DEFINITION = /^[ >*+\-\d.)]*\[[^\]\n]+\]:/m; // of a link, which may be used before it
+
 /** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only the
     last block is read anew. */
 export class MarkdownView {
   #place;
-  #links = {}; // definitions of links that were met
+  #links = NO_LINKS; // that are defined somewhere in the text, by name
   #settled = ""; // the beginning of the text whose blocks stand
   #tail = []; // the nodes of the rest
 
@@ -153,12 +156,12 @@ export class MarkdownView {
   /** Show `text`, which is whole if `isOver`: links may then be defined behind their use. */
   put(text, isOver) {
     if (text.includes("\r")) text = text.replace(/\r\n?/g, "\n");
+    if (isOver && DEFINITION.test(text)) {
+      this.#links = this.#read(text).links ?? NO_LINKS;
+      this.#restart();
+    }
     if (!text.startsWith(this.#settled)) this.#restart();
     this.#build(text);
-    if (isOver && Object.keys(this.#links).length > 0) {
-      this.#restart();
-      this.#build(text);
-    }
   }
 
   #restart() {
@@ -183,7 +186,7 @@ export class MarkdownView {
   #read(text) {
     try {
       const lexer = new Lexer({ ...defaults });
-      lexer.tokens.links = this.#links;
+      lexer.tokens.links = Object.assign(Object.create(null), this.#links);
       return lexer.lex(text);
     } catch { // nested deeper than the stack
       return [{ type: "html", block: true, raw: text }];
