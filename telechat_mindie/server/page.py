@@ -1,7 +1,7 @@
 """The chat page's files, which the business port serves, and what a browser lets them do.
 
-They need no build step and load nothing from elsewhere. `static/vendor/` holds what others wrote, unchanged, each with its
-licence and version: marked, which reads Markdown.
+They need no build step and load nothing from elsewhere. `static/vendor/` holds what others wrote, unchanged, beside its
+licence; the first lines of a file name its version. It is marked, which reads Markdown.
 """
 
 from __future__ import annotations

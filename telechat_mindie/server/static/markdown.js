@@ -51,7 +51,9 @@ const strong = {
     return raw && { type: "strong", raw, text: said, tokens: this.lexer.inlineTokens(said) };
   },
 };
-const { defaults } = new Marked({ gfm: true, breaks: true, extensions: [display, formula, strong] });
+// No heading by a line of dashes below it: each list that follows a line of text would begin as one.
+const noUnderlines = { lheading() {} };
+const { defaults } = new Marked({ gfm: true, breaks: true, extensions: [display, formula, strong], tokenizer: noUnderlines });
 
 const ENTITIES = {
   amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…", mdash: "—",
@@ -142,12 +144,12 @@ const NO_LINKS = {};
 const DEFINITION = /^[ >*+\-\d.)]*\[[^\]\n]+\]:/m; // of a link, which may be used before it
 
 /** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only the
-    last block is read anew. */
+    last block is read anew, or the last two. */
 export class MarkdownView {
   #place;
   #links = NO_LINKS; // that are defined somewhere in the text, by name
   #settled = ""; // the beginning of the text whose blocks stand
-  #tail = []; // the nodes of the rest
+  #tail = []; // {type, raw, nodes} of each block behind it
 
   constructor(place) {
     this.#place = place;
@@ -161,26 +163,20 @@ export class MarkdownView {
       this.#restart();
     }
     if (!text.startsWith(this.#settled)) this.#restart();
-    this.#build(text);
+    for (let length = WINDOW; ;) {
+      const rest = text.slice(this.#settled.length);
+      const tokens = this.#read(rest.slice(0, length));
+      const settled = countSettled(tokens);
+      this.#show(tokens, settled);
+      if (length >= rest.length) return;
+      length = settled > 0 ? WINDOW : 2 * length;
+    }
   }
 
   #restart() {
     this.#settled = "";
     this.#tail = [];
     this.#place.replaceChildren();
-  }
-
-  #build(text) {
-    for (let length = WINDOW; ;) {
-      const rest = text.slice(this.#settled.length);
-      const tokens = this.#read(rest.slice(0, length));
-      const last = tokens.findLastIndex((token) => token.type !== "space");
-      const settled = tokens.slice(0, Math.max(0, last));
-      this.#show(settled, tokens.slice(settled.length));
-      this.#settled += settled.map((token) => token.raw).join("");
-      if (length >= rest.length) return;
-      length = settled.length > 0 ? WINDOW : 2 * length;
-    }
   }
 
   #read(text) {
@@ -193,19 +189,42 @@ export class MarkdownView {
     }
   }
 
-  #show(settled, rest) {
-    if (settled.length === 0 && rest[0]?.type === "code" && this.#tail[0]?.className === "code") {
-      const [code] = this.#tail[0].getElementsByTagName("code");
-      if (code.firstChild && this.#tail[0].firstChild.firstChild.textContent === languageOf(rest[0])) {
-        setText(code.firstChild, rest[0].text); // a long listing grows at little cost
-        return;
-      }
-    }
-    for (const node of this.#tail) node.remove();
-    const stands = asNodes(settled);
-    this.#tail = asNodes(rest);
-    this.#place.append(...stands, ...this.#tail);
+  /** Show the blocks behind those that stand; the first `settled` of them stand from now on. */
+  #show(tokens, settled) {
+    const tail = this.#tail;
+    const isSame = ({ type, raw }, token) => type === token?.type && raw === token.raw;
+    let kept = tail.findIndex((block, index) => !isSame(block, tokens[index]));
+    if (kept < 0) kept = tail.length;
+    else if (kept === tail.length - 1 && grow(tail[kept], tokens[kept])) kept += 1;
+    for (const { nodes } of tail.slice(kept)) for (const node of nodes) node.remove();
+    const added = tokens.slice(kept).map((token) => ({ type: token.type, raw: token.raw, nodes: blockNodes(token) }));
+    for (const { nodes } of added) this.#place.append(...nodes);
+    const blocks = [...tail.slice(0, kept), ...added];
+    this.#settled += blocks.slice(0, settled).map((block) => block.raw).join("");
+    this.#tail = blocks.slice(settled);
   }
 }
 
-const asNodes = (tokens) => nodes(tokens).map((node) => (typeof node === "string" ? document.createTextNode(node) : node));
+/** How many of the blocks cannot change when the text goes on: those before the last one. While the line that tells it
+    from the block before it is not complete, that block may still change too: `*` may become **strong**, which goes on
+    with a paragraph. A table's line is the second one. */
+function countSettled(tokens) {
+  const isBlock = (token) => token.type !== "space";
+  const last = tokens.findLastIndex(isBlock);
+  const lines = tokens.slice(last).map(({ raw }) => raw).join("").split("\n").length - 1; // complete ones
+  const end = lines >= (tokens[last]?.type === "table" ? 2 : 1) ? last : tokens.slice(0, last).findLastIndex(isBlock);
+  return Math.max(0, end);
+}
+
+/** Let a listing grow in its place, at little cost however long it is; false for all else. */
+function grow(block, token) {
+  if (block.type !== "code" || token?.type !== "code") return false;
+  const [{ firstChild: title, lastChild: pre }] = block.nodes;
+  if (title.firstChild.textContent !== languageOf(token)) return false;
+  setText(pre.firstChild.firstChild, token.text);
+  block.raw = token.raw;
+  return true;
+}
+
+const asNode = (built) => (typeof built === "string" ? document.createTextNode(built) : built);
+const blockNodes = (token) => nodes([token]).map(asNode);

@@ -52,7 +52,7 @@ async function* events(response) {
   }
 }
 
-/** Ask, and let `node` grow: an answer's {content, thought, thoughtMs, reason, isStopped, fault} and its figures {tokens,
+/** Ask, and let `node` grow: an answer's {model, content, thought, thoughtMs, reason, isStopped, fault} and its figures {tokens,
     promptTokens, ttft, speed}: milliseconds to its first text, and tokens per second after it. Tokens are as the service
     counted them, which it does at the end: an answer that was stopped has no count and no speed.
 
@@ -74,10 +74,11 @@ export async function answer(node, body, signal, onGrowth) {
     onGrowth();
   };
   try {
+    node.model = await modelName();
     const response = await fetch("prompt" in body ? "v1/completions" : "v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ model: await modelName(), ...body, stream: true }),
+      body: JSON.stringify({ model: node.model, ...body, stream: true }),
       signal,
     });
     if (!response.ok) throw new Error(await errorText(response));

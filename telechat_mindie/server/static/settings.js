@@ -26,7 +26,7 @@ export function openSettings(onMode) {
   }
   form.addEventListener("input", keep);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => queueMicrotask(() => { keep(); onMode(); })); // the fields change after the event
+  form.addEventListener("reset", () => setTimeout(() => { keep(); onMode(); })); // the fields change after the event
   form.elements.raw.addEventListener("input", onMode);
   onMode();
 }

@@ -31,7 +31,8 @@ export class Turn {
     if (others.length > 1) actions.append(versionButtons(node, others, does.choose));
     const thought = make("details", { className: "thought", hidden: true }, make("summary"), make("div", {}, this.#thought));
     this.#part.thought = thought;
-    this.element = make("article", { className: `turn ${role}`, "data-label": who.dataset.word }, who, thought, text, foot, fault, actions);
+    const shown = role === "user" ? [who, text, actions] : [who, thought, text, foot, fault, actions];
+    this.element = make("article", { className: `turn ${role}`, "data-label": who.dataset.word }, ...shown);
     translate(this.element);
   }
 

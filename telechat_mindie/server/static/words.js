@@ -69,7 +69,6 @@ const WORDS = {
   themes: [{ auto: "Auto", light: "Light", dark: "Dark" }, { auto: "自动", light: "浅色", dark: "深色" }],
   thinking: ["Thinking…", "思考中…"],
   thought: ["Thought for", "已思考"],
-  thoughtAtAll: ["Thought", "思考过程"],
   throughput: ["Throughput", "总吞吐"],
   tokens: ["tokens", "个 token"],
   ttft: ["First token", "首 token"],
