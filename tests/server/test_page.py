@@ -171,7 +171,7 @@ def test_a_thought_is_folded(fake, visit, thoughts, pieces):
     assert answer.locator(".text").text_content() == "好 </think>"
     thought = answer.locator("details.thought")
     assert thought.evaluate("details => details.open") is False
-    assert re.fullmatch(r"Thought for \d+ s", thought.locator("summary").text_content())
+    assert re.fullmatch(r"Thought for [\d.]+ s", thought.locator("summary").text_content())
     thought.locator("summary").click()
     assert thought.locator("div").is_visible() and thought.locator("div").text_content() == f"想\n{HOSTILE}"
     assert page.locator("#log img, #log script").count() == 0 and page.evaluate("window.pwned") is None
@@ -185,7 +185,7 @@ def test_a_thoughts_time_is_that_of_its_end(fake, visit):
     # The prompt had the opening tag, so that all looks like the answer until the closing one.
     fake.pieces, fake.delay = ["想", "一", "想", "\n</think>\n\n好"], 0.6
     summary = ask(visit(), "one").locator(".thought summary").text_content()
-    assert re.fullmatch(r"Thought for (?:[2-9]|[1-9]\d) s", summary), summary
+    assert float(summary.removeprefix("Thought for ").removesuffix(" s")) >= 1.8, summary
 
 
 def test_a_thought_shows_that_it_goes_on(fake, visit):

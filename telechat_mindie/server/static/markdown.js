@@ -118,7 +118,7 @@ const BUILD = {
   heading: (token) => make(`h${Math.min(6, token.depth + 2)}`, {}, ...inner(token)), // below the page's own h1 and h2
   code: codeBlock,
   codespan: (token) => make("code", {}, token.text),
-  display: (token) => make("div", { className: "math", tabIndex: 0 }, token.text),
+  display: (token) => make("div", { className: "math" }, token.text),
   formula: (token) => make("span", { className: "math" }, token.text),
   table,
   list,

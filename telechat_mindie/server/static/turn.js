@@ -58,7 +58,8 @@ export class Turn {
   redraw() {
     const { thoughtMs = 0, content, tokens, ttft, speed, reason, isStopped } = this.#node;
     const isThinking = !this.#isOver && content === "";
-    this.#part.thought.firstChild.textContent = `${word(isThinking ? "thinking" : "thought")} ${(thoughtMs / 1000).toFixed(0)} s`;
+    const seconds = (thoughtMs / 1000).toFixed(thoughtMs < 10_000 ? 1 : 0);
+    this.#part.thought.firstChild.textContent = `${word(isThinking ? "thinking" : "thought")} ${seconds} s`;
     const words = [];
     if (this.#isOver && tokens) words.push(`${tokens} ${word("tokens")}`);
     if (ttft !== undefined) words.push(`${word("ttft")} ${ttft.toFixed(0)} ms`);
