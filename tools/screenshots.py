@@ -1,7 +1,7 @@
 """Take the pictures of the chat page for docs/images: desktop, phone and dark.
 
 `serve` runs on telechat2-nano, whose answers and figures are real. The conversation that is shown has an answer that
-stands in this file, with what nano does not write: a thought, a listing, a table, a formula. So it has no count of tokens.
+stands in this file, with what nano does not write: a thought, a listing, a table, a formula. It has no count of tokens.
 
     python tools/screenshots.py [--output docs/images]
 

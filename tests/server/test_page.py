@@ -288,11 +288,45 @@ def test_by_keyboard_alone(fake, visit):
     page.locator(".assistant .foot").wait_for()
     assert asked(fake)[0]["messages"][0]["content"] == "two\nlines"
     assert box.evaluate("element => element === document.activeElement")
-    reached = set()
-    for _ in range(30):
+    page.locator("#skip").focus()
+    reached = ["skip"]
+    for _ in range(40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.name"))
-    assert {"skip", "log", "question", "new-too", "theme", "language", "system", "temperature", "seed"} <= reached
+        reached.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.name || document.activeElement.className"
+            )
+        )
+        assert page.evaluate(OUTLINED), reached[-1]  # one sees where one is
+    order = ["skip", "new-too", "open", "delete", "export-markdown", "log", "question", "system", "temperature"]
+    order += ["seed", "stop", "raw", "reset", "theme", "language"]  # as it stands on the page, from left to right
+    assert [name for name in reached[: reached.index("language") + 1] if name in order] == order
+    page.locator("#skip").focus()
+    page.keyboard.press("Enter")
+    assert box.evaluate("element => element === document.activeElement")
+
+
+OUTLINED = """() => {
+    const { outlineStyle, boxShadow } = getComputedStyle(document.activeElement);
+    return document.activeElement === document.body || outlineStyle !== "none" || boxShadow !== "none";
+}"""
+
+
+def test_what_happens_is_said(fake, visit):
+    """For those who do not see the page: the answer when it is complete, and not each piece of it; a fault at once."""
+    fake.pieces, fake.delay = ["one ", "two ", "three"], 0.3
+    page = visit()
+    assert page.locator("#log").get_attribute("aria-live") == "off"
+    status = page.get_by_role("status").first
+    start(page, "one")
+    assert status.text_content() == "Answering…"
+    page.get_by_text("one two").first.wait_for()
+    assert status.text_content() == "Answering…"
+    wait_for_end(page)
+    assert status.text_content() == "one two three"
+    fake.faults["/v1/chat/completions"] = (503, "{}")
+    assert ask(page, "two").get_by_role("alert").is_visible()
+    assert page.get_by_role("article", name="You").count() == page.get_by_role("article", name="TeleChat").count() == 2
 
 
 def test_the_focus_survives_the_examples(visit):
@@ -306,9 +340,11 @@ def test_the_focus_survives_the_examples(visit):
 def test_everything_has_a_name(visit):
     page = visit()
     ask(page, "one")
+    press(page, "^Edit$")
     snapshot = page.locator("body").aria_snapshot()
-    controls = re.findall(r"- (button|textbox|spinbutton|log|region|complementary)\b(.*)", snapshot)
-    assert len(controls) >= 12
+    kinds = "article|button|checkbox|complementary|form|link|log|main|navigation|region|spinbutton|textbox"
+    controls = re.findall(rf"- ({kinds})\b(.*)", snapshot)
+    assert len(controls) >= 30 and {kind for kind, _ in controls} >= set(kinds.split("|"))
     assert [control for control in controls if '"' not in control[1]] == []
 
 
