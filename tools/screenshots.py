@@ -21,7 +21,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
@@ -103,18 +102,24 @@ def running_server() -> Iterator[str]:
                 line = next((line for line in lines if "Daemon start success!" in line), "")
                 if not line:
                     raise SystemExit(f"error: the server ended with exit code {server.wait()}")
-                threading.Thread(target=list, args=(lines,), daemon=True).start()  # lest its pipe fills
+                reader = threading.Thread(target=list, args=(lines,), daemon=True)  # lest its pipe fills
+                reader.start()
                 yield line.partition(" at ")[2].split(",")[0].strip()
-            finally:
                 server.terminate()
+                reader.join()
+            finally:
+                server.kill()
 
 
 def answer_with(thought: str, text: str) -> str:
     """The events of a chat's answer."""
-    deltas: list[dict[str, Any]] = [{"reasoning_content": thought}, {"content": text}]
-    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    return "".join(f"data: {event}\n\n" for event in [*map(json.dumps, chunks), "[DONE]"])
+    deltas: tuple[tuple[dict[str, str], str | None], ...] = (
+        ({"reasoning_content": thought}, None),
+        ({"content": text}, None),
+        ({}, "stop"),
+    )
+    choices = ({"index": 0, "delta": delta, "finish_reason": reason} for delta, reason in deltas)
+    return "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices) + "data: [DONE]\n\n"
 
 
 def ask(page: Page, question: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import time
@@ -37,25 +38,30 @@ def open_browser():
 class Visits:
     """Opens the page; at the end it must have loaded nothing from elsewhere and raised nothing.
 
+    Visits with the same options share a context, which costs a second: each test's service is an origin of its own, of
+    which the browser remembers nothing.
+
     Args:
-        browser: of all tests; each visit is a context of its own, which remembers nothing of the others.
+        contexts: of the browser, by their options.
         url: of the service.
     """
 
-    def __init__(self, browser, url):
-        self._browser, self._url = browser, url
-        self._contexts, self._served = [], set()
+    def __init__(self, browser, contexts, url):
+        self._browser, self._contexts, self._url = browser, contexts, url
+        self._pages, self._served = [], set()
         self.faults, self.urls = [], []
 
     def __call__(self, url=None, *, script=None, **options):
         options = {"locale": "en-US", "viewport": {"width": 1100, "height": 720}, **options}
-        context = self._browser.new_context(**options)
-        context.set_default_timeout(10_000)
-        if script is not None:
-            context.add_init_script(script)
-        self._contexts.append(context)
+        key = json.dumps(options)
+        if key not in self._contexts:
+            self._contexts[key] = self._browser.new_context(**options)
+            self._contexts[key].set_default_timeout(10_000)
+        page = self._contexts[key].new_page()
+        self._pages.append(page)
         self._served.add(url or self._url)
-        page = context.new_page()
+        if script is not None:
+            page.add_init_script(script)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("console", lambda message: self.faults.append(message.text) if message.type == "warning" else None)
         page.on("console", lambda message: self.faults.append(message.text) if "Security" in message.text else None)
@@ -65,8 +71,8 @@ class Visits:
         return page
 
     def close(self):
-        for context in self._contexts:
-            context.close()
+        for page in self._pages:
+            page.close()
         assert self.faults == []
         assert [url for url in self.urls if not url.startswith((*self._served, "data:", "blob:"))] == []
 

@@ -13,6 +13,12 @@ def browser():
         yield browser
 
 
+@pytest.fixture(scope="session")
+def contexts():
+    """Of the browser, by their options."""
+    return {}
+
+
 @pytest.fixture
 def fake():
     with FakeMindie(has_page=True) as fake:
@@ -20,8 +26,8 @@ def fake():
 
 
 @pytest.fixture
-def visit(browser, fake):
+def visit(browser, contexts, fake):
     """`visit(locale=...)` opens the page of `fake`."""
-    visits = Visits(browser, fake.url)
+    visits = Visits(browser, contexts, fake.url)
     yield visits
     visits.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from helpers.page import ask, press
+from helpers.fake_mindie import FakeMindie
+from helpers.page import Visits, ask, press
 
 SHOW = """async ([texts, isOver]) => {
     const { MarkdownView } = await import("/page/markdown.js");
@@ -26,13 +27,10 @@ SHOW = """async ([texts, isOver]) => {
 
 
 @pytest.fixture(scope="module")
-def page(browser):
+def page(browser, contexts):
     """One page for all tests that only call its renderer."""
-    from helpers.fake_mindie import FakeMindie
-    from helpers.page import Visits
-
     with FakeMindie(has_page=True) as fake:
-        visits = Visits(browser, fake.url)
+        visits = Visits(browser, contexts, fake.url)
         yield visits()
         visits.close()
 
