@@ -329,6 +329,18 @@ def test_what_happens_is_said(fake, visit):
     assert page.get_by_role("article", name="You").count() == page.get_by_role("article", name="TeleChat").count() == 2
 
 
+def test_the_focus_stays_where_it_is(fake, visit):
+    """At the end of an answer too, with a reader who went to an earlier one meanwhile."""
+    page = visit()
+    ask(page, "one")
+    fake.pieces, fake.delay = ["x"] * 20, 0.02
+    start(page, "two")
+    copy = page.get_by_role("button", name="Copy").first
+    copy.focus()
+    wait_for_end(page)
+    assert copy.evaluate("element => element === document.activeElement")
+
+
 def test_the_focus_survives_the_examples(visit):
     page = visit()
     page.locator("#examples button").first.focus()
@@ -378,9 +390,16 @@ def test_the_panels_of_a_narrow_screen(fake, visit):
         assert page.evaluate("document.getElementById('chat').inert")  # Tab does not get behind the panel
         page.keyboard.press("Escape")
         assert page.locator(panel).is_hidden() and button.evaluate("e => e === document.activeElement")
+    fake.pieces, fake.delay = ["x"] * 1000, 0.02
+    start(page, "two")
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.keyboard.press("Escape")  # for the panel, not for the answer
+    assert page.locator("#side").is_hidden() and page.locator("[aria-busy=true]").count() == 1
+    page.keyboard.press("Escape")
+    wait_for_end(page)
     page.get_by_role("button", name="Conversations", exact=True).click()
     page.locator("#list .open").click()
-    assert page.locator("#history").is_hidden() and texts(page) == ["one", "你好，世界"]
+    assert page.locator("#history").is_hidden() and texts(page)[:3] == ["one", "你好，世界", "two"]
     page.get_by_role("button", name="Settings", exact=True).click()
     page.set_viewport_size({"width": 1100, "height": 800})  # a tablet that is turned
     wait_until(page, "!document.getElementById('chat').inert")

@@ -229,12 +229,27 @@ def test_settings_are_kept_and_put_back(fake, visit):
     assert page.get_by_label("top_k").input_value() == "" and not page.get_by_label("Raw completion").is_checked()
 
 
+UNKEPT = "This browser cannot keep them: gone with the page."
+
+
+def test_a_browser_without_space(visit):
+    page = visit(
+        script="""IDBObjectStore.prototype.put = () => { throw new DOMException("full", "QuotaExceededError"); };"""
+    )
+    assert page.locator("#kept").text_content() == "Kept in this browser alone."
+    ask(page, "one")
+    assert page.locator("#kept").text_content() == UNKEPT
+    press(page, "^New chat$")
+    press(page.locator("#list"), "^one$")
+    assert texts(page) == ["one", "你好，世界"]
+
+
 def test_a_browser_that_keeps_nothing(fake, visit):
     page = visit(
         script="""indexedDB.open = () => { throw new DOMException("no", "SecurityError"); };
         Object.defineProperty(window, "localStorage", { get() { throw new DOMException("no", "SecurityError"); } });"""
     )
-    assert page.locator("#kept").text_content() == "This browser keeps nothing: gone with the page."
+    assert page.locator("#kept").text_content() == UNKEPT
     ask(page, "one")
     press(page, "^New chat$")
     ask(page, "two")

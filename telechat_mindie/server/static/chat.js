@@ -110,6 +110,7 @@ export class Chat {
   }
 
   #drawAll() {
+    keepFocus("#log .turn *");
     this.#turns = [];
     for (const element of $("log").querySelectorAll(".turn")) element.remove();
     const nodes = branch(this.conversation);
@@ -119,6 +120,7 @@ export class Chat {
 
   #append(node) {
     const turn = new Turn(node, this.#does, versions(this.conversation, node));
+    keepFocus("#welcome *");
     $("welcome").hidden = true;
     this.#turns.push(turn);
     $("log").append(turn.element);
@@ -127,7 +129,7 @@ export class Chat {
   }
 
   #setRunning(controller) {
-    keepFocus();
+    keepFocus("#send, #stop");
     this.#running = controller;
     $("send").hidden = controller !== null;
     $("stop").hidden = controller === null;
@@ -143,7 +145,7 @@ function keepingEnd(change) {
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
-/** Before what has the focus goes: the focus would fall to the body. */
-export function keepFocus() {
-  if (document.activeElement?.matches("#send, #stop, #examples button, #log .turn *")) $("question").focus();
+/** Before what may have the focus goes: the focus would fall to the body. */
+function keepFocus(going) {
+  if (document.activeElement?.matches(going)) $("question").focus();
 }

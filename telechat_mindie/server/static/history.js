@@ -1,19 +1,22 @@
 // The list of conversations that the browser keeps.
 
-import { $, button, make } from "./elements.js";
+import { $, make } from "./elements.js";
 import { openStore } from "./store.js";
 import { word } from "./words.js";
 
 export class History {
   #store;
   #conversations = []; // the last changed first
-  #removed = null; // {conversations, label, shown}, to be undone
+  #removed = null; // {conversations, title, shown}, to be undone
+  #gone = new WeakSet(); // conversations that were deleted; the answer under way in one may still want it kept
+  #isKept = true;
   #open; // shows a conversation, or a new one
   #shown = () => null; // the one that is shown
 
   static async load(open, shown) {
     const history = new History();
     history.#store = await openStore();
+    history.#isKept = history.#store.isKept;
     history.#conversations = (await history.#store.all()).sort((a, b) => b.changed - a.changed);
     history.#open = open;
     history.#shown = shown;
@@ -25,13 +28,19 @@ export class History {
 
   /** Keep a conversation as it is by now; not one that was deleted. */
   save(conversation) {
-    const isNew = !this.#conversations.includes(conversation);
-    if (isNew && this.#removed?.conversations.includes(conversation)) return;
+    if (this.#gone.has(conversation)) return;
     conversation.changed = Date.now();
-    this.#store.put(conversation);
-    if (!isNew && this.#conversations[0] === conversation) return;
+    this.#put(conversation);
+    if (this.#conversations[0] === conversation) return;
     this.#conversations = [conversation, ...this.#conversations.filter((other) => other !== conversation)];
     this.draw();
+  }
+
+  #put(conversation) {
+    this.#store.put(conversation).catch(() => { // no space is left
+      this.#isKept = false;
+      this.draw();
+    });
   }
 
   draw() {
@@ -48,7 +57,7 @@ export class History {
     }));
     if (focused) ($("list").querySelector(`[data-id="${focused}"] .open`) ?? $("new")).focus();
     $("delete-all").hidden = this.#conversations.length === 0;
-    $("kept").textContent = word(this.#store.isKept ? "kept" : "unkept");
+    $("kept").textContent = word(this.#isKept ? "kept" : "unkept");
     $("notice").hidden = this.#removed === null;
     if (this.#removed) {
       const { title } = this.#removed;
@@ -61,7 +70,10 @@ export class History {
     const shown = this.#shown();
     this.#removed = { conversations, title, shown: conversations.includes(shown) ? shown : null };
     this.#conversations = this.#conversations.filter((conversation) => !conversations.includes(conversation));
-    for (const { id } of conversations) this.#store.remove(id);
+    for (const conversation of conversations) {
+      this.#gone.add(conversation);
+      this.#store.remove(conversation.id);
+    }
     if (this.#removed.shown) this.#open();
     else this.draw();
     $("undo").focus();
@@ -70,7 +82,10 @@ export class History {
   #undo() {
     const { conversations, shown } = this.#removed;
     this.#removed = null;
-    for (const conversation of conversations) this.#store.put(conversation);
+    for (const conversation of conversations) {
+      this.#gone.delete(conversation);
+      this.#put(conversation);
+    }
     this.#conversations = [...conversations, ...this.#conversations].sort((a, b) => b.changed - a.changed);
     if (shown) this.#open(shown);
     else this.draw();

@@ -1,7 +1,7 @@
 // The page's parts, put together.
 
 import { drawTheme, offerPanels, offerThemes, openPanel } from "./appearance.js";
-import { Chat, keepFocus } from "./chat.js";
+import { Chat } from "./chat.js";
 import { toJson, toMarkdown } from "./conversation.js";
 import { $, button } from "./elements.js";
 import { download } from "./export.js";
@@ -27,7 +27,6 @@ function open(conversation) {
 
 function ask(question) {
   if (chat.isRunning || !isValid(() => openPanel("side"))) return false;
-  keepFocus();
   chat.ask(question);
   return true;
 }

@@ -28,7 +28,7 @@ export async function openStore() {
       remove: async (id) => { map.delete(id); },
     };
   }
-  const within = (mode, use) => asPromise(use(database.transaction(STORE, mode).objectStore(STORE)));
+  const within = async (mode, use) => asPromise(use(database.transaction(STORE, mode).objectStore(STORE)));
   return {
     isKept: true,
     all: () => within("readonly", (store) => store.getAll()),

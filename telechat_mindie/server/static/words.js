@@ -73,7 +73,7 @@ const WORDS = {
   tokens: ["tokens", "个 token"],
   ttft: ["First token", "首 token"],
   undo: ["Undo", "撤销"],
-  unkept: ["This browser keeps nothing: gone with the page.", "浏览器不允许保存：关闭页面后即消失。"],
+  unkept: ["This browser cannot keep them: gone with the page.", "浏览器无法保存：关闭页面后即消失。"],
   unreachable: ["The service cannot be reached.", "无法连接服务。"],
   unserved: ["This port does not serve /metrics.", "此端口不提供 /metrics。"],
   untitled: ["New chat", "新对话"],
