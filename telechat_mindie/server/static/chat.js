@@ -15,13 +15,15 @@ export class Chat {
   #turns = [];
   #running = null; // AbortController of the answer under way
   #save;
+  #isReady;
 
-  /** `save(conversation)` keeps it. */
-  constructor(save) {
+  /** `save(conversation)` keeps it; `isReady()` says whether the settings let a question be asked. */
+  constructor(save, isReady) {
     this.#save = save;
+    this.#isReady = isReady;
   }
 
-  get isRunning() { return this.#running !== null; }
+  #mayAsk() { return this.#running === null && this.#isReady(); }
 
   /** Show a conversation, a new one by default. An answer under way is stopped. */
   open(conversation = create()) {
@@ -32,10 +34,13 @@ export class Chat {
     $("log").scrollTop = $("log").scrollHeight;
   }
 
+  /** Go on with a question; false if that may not be. */
   ask(question) {
+    if (!this.#mayAsk()) return false;
     const node = add(this.conversation, this.conversation.shown, { role: "user", content: question, isRaw: isRaw() });
     this.#append(node);
-    return this.#answer(node);
+    this.#answer(node);
+    return true;
   }
 
   stop() { this.#running?.abort(); }
@@ -47,20 +52,20 @@ export class Chat {
 
   #does = {
     edit: (turn) => turn.edit((question) => {
-      if (this.isRunning) return;
+      if (!this.#mayAsk()) return;
       const { parent, isRaw } = turn.node;
       const node = add(this.conversation, parent, { role: "user", content: question, isRaw });
       this.#drawAll();
       this.#answer(node);
     }),
     regenerate: (turn) => {
-      if (this.isRunning) return;
+      if (!this.#mayAsk()) return;
       this.conversation.shown = turn.node.parent;
       this.#drawAll();
       this.#answer(this.conversation.nodes[turn.node.parent]);
     },
     choose: (node, label) => {
-      if (this.isRunning) return;
+      if (this.#running !== null) return;
       show(this.conversation, node);
       this.#save(this.conversation);
       this.#drawAll();
@@ -73,13 +78,15 @@ export class Chat {
 
   async #answer(question) {
     const { conversation } = this;
-    const request = question.isRaw
-      ? { prompt: question.content, ...parameters() }
-      : { messages: this.#messages(question.id), ...parameters() };
-    const { messages: _, prompt: __, ...sampling } = request;
-    const node = add(conversation, question.id, {
-      role: "assistant", content: "", isRaw: question.isRaw, request: { ...sampling, ...(!question.isRaw && { system: systemPrompt() }) },
-    });
+    const { isRaw } = question;
+    const sampling = parameters();
+    const system = systemPrompt();
+    const said = messages(conversation, question.id);
+    const prompt = isRaw
+      ? { prompt: question.content }
+      : { messages: system ? [{ role: "system", content: system }, ...said] : said };
+    const request = isRaw ? sampling : { system, ...sampling };
+    const node = add(conversation, question.id, { role: "assistant", content: "", isRaw, request });
     const turn = this.#append(node);
     const draw = everyFrame((isOver = false) => keepingEnd(() => turn.draw(isOver)));
     const controller = new AbortController();
@@ -89,7 +96,7 @@ export class Chat {
     announce(word("answering"));
     this.#save(conversation);
     let saved = performance.now();
-    await answer(node, request, controller.signal, () => {
+    await answer(node, { ...prompt, ...sampling }, controller.signal, () => {
       draw.ask();
       if (performance.now() < saved + SAVE_MS) return;
       saved = performance.now();
@@ -102,11 +109,6 @@ export class Chat {
     this.#setRunning(null);
     if (node.ttft !== undefined) $("ttft").textContent = node.ttft.toFixed(0);
     if (node.speed) $("speed").textContent = node.speed.toFixed(1);
-  }
-
-  #messages(end) {
-    const system = systemPrompt();
-    return [...(system ? [{ role: "system", content: system }] : []), ...messages(this.conversation, end)];
   }
 
   #drawAll() {

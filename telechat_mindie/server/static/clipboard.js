@@ -1,4 +1,4 @@
-// To the clipboard; also where the page did not come by HTTPS or from this machine, for which browsers have the old way only.
+// To the clipboard, also where the page came neither by HTTPS nor from this machine: there is the old way alone.
 
 import { announce, button, make } from "./elements.js";
 import { word } from "./words.js";

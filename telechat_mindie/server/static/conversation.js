@@ -1,12 +1,16 @@
-// A conversation is a tree of questions and answers: an edited question and an answer asked for again are further branches.
+// A conversation is a tree of questions and answers: an edited question and an answer asked for again are further
+// branches.
 //
-// {id, title, changed, shown, nodes}: `nodes` only grows, a node's id is its place in it, and `parent` is what it follows.
-// `shown` is the last node of the branch that the page shows. A node of either role has {id, parent, role, content, isRaw};
-// an answer also has what `service.answer` says of it and the `request` that it was asked with.
+// {id, title, changed, shown, nodes}: `nodes` only grows, a node's id is its place in it, and `parent` is what it
+// follows. `shown` is the last node of the branch that the page shows. A node of either role has {id, parent, role,
+// content, isRaw}; an answer also has what `service.answer` says of it and the `request` that it was asked with.
 
 const TITLE_LENGTH = 80;
 
-export const create = () => ({ id: crypto.getRandomValues(new Uint32Array(4)).join("-"), title: "", changed: 0, shown: null, nodes: [] });
+export function create() {
+  const id = crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID is not for pages that came by HTTP
+  return { id, title: "", changed: 0, shown: null, nodes: [] };
+}
 
 /** A new node at the end of the branch that `parent` ends, which is shown from then on. */
 export function add(conversation, parent, fields) {
@@ -56,4 +60,6 @@ export function toMarkdown(conversation, name) {
 }
 
 /** All of the conversation, its other branches included. */
-export const toJson = ({ title, changed, shown, nodes }) => JSON.stringify({ title, changed: new Date(changed).toISOString(), shown, nodes }, null, 2);
+export function toJson({ title, changed, shown, nodes }) {
+  return JSON.stringify({ title, changed: new Date(changed).toISOString(), shown, nodes }, null, 2);
+}

@@ -17,7 +17,8 @@ export function make(tag, properties = {}, ...children) {
 
 /** A button that says a word and does something. */
 export function button(word, onclick, properties = {}) {
-  return translate(make("button", { type: "button", className: "quiet", "data-word": word, onclick, ...properties }));
+  const all = { type: "button", className: "quiet", "data-word": word, onclick, ...properties };
+  return translate(make("button", all));
 }
 
 /** Let a screen reader say `text`. */
@@ -31,7 +32,8 @@ export function setText(node, value) {
 
 /** Calls `draw` at most once a frame, and so seldom that it takes a quarter of the time at most.
 
-    `ask` wants it drawn soon; `end` draws at once and for the last time, with its values. A tab in the background has no frames. */
+    `ask` wants it drawn soon; `end` draws at once and for the last time, with its values. A tab in the background has
+    no frames. */
 export function everyFrame(draw) {
   let frame = 0;
   let rested = 0; // when it may draw again

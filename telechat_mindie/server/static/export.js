@@ -2,7 +2,7 @@
 
 import { make } from "./elements.js";
 
-/** Let the browser save a text. The name keeps letters and digits of any script, and what it may not hold becomes a dash. */
+/** Let the browser save a text. The file's name has the title's letters and digits, of any script. */
 export function download(title, ending, kind, text) {
   const name = title.replace(/[^\p{Letter}\p{Number}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60);
   const address = URL.createObjectURL(new Blob([text], { type: kind }));

@@ -23,7 +23,9 @@ function show(text) {
   $("kv-bar").style.width = `${Math.min(1, use ?? 0) * 100}%`;
   const tokens = metric(text, "generation_tokens_total");
   const now = performance.now();
-  if (tokens !== null && before !== null) drawSpeed(Math.max(0, ((tokens - before.tokens) * 1000) / (now - before.time)));
+  if (tokens !== null && before !== null) {
+    drawSpeed(Math.max(0, ((tokens - before.tokens) * 1000) / (now - before.time)));
+  }
   before = tokens === null ? null : { tokens, time: now };
 }
 

@@ -47,7 +47,9 @@ export class History {
     const focused = document.activeElement?.closest("#list li")?.dataset.id;
     $("list").replaceChildren(...this.#conversations.map((conversation) => {
       const title = conversation.title || word("untitled");
-      const open = make("button", { type: "button", className: "open", textContent: title, title, onclick: () => this.#open(conversation) });
+      const open = make("button", {
+        type: "button", className: "open", textContent: title, title, onclick: () => this.#open(conversation),
+      });
       if (conversation === this.#shown()) open.setAttribute("aria-current", "true");
       const remove = make("button", {
         type: "button", className: "delete", textContent: "×", "aria-label": `${word("delete")}: ${title}`,

@@ -11,10 +11,13 @@ import { modelName } from "./service.js";
 import { isRaw, isValid, openSettings } from "./settings.js";
 import { offerLanguages, word } from "./words.js";
 
-const chat = new Chat((conversation) => {
-  history.save(conversation);
-  drawExports();
-});
+const chat = new Chat(
+  (conversation) => {
+    history.save(conversation);
+    drawExports();
+  },
+  () => isValid(() => openPanel("side")),
+);
 const history = await History.load(open, () => chat.conversation);
 
 function open(conversation) {
@@ -23,12 +26,6 @@ function open(conversation) {
   drawExports();
   openPanel(null);
   $("question").focus();
-}
-
-function ask(question) {
-  if (chat.isRunning || !isValid(() => openPanel("side"))) return false;
-  chat.ask(question);
-  return true;
 }
 
 // ---- the question
@@ -50,7 +47,7 @@ $("question").addEventListener("keydown", (event) => {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = asked();
-  if (question === "" || !ask(question)) return;
+  if (question === "" || !chat.ask(question)) return;
   $("question").value = "";
   fitQuestion();
 });
@@ -72,7 +69,7 @@ function drawMode() {
 
 function drawExamples() {
   $("examples").replaceChildren(...word("examples").map((question) => {
-    const example = button("send", () => ask(question));
+    const example = button("send", () => chat.ask(question));
     example.textContent = question;
     delete example.dataset.word;
     return example;
@@ -103,4 +100,6 @@ drawExports();
 fitQuestion();
 pollFigures();
 $("question").focus();
-modelName().then((name) => { $("model").textContent = $("model").title = name; }, () => { /* said with the first answer */ });
+modelName().then((name) => {
+  $("model").textContent = $("model").title = name;
+}, () => { /* said with the first answer */ });

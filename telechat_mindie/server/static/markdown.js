@@ -1,5 +1,5 @@
-// Markdown to elements: marked reads, and what it found is built here node by node. Of what an answer may hold, only these
-// elements come out; HTML stays the text that it is, links lead to the web or to mail, and nothing is loaded.
+// Markdown to elements: marked reads, and what it found is built here node by node. Whatever an answer holds, only
+// these elements come out: HTML stays the text that it is, links lead to the web or to mail, and nothing is loaded.
 
 import { copyButton } from "./clipboard.js";
 import { make, setText } from "./elements.js";
@@ -11,41 +11,46 @@ const SAFE_LINK = /^(?:https?:\/\/|mailto:)/i;
 
 // TeX is left as it is written: Markdown would take its \, _ and * for its own. A formula ends at an empty line at the
 // latest, so that one that is still being written does not change what stands before it.
-const DISPLAY = /^ {0,3}(?:\$\$(?:(?!\$\$|\n *\n)[^])*(?:\$\$|(?=\n *\n)|$)|\\\[(?:(?!\\\]|\n *\n)[^])*(?:\\\]|(?=\n *\n)|$))/;
-const INLINE = /^(?:\$\$(?:(?!\$\$|\n *\n)[^])+\$\$|\\\((?:(?!\\\)|\n *\n)[^])+\\\)|\\\[(?:(?!\\\]|\n *\n)[^])+\\\]|\$(?![\s$])(?:\\[^\n]|[^$\\\n])*?(?:\\[^\n]|[^\s$\\])\$(?!\w))/;
+const DISPLAYS = [
+  /^ {0,3}\$\$(?:(?!\$\$|\n *\n)[^])*(?:\$\$|(?=\n *\n)|$)/,
+  /^ {0,3}\\\[(?:(?!\\\]|\n *\n)[^])*(?:\\\]|(?=\n *\n)|$)/,
+];
+const FORMULAS = [
+  /^\$\$(?:(?!\$\$|\n *\n)[^])+\$\$/,
+  /^\\\((?:(?!\\\)|\n *\n)[^])+\\\)/,
+  /^\\\[(?:(?!\\\]|\n *\n)[^])+\\\]/,
+  /^\$(?![\s$])(?:\\[^\n]|[^$\\\n])*?(?:\\[^\n]|[^\s$\\])\$(?!\w)/, // $5 and $6 are prices
+];
+const begin = (text, patterns) => patterns.map((pattern) => pattern.exec(text)?.[0]).find((found) => found);
 const display = {
   name: "display",
   level: "block",
-  start(text) {
-    const begin = text.search(/\n {0,3}(?:\$\$|\\\[)/);
-    return begin < 0 ? undefined : begin + 1;
+  start(text) { // within a paragraph, which ends there
+    const place = text.search(/\n {0,3}(?:\$\$|\\\[)/);
+    return place < 0 ? undefined : place + 1;
   },
   tokenizer(text) {
-    const raw = DISPLAY.exec(text)?.[0];
+    const raw = begin(text, DISPLAYS);
     return raw && { type: "display", raw, text: raw.trim() };
   },
 };
 const formula = {
   name: "formula",
   level: "inline",
-  start(text) {
-    const begin = text.search(/\$|\\[([]/);
-    return begin < 0 ? undefined : begin;
+  start(text) { // a backslash or a star ends a text anyway
+    const place = text.indexOf("$");
+    return place < 0 ? undefined : place;
   },
   tokenizer(text) {
-    const raw = INLINE.exec(text)?.[0];
+    const raw = begin(text, FORMULAS);
     return raw && { type: "formula", raw, text: raw };
   },
 };
-// CommonMark takes **“这样”**的 for no emphasis, as punctuation within and a letter without stand beside the stars. Chinese
-// has no spaces that would help.
+// CommonMark takes **“这样”**的 for no emphasis, as punctuation within and a letter without stand beside the stars.
+// Chinese has no spaces that would help.
 const strong = {
   name: "strong",
   level: "inline",
-  start(text) {
-    const begin = text.indexOf("**");
-    return begin < 0 ? undefined : begin;
-  },
   tokenizer(text) {
     const [raw, said] = /^\*\*(?![\s*])([^*\n`\\]*[^*\s`\\])\*\*(?!\*)/.exec(text) ?? [];
     return raw && { type: "strong", raw, text: said, tokens: this.lexer.inlineTokens(said) };
@@ -53,19 +58,21 @@ const strong = {
 };
 // No heading by a line of dashes below it: each list that follows a line of text would begin as one.
 const noUnderlines = { lheading() {} };
-const { defaults } = new Marked({ gfm: true, breaks: true, extensions: [display, formula, strong], tokenizer: noUnderlines });
+const extensions = [display, formula, strong];
+const { defaults } = new Marked({ gfm: true, breaks: true, extensions, tokenizer: noUnderlines });
 
 const ENTITIES = {
-  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…", mdash: "—",
-  ndash: "–", times: "×", divide: "÷", deg: "°", plusmn: "±", middot: "·", bull: "•", larr: "←", rarr: "→", uarr: "↑",
-  darr: "↓", le: "≤", ge: "≥", ne: "≠", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", yen: "¥", euro: "€", sect: "§",
+  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…",
+  mdash: "—", ndash: "–", times: "×", divide: "÷", deg: "°", plusmn: "±", middot: "·", bull: "•", larr: "←", rarr: "→",
+  uarr: "↑", darr: "↓", le: "≤", ge: "≥", ne: "≠", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", yen: "¥",
+  euro: "€", sect: "§",
 };
 
 /** The text with its entities read; those that are not known here stay as they are written. */
 function readEntities(text) {
-  return text.replace(/&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|([a-zA-Z]{2,8}));/g, (written, decimal, hexadecimal, name) => {
+  return text.replace(/&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|([a-zA-Z]{2,8}));/g, (written, decimal, hex, name) => {
     if (name) return Object.hasOwn(ENTITIES, name) ? ENTITIES[name] : written;
-    const code = decimal ? Number(decimal) : parseInt(hexadecimal, 16);
+    const code = decimal ? Number(decimal) : parseInt(hex, 16);
     return code > 0 && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? String.fromCodePoint(code) : "\ufffd";
   });
 }
@@ -76,16 +83,18 @@ const wrap = (tag) => (token) => make(tag, {}, ...inner(token));
 function link(href, children) {
   const address = readEntities(href);
   if (!SAFE_LINK.test(address)) return null;
-  return make("a", { href: address, title: address, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+  const rel = "noopener noreferrer nofollow";
+  return make("a", { href: address, title: address, target: "_blank", rel }, ...children);
 }
 
 const languageOf = (token) => /^[\w#+.-]{0,30}/.exec(token.lang ?? "")[0];
 
 function codeBlock(token) {
   const code = make("code", {}, token.text);
-  const bar = make("div", { className: "title" }, make("span", {}, languageOf(token)), copyButton("copyCode", () => code.textContent));
-  const pre = make("pre", { tabIndex: 0, role: "region", "data-label": "code" }, code); // wide code scrolls, by keyboard too
-  return translate(make("div", { className: "code" }, bar, pre));
+  const copy = copyButton("copyCode", () => code.textContent);
+  const title = make("div", { className: "title" }, make("span", {}, languageOf(token)), copy);
+  const pre = make("pre", { tabIndex: 0, role: "region", "data-label": "code" }, code); // scrolls by keyboard too
+  return translate(make("div", { className: "code" }, title, pre));
 }
 
 function table(token) {
@@ -143,8 +152,8 @@ function nodes(tokens) {
 const NO_LINKS = {};
 const DEFINITION = /^[ >*+\-\d.)]*\[[^\]\n]+\]:/m; // of a link, which may be used before it
 
-/** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only the
-    last block is read anew, or the last two. */
+/** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only
+    the last block is read again, or the last two. */
 export class MarkdownView {
   #place;
   #links = NO_LINKS; // that are defined somewhere in the text, by name

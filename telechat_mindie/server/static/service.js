@@ -52,9 +52,9 @@ async function* events(response) {
   }
 }
 
-/** Ask, and let `node` grow: an answer's {model, content, thought, thoughtMs, reason, isStopped, fault} and its figures {tokens,
-    promptTokens, ttft, speed}: milliseconds to its first text, and tokens per second after it. Tokens are as the service
-    counted them, which it does at the end: an answer that was stopped has no count and no speed.
+/** Ask, and let `node` grow: an answer's {model, content, thought, thoughtMs, reason, isStopped, fault} and its figures
+    {tokens, promptTokens, ttft, speed}: milliseconds to its first text, and tokens per second after it. Tokens are as
+    the service counted them, which it does at the end: an answer that was stopped has no count and no speed.
 
     `body` is the request: with `prompt` a text is completed, with `messages` a chat goes on. `signal` stops it, and
     `onGrowth` is called after each change of the text. */

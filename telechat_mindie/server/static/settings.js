@@ -13,7 +13,8 @@ const stopStrings = (text) => text.split(/\r?\n/).filter((line) => line !== "")
   .map((line) => line.replace(/\\(.)/g, (_, escaped) => ESCAPES[escaped] ?? escaped));
 
 function keep() {
-  memory.set(KEY, JSON.stringify(Object.fromEntries(fields.map(({ name, value, type, checked }) => [name, type === "checkbox" ? checked : value]))));
+  const entry = ({ name, value, type, checked }) => [name, type === "checkbox" ? checked : value];
+  memory.set(KEY, JSON.stringify(Object.fromEntries(fields.map(entry))));
 }
 
 /** Put back what was kept, and call `onMode` at each change of the mode, and now. */
@@ -26,7 +27,10 @@ export function openSettings(onMode) {
   }
   form.addEventListener("input", keep);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(() => { keep(); onMode(); })); // the fields change after the event
+  form.addEventListener("reset", () => setTimeout(() => { // the fields change after the event
+    keep();
+    onMode();
+  }));
   form.elements.raw.addEventListener("input", onMode);
   onMode();
 }
@@ -35,7 +39,7 @@ export const isRaw = () => form.elements.raw.checked;
 
 export const systemPrompt = () => form.elements.system.value.trim();
 
-/** Whether all fields are as they must be; `onFault` makes them visible before the browser shows the first that is not. */
+/** Whether all fields are as they must be; `onFault` makes them visible before the browser shows which is not. */
 export function isValid(onFault) {
   if (form.checkValidity()) return true;
   onFault();
@@ -47,5 +51,6 @@ export function isValid(onFault) {
 export function parameters() {
   const numbers = fields.filter(({ type, value }) => type === "number" && value !== "");
   const stop = stopStrings(form.elements.stop.value);
-  return { ...Object.fromEntries(numbers.map(({ name, value }) => [name, Number(value)])), ...(stop.length > 0 && { stop }) };
+  const values = Object.fromEntries(numbers.map(({ name, value }) => [name, Number(value)]));
+  return stop.length > 0 ? { ...values, stop } : values;
 }

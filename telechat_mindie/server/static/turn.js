@@ -14,7 +14,7 @@ export class Turn {
   #markdown = null; // of an answer in a chat
   #isOver = false;
 
-  /** `does` has what the buttons do: edit(turn), regenerate(turn) and choose(node); `others` are the node's versions. */
+  /** `does` has what the buttons do: edit(turn), regenerate(turn), choose(node, label). `others` are its versions. */
   constructor(node, does, others) {
     this.#node = node;
     const { role } = node;
@@ -29,7 +29,7 @@ export class Turn {
     if (role === "user") actions.append(button("edit", () => does.edit(this), { className: "quiet changes" }));
     else actions.append(button("regenerate", () => does.regenerate(this), { className: "quiet changes" }));
     if (others.length > 1) actions.append(versionButtons(node, others, does.choose));
-    const thought = make("details", { className: "thought", hidden: true }, make("summary"), make("div", {}, this.#thought));
+    const thought = make("details", { className: "thought" }, make("summary"), make("div", {}, this.#thought));
     this.#part.thought = thought;
     const shown = role === "user" ? [who, text, actions] : [who, thought, text, foot, fault, actions];
     this.element = make("article", { className: `turn ${role}`, "data-label": who.dataset.word }, ...shown);
@@ -70,7 +70,7 @@ export class Turn {
     this.#part.foot.hidden = words.length === 0;
   }
 
-  /** Let the user change the question in its place. `onSend` gets another text; nothing happens if it is not another. */
+  /** Let the user change the question in its place. `onSend` gets a text that is another one. */
   edit(onSend) {
     const { text, actions } = this.#part;
     const box = make("textarea", { value: this.#node.content, "data-label": "editing", rows: 3, maxLength: 100000 });
@@ -104,7 +104,8 @@ export class Turn {
 function versionButtons(node, others, choose) {
   const place = others.indexOf(node);
   const step = (sign, label, other) => make("button", {
-    type: "button", className: "quiet changes", textContent: sign, "data-label": label, disabled: !other, onclick: () => choose(other, label),
+    type: "button", className: "quiet changes", textContent: sign, "data-label": label, disabled: !other,
+    onclick: () => choose(other, label),
   });
   return make("span", { className: "versions", role: "group", "data-label": "version" },
     step("‹", "previous", others[place - 1]), `${place + 1}/${others.length}`, step("›", "next", others[place + 1]));

@@ -47,7 +47,10 @@ const WORDS = {
   question: ["Ask something", "输入问题"],
   random: ["random", "随机"],
   raw: ["Raw completion", "原文续写"],
-  rawHint: ["Goes on with the text as it is: no chat template, nothing of what was said before.", "按原文直接续写：不套用对话模板，也不带之前的内容。"],
+  rawHint: [
+    "Goes on with the text as it is: no chat template, nothing of what was said before.",
+    "按原文直接续写：不套用对话模板，也不带之前的内容。",
+  ],
   rawQuestion: ["Text to go on with", "输入要续写的文本"],
   regenerate: ["Regenerate", "重新生成"],
   repetition: ["Repetition penalty", "重复惩罚"],
