@@ -3,6 +3,8 @@
 import { splitThought } from "./thought.js";
 import { word } from "./words.js";
 
+const LEAST_SHARE = 0.1;
+
 let model = null;
 
 /** The name of the service's model, which is asked for until the service gives it. */
@@ -54,7 +56,8 @@ async function* events(response) {
 
 /** Ask, and let `node` grow: an answer's {model, content, thought, thoughtMs, reason, isStopped, fault} and its figures
     {tokens, promptTokens, ttft, speed}: milliseconds to its first text, and tokens per second after it. Tokens are as
-    the service counted them, which it does at the end: an answer that was stopped has no count and no speed.
+    the service counted them, which it does at the end: an answer that was stopped has no count and no speed. Nor has one
+    that came nearly at once, within LEAST_SHARE of its time: it was held up on its way, and its speed is not to be seen.
 
     `body` is the request: with `prompt` a text is completed, with `messages` a chat goes on. `signal` stops it, and
     `onGrowth` is called after each change of the text. */
@@ -104,7 +107,8 @@ export async function answer(node, body, signal, onGrowth) {
       if (chunk.usage) {
         node.tokens = chunk.usage.completion_tokens;
         node.promptTokens = chunk.usage.prompt_tokens;
-        if (first !== null && node.tokens > 1 && now > first) node.speed = (node.tokens - 1) / ((now - first) / 1000);
+        const isSpread = first !== null && now - first > LEAST_SHARE * (now - begin);
+        if (isSpread && node.tokens > 1) node.speed = (node.tokens - 1) / ((now - first) / 1000);
       }
     }
     if (!isEnded) throw new Error(word("incomplete"));
