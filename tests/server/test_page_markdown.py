@@ -91,6 +91,7 @@ FRAGILE = (  # a line changes what the block before it is, or belongs to it afte
     "a\nb | c\n-|-$\n\nd",
     "```\na\n```b\n```\n\nc",
     "[a][1]\n\nb\n\n[1]: https://b.cn/c\n\nd",
+    "a\n4. b\n- [ ] c\n\nd",
 )
 
 

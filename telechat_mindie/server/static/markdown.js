@@ -153,7 +153,7 @@ const NO_LINKS = {};
 const DEFINITION = /^[ >*+\-\d.)]*\[[^\]\n]+\]:/m; // of a link, which may be used before it
 
 /** A text that may grow, shown in `place`. What cannot change any more is read and built once: with each `put`, only
-    the last block is read again, or the last two. */
+    the last block is read again, or the last few. */
 export class MarkdownView {
   #place;
   #links = NO_LINKS; // that are defined somewhere in the text, by name
@@ -174,8 +174,9 @@ export class MarkdownView {
     if (!text.startsWith(this.#settled)) this.#restart();
     for (let length = WINDOW; ;) {
       const rest = text.slice(this.#settled.length);
-      const tokens = this.#read(rest.slice(0, length));
-      const settled = countSettled(tokens);
+      const read = rest.slice(0, length);
+      const tokens = this.#read(read);
+      const settled = countSettled(tokens, read);
       this.#show(tokens, settled);
       if (length >= rest.length) return;
       length = settled > 0 ? WINDOW : 2 * length;
@@ -214,15 +215,15 @@ export class MarkdownView {
   }
 }
 
-/** How many of the blocks cannot change when the text goes on: those before the last one. While the line that tells it
-    from the block before it is not complete, that block may still change too: `*` may become **strong**, which goes on
-    with a paragraph. A table's line is the second one. */
-function countSettled(tokens) {
-  const isBlock = (token) => token.type !== "space";
-  const last = tokens.findLastIndex(isBlock);
-  const lines = tokens.slice(last).map(({ raw }) => raw).join("").split("\n").length - 1; // complete ones
-  const end = lines >= (tokens[last]?.type === "table" ? 2 : 1) ? last : tokens.slice(0, last).findLastIndex(isBlock);
-  return Math.max(0, end);
+/** How many of the blocks of `text` cannot change when it goes on: those before the last one, and none while the line
+    that tells it from them is not complete: `*` may become **strong**, which goes on with a paragraph. A table's is its
+    second line. */
+function countSettled(tokens, text) {
+  const last = tokens.findLastIndex((token) => token.type !== "space");
+  if (last <= 0) return 0;
+  const begin = tokens.slice(0, last).reduce((sum, { raw }) => sum + raw.length, 0);
+  const lines = text.slice(begin).split("\n").length - 1; // complete ones
+  return lines >= (tokens[last].type === "table" ? 2 : 1) ? last : 0;
 }
 
 /** Let a listing grow in its place, at little cost however long it is; false for all else. */
