@@ -14,6 +14,7 @@ from telechat_mindie.commands.check import check
 from telechat_mindie.commands.convert import convert
 from telechat_mindie.commands.doctor import doctor
 from telechat_mindie.commands.export import export
+from telechat_mindie.commands.finetune import finetune
 from telechat_mindie.commands.generate import generate
 from telechat_mindie.commands.info import info
 from telechat_mindie.commands.launch import launch
@@ -43,6 +44,7 @@ COMMANDS = (
     convert,
     doctor,
     export,
+    finetune,
     generate,
     info,
     launch,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from telechat_mindie.units import format_seconds
 
 
 @contextlib.contextmanager
@@ -26,6 +29,45 @@ def byte_progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]
             return lambda count: progress.advance(task, count)
 
         yield start
+
+
+QUIET_SECONDS = 10.0
+"""Between two lines of progress where no person watches."""
+
+
+@contextlib.contextmanager
+def step_progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Progress in steps, on stderr: a bar on a terminal, elsewhere a line now and then and one for the last step.
+
+    Args:
+        what: that is under way.
+        total: steps in all.
+        done: before this begins, which says nothing of the time that a step takes.
+
+    Yields:
+        `advance(step, facts)`: step number `step` is done; `facts` are shown beside it.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        facts_column = TextColumn("{task.fields[facts]}")
+        with Progress(*columns, facts_column, console=Console(stderr=True)) as progress:
+            task = progress.add_task(what, total=total, completed=done, facts="")
+            yield lambda step, facts: progress.update(task, completed=step, facts=facts)
+        return
+    began = said = time.monotonic()
+
+    def advance(step: int, facts: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if step in (done + 1, total) or now - said >= QUIET_SECONDS:
+            said = now
+            left = (now - began) / (step - done) * (total - step)
+            print(f"{what} {step}/{total}  {facts}  {format_seconds(left)} left", file=sys.stderr, flush=True)
+
+    yield advance
 
 
 def print_json(data: Any) -> None:
