@@ -164,7 +164,8 @@ def _train(job: Job) -> int:
     from telechat_mindie.training.run import train_rank
 
     row_tokens = job.plan.batch * (job.rows.length - 1)
-    with step_progress("step", job.plan.steps, job.facts.step if job.facts else 0) as advance:
+    done = job.facts.step if job.facts else 0
+    with step_progress("step", job.plan.steps, done, "the first one compiles ...") as advance:
 
         def told(point: Point) -> None:
             looked = "" if point.eval_loss is None else f"  held out {point.eval_loss:.4f}"

@@ -36,13 +36,16 @@ QUIET_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def step_progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+def step_progress(what: str, total: int, done: int, before: str) -> Iterator[Callable[[int, str], None]]:
     """Progress in steps, on stderr: a bar on a terminal, elsewhere a line now and then and one for the last step.
+
+    The first step says nothing of the time that the others take, since it compiles.
 
     Args:
         what: that is under way.
         total: steps in all.
-        done: before this begins, which says nothing of the time that a step takes.
+        done: before this begins.
+        before: said until the first step is done.
 
     Yields:
         `advance(step, facts)`: step number `step` is done; `facts` are shown beside it.
@@ -54,18 +57,28 @@ def step_progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[in
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         facts_column = TextColumn("{task.fields[facts]}")
         with Progress(*columns, facts_column, console=Console(stderr=True)) as progress:
-            task = progress.add_task(what, total=total, completed=done, facts="")
-            yield lambda step, facts: progress.update(task, completed=step, facts=facts)
+            task = progress.add_task(what, total=total, completed=done, facts=before)
+
+            def show(step: int, facts: str) -> None:
+                if step == done + 1:
+                    progress.reset(task, completed=step, facts=facts)
+                progress.update(task, completed=step, facts=facts)
+
+            yield show
         return
-    began = said = time.monotonic()
+    print(f"{what} {done + 1}/{total}  {before}", file=sys.stderr, flush=True)
+    first = said = time.monotonic()
 
     def advance(step: int, facts: str) -> None:
-        nonlocal said
+        nonlocal first, said
         now = time.monotonic()
-        if step in (done + 1, total) or now - said >= QUIET_SECONDS:
+        if step == done + 1:
+            first = now
+        if step in (done + 1, done + 2, total) or now - said >= QUIET_SECONDS:
             said = now
-            left = (now - began) / (step - done) * (total - step)
-            print(f"{what} {step}/{total}  {facts}  {format_seconds(left)} left", file=sys.stderr, flush=True)
+            per_step = (now - first) / max(1, step - done - 1)
+            left = f"  {format_seconds(per_step * (total - step))} left" if done + 1 < step < total else ""
+            print(f"{what} {step}/{total}  {facts}{left}", file=sys.stderr, flush=True)
 
     yield advance
 
