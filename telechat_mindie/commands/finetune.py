@@ -155,14 +155,29 @@ def _run(
                 print(f"{output}: {said}; go on with the same command and --resume", file=sys.stderr)
                 raise typer.Exit(128 + ended)
             write_result(job)
-        _print_result(job, read_points(folder.path / CSV), as_json)
+        _print_result(job, output / job.output.name, read_points(folder.path / CSV), as_json)
 
 
 def _train(job: Job) -> int:
-    """The steps of a run; 0, or the signal that ended it early."""
+    """The steps of a run, in a process for each rank; 0, or the signal that ended it early."""
+    from functools import partial
+
+    from telechat_mindie.backend.device import device_name
+    from telechat_mindie.training.ranks import run_ranks
+    from telechat_mindie.training.stop import Listener
+
+    with Listener(job.folder.scratch) as listener:
+        complete = run_ranks(partial(_train_rank, job), job.request.computation.ranks, device_name())
+    return 0 if all(complete) else int(listener.signal or signal.SIGTERM)
+
+
+def _train_rank(job: Job, rank: int) -> bool:
+    """One rank's part; the first tells how far it is."""
     from telechat_mindie.commands.output import step_progress
     from telechat_mindie.training.run import train_rank
 
+    if rank:
+        return train_rank(job, rank)
     row_tokens = job.plan.batch * (job.rows.length - 1)
     done = job.facts.step if job.facts else 0
     with step_progress("step", job.plan.steps, done, "the first one compiles ...") as advance:
@@ -171,7 +186,7 @@ def _train(job: Job) -> int:
             looked = "" if point.eval_loss is None else f"  held out {point.eval_loss:.4f}"
             advance(point.step, f"loss {point.loss:.4f}{looked}  {row_tokens / point.seconds:,.0f} tokens/s")
 
-        return train_rank(job, 0, told)
+        return train_rank(job, rank, told)
 
 
 def _facts(job: Job) -> Facts:
@@ -204,20 +219,20 @@ def _facts(job: Job) -> Facts:
     return facts
 
 
-def _print_result(job: Job, points: Sequence[Point], as_json: bool) -> None:
+def _print_result(job: Job, result: Path, points: Sequence[Point], as_json: bool) -> None:
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.training.curve import CSV
 
     kind = "adapter" if job.request.lora else "model"
     last = points[-1]
     if as_json:
-        facts = {"result": str(job.output), "kind": kind, "steps": last.step, "loss": last.loss}
+        facts = {"result": str(result), "kind": kind, "steps": last.step, "loss": last.loss}
         seconds = sum(point.seconds for point in points)
-        print_json(facts | {"eval_loss": last.eval_loss, "seconds": seconds, "curve": str(job.folder.path / CSV)})
+        print_json(facts | {"eval_loss": last.eval_loss, "seconds": seconds, "curve": str(result.with_name(CSV))})
         return
-    base = job.output if job.request.lora is None else f"{job.request.model} --adapter {job.output}"
+    base = result if job.request.lora is None else f"{job.request.model} --adapter {result}"
     held = "" if last.eval_loss is None else f", held out {last.eval_loss:.4f}"
-    print(f"{job.output}: loss {points[0].loss:.4f} -> {last.loss:.4f}{held}")
+    print(f"{result}: loss {points[0].loss:.4f} -> {last.loss:.4f}{held}")
     print(f"telechat-mindie build model_path --checkpoint {base}")
 
 

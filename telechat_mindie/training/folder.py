@@ -15,7 +15,7 @@ from telechat_mindie.training.curve import CSV, PICTURE
 
 MARKER = "finetune.json"
 
-_CHECKPOINTS, _SCRATCH, _STOP = "checkpoints", ".scratch", ".stop"
+_CHECKPOINTS, _SCRATCH = "checkpoints", ".scratch"
 _RESULTS = ("model", "adapter")
 
 
@@ -36,7 +36,6 @@ class RunFolder:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link
         self.checkpoints = Checkpoints(self.path / _CHECKPOINTS, keep)
         self.scratch = self.path / _SCRATCH
-        self.stop = self.path / _STOP
         self._resume = resume
         self._force = force
 
@@ -92,5 +91,4 @@ class RunFolder:
             )
 
     def _clean(self) -> None:
-        self.stop.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)

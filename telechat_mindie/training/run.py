@@ -223,11 +223,11 @@ def prepare(request: Request, folder: RunFolder, start: Start) -> Job:
     )
 
 
-def train_rank(job: Job, rank: int, advance: Callable[[Point], None] = lambda _: None) -> int:
+def train_rank(job: Job, rank: int, advance: Callable[[Point], None] = lambda _: None) -> bool:
     """One rank's part of a run, from its first step or from a checkpoint, in a process that has joined the others.
 
     Returns:
-        0 once all steps are done and what was trained is handed over; else the number of the signal that ended it.
+        Whether all steps are done and what was trained is handed over. Else a `Listener` has ended it, and it is saved.
 
     Raises:
         TrainingError, CheckpointError, OutputError: see `Loop.run`.
@@ -260,12 +260,10 @@ def train_rank(job: Job, rank: int, advance: Callable[[Point], None] = lambda _:
         curve=Curve(job.folder.path, trainer.step) if rank == 0 else None,
         advance=advance,
     )
-    with Stop(job.folder.stop, rank, computation.ranks) as stop:
-        if not loop.run(stop):
-            return int(stop.signal or 0)
-    if dp_rank == 0:
+    complete = loop.run(Stop(job.folder.scratch, rank, computation.ranks))
+    if complete and dp_rank == 0:
         trained(job).save(tp_rank, trainer.trained())
-    return 0
+    return complete
 
 
 def trained(job: Job) -> Trained:

@@ -21,7 +21,7 @@ from telechat_mindie.training.loop import Loop, Plan
 from telechat_mindie.training.order import Order
 from telechat_mindie.training.rows import Batch
 from telechat_mindie.training.settings import Computation
-from telechat_mindie.training.stop import Stop
+from telechat_mindie.training.stop import Listener, Stop
 
 SIZE = 1000
 
@@ -94,9 +94,10 @@ def main() -> None:
     curve = Curve(Path(run), trainer.step) if rank == "0" else None
     plan = Plan(int(steps), 4, 2, save_every=2)
     loop = Loop(trainer, data, None, Order(len(data), 0), plan, checkpoints, {}, rank=int(rank), curve=curve)
-    print("ready", flush=True)
-    with Stop(Path(run) / ".stop", int(rank), int(dp) * int(tp)) as stop:
-        sys.exit(0 if loop.run(stop) else stop.signal and 128 + stop.signal)
+    with Listener(Path(run)) as listener:
+        print("ready", flush=True)
+        loop.run(Stop(Path(run), int(rank), int(dp) * int(tp)))
+    sys.exit(128 + listener.signal if listener.signal else 0)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def test_two_processes_do_not_work_in_one(tmp_path):
 def test_what_a_killed_run_left_is_removed(tmp_path):
     with RunFolder(tmp_path / "run", 2):
         pass
-    left = [tmp_path / "run" / name for name in (".stop", ".scratch/rows", "checkpoints/.step-00000004.partial/x")]
+    left = [
+        tmp_path / "run" / name for name in (".scratch/stop", ".scratch/rows", "checkpoints/.step-00000004.partial/x")
+    ]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -17,13 +18,13 @@ from telechat_mindie.training.checkpoints import Checkpoints
 from telechat_mindie.training.curve import Curve, read_points
 from telechat_mindie.training.loop import Loop, Plan, TrainingError
 from telechat_mindie.training.order import Order
-from telechat_mindie.training.stop import Stop
+from telechat_mindie.training.stop import Listener, Stop
 
 STEPS = 12
 SCRIPT = ROOT / "tests" / "helpers" / "stand_in_trainer.py"
 
 
-def go(folder, trainer=None, *, plan=None, held_out=None, end=None, shuffle=True, stop=None):
+def go(folder, trainer=None, *, plan=None, held_out=None, end=None, shuffle=True):
     """A run in this process; its trainer."""
     trainer = trainer or StandInTrainer()
     folder.mkdir(exist_ok=True)
@@ -33,14 +34,13 @@ def go(folder, trainer=None, *, plan=None, held_out=None, end=None, shuffle=True
     order = Order(len(rows), 0, shuffle, end)
     plan = plan or Plan(STEPS, 4, 2, save_every=2)
     loop = Loop(trainer, rows, held_out, order, plan, checkpoints, {}, curve=Curve(folder, trainer.step))
-    with stop or Stop(folder / ".stop") as listening:
-        trainer.complete = loop.run(listening)
+    trainer.complete = loop.run(Stop(folder))
     return trainer
 
 
 def started(folder, *ranks, seconds=0.0, steps=STEPS):
     """A run in a process of its own, which has said that it is ready."""
-    folder.mkdir(exist_ok=True)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     make_rows(folder / "rows")
     command = [sys.executable, SCRIPT, folder / "rows", 5, folder, steps, seconds, *ranks]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""}
@@ -123,13 +123,22 @@ def test_a_signal_ends_it_after_the_step_and_saves(tmp_path, number):
 
 
 def test_every_rank_ends_with_the_same_step(tmp_path):
-    """The first rank hears the signal in the middle of a step; the others may be ahead of it or behind."""
-    file = tmp_path / ".stop"
-    with Stop(file, 0, 2) as first, Stop(file, 1, 2) as other:
-        first.signal = signal.SIGTERM
-        assert not other.after(7)  # has finished a step that the first has not announced yet
+    """The signal comes in the middle of a step; the other ranks may be ahead of the first or behind it."""
+    first, other = (Stop(tmp_path, rank, 2) for rank in range(2))
+    with Listener(tmp_path) as listener:
+        assert not first.after(6) and not other.after(6)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert listener.signal == signal.SIGTERM
+        assert not other.after(7)  # has finished a step before the first rank has announced one
         assert not first.after(7) and not other.after(7)
         assert other.after(8) and first.after(8)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Listener(tmp_path):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_loss_that_is_no_number_ends_it_and_names_the_last_checkpoint(tmp_path):
