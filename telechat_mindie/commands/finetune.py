@@ -55,8 +55,7 @@ def finetune(
     ),
     dp: int = typer.Option(1, "--dp", help="Data parallel size: copies of the model, each in a process of its own."),
     tp: int = typer.Option(1, "--tp", help="Tensor parallel size: processes that share a copy."),
-    ignore_memory: bool = typer.Option(False, "--ignore-memory", help="Begin although memory seems too small."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, estimate the memory, train nothing."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, train nothing."),
     # Evaluation, checkpoints, result
     eval_data: list[str] = typer.Option(None, "--eval", help="Held-out data, as DATA; repeatable."),
     eval_share: float = typer.Option(0.0, "--eval-share", help="Part of the rows to hold out, such as 0.02."),
@@ -107,7 +106,7 @@ def finetune(
     if dry_run:
         _try(request, output, as_json)
     else:
-        _run(request, output, keep, resume, force, ignore_memory, as_json)
+        _run(request, output, keep, resume, force, as_json)
 
 
 def _try(request: Request, output: Path, as_json: bool) -> None:
@@ -127,9 +126,7 @@ def _try(request: Request, output: Path, as_json: bool) -> None:
         _facts(job).show(str(request.model), as_json=as_json)
 
 
-def _run(
-    request: Request, output: Path, keep: int, resume: bool, force: bool, ignore_memory: bool, as_json: bool
-) -> None:
+def _run(request: Request, output: Path, keep: int, resume: bool, force: bool, as_json: bool) -> None:
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.training.curve import CSV, PICTURE, draw, read_points
     from telechat_mindie.training.folder import RunFolder
@@ -223,16 +220,17 @@ def _print_result(job: Job, result: Path, points: Sequence[Point], as_json: bool
     from telechat_mindie.commands.output import print_json
     from telechat_mindie.training.curve import CSV
 
-    kind = "adapter" if job.request.lora else "model"
-    last = points[-1]
+    lora, last = job.request.lora, points[-1] if points else None  # without: somebody took loss.csv away
     if as_json:
-        facts = {"result": str(result), "kind": kind, "steps": last.step, "loss": last.loss}
+        facts = {"result": str(result), "kind": "adapter" if lora else "model", "steps": job.plan.steps}
+        course = {"loss": last.loss, "eval_loss": last.eval_loss} if last else {}
         seconds = sum(point.seconds for point in points)
-        print_json(facts | {"eval_loss": last.eval_loss, "seconds": seconds, "curve": str(result.with_name(CSV))})
+        print_json(facts | course | {"seconds": seconds, "curve": str(result.with_name(CSV))})
         return
-    base = result if job.request.lora is None else f"{job.request.model} --adapter {result}"
-    held = "" if last.eval_loss is None else f", held out {last.eval_loss:.4f}"
-    print(f"{result}: loss {points[0].loss:.4f} -> {last.loss:.4f}{held}")
+    if last is not None:
+        held = "" if last.eval_loss is None else f", held out {last.eval_loss:.4f}"
+        print(f"{result}: loss {points[0].loss:.4f} -> {last.loss:.4f}{held}")
+    base = f"{job.request.model} --adapter {result}" if lora else result
     print(f"telechat-mindie build model_path --checkpoint {base}")
 
 

@@ -80,13 +80,12 @@ class RunFolder:
             raise OutputError(
                 f"holds something else than a run (no {MARKER})", where=self.path, advice="Choose another folder."
             )
-        if not self._resume and not self._force:
-            steps = self.checkpoints.steps()
-            saved = f"step {steps[-1]} is saved" if steps else "no step is saved"
+        steps = self.checkpoints.steps()
+        if steps and not self._resume and not self._force:  # what saved nothing is lost by nobody
             raise OutputError(
                 "holds a run",
                 where=self.path,
-                found=saved,
+                found=f"step {steps[-1]} is saved",
                 advice="Go on with it by --resume, or begin anew in its place with --force.",
             )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers.checkpoints import make_checkpoint
 
+from telechat_mindie.training.arrays import StoredArrays
 from telechat_mindie.training.curve import read_points
 
 pytestmark = pytest.mark.slow
@@ -40,6 +43,12 @@ def finished(process):
     return json.loads(output)
 
 
+def wait_for_a_checkpoint(process, run):
+    while not list(run.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
     return finished(started(folder, "base", "whole", *LORA, "--eval", "data.jsonl"))
@@ -47,9 +56,7 @@ def whole(folder):
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(folder, whole):
     process = started(folder, "base", "killed", *LORA)
-    while not list((folder / "killed").glob("checkpoints/step-*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    wait_for_a_checkpoint(process, folder / "killed")
     time.sleep(random.Random(1).uniform(0, 0.1))
     process.kill()
     process.communicate()
@@ -57,6 +64,21 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(folder, whole):
     finished(started(folder, "base", "killed", *LORA, "--resume"))
     for name in (f"checkpoints/step-{STEPS:08}/rank_0.safetensors", "adapter/adapter_model.safetensors"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+def test_two_ranks_end_with_one_step_and_go_on_to_what_one_process_trains(folder, whole):
+    arguments = (folder, "base", "ranks", *LORA, "--dp", 2)
+    process = started(*arguments)
+    wait_for_a_checkpoint(process, folder / "ranks")
+    process.terminate()
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 128 + signal.SIGTERM and f"of {STEPS} is saved; go on with" in said
+    finished(started(*arguments, "--resume"))
+    file = f"checkpoints/step-{STEPS:08}/rank_0.safetensors"
+    one, two = (StoredArrays(folder / run / file) for run in ("whole", "ranks"))
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_the_merged_adapter_is_the_model_that_was_trained(folder, whole):

@@ -26,6 +26,14 @@ def test_a_run_that_is_there_is_kept_unless_told(tmp_path):
         assert folder.checkpoints.steps() == []
 
 
+def test_a_run_that_saved_nothing_is_begun_anew(tmp_path):
+    for _ in range(2):
+        with RunFolder(tmp_path / "run", 2) as folder:
+            (folder.path / "loss.csv").touch()
+    with RunFolder(tmp_path / "run", 2) as folder:
+        assert not (folder.path / "loss.csv").exists()
+
+
 def test_resume_where_nothing_is_begins(tmp_path):
     with RunFolder(tmp_path / "run", 2, resume=True) as folder:
         assert folder.checkpoints.steps() == [] and folder.scratch.is_dir()
