@@ -55,7 +55,8 @@ def finetune(
     ),
     dp: int = typer.Option(1, "--dp", help="Data parallel size: copies of the model, each in a process of its own."),
     tp: int = typer.Option(1, "--tp", help="Tensor parallel size: processes that share a copy."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, train nothing."),
+    ignore_memory: bool = typer.Option(False, "--ignore-memory", help="Begin although memory seems too small."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, estimate the memory, train nothing."),
     # Evaluation, checkpoints, result
     eval_data: list[str] = typer.Option(None, "--eval", help="Held-out data, as DATA; repeatable."),
     eval_share: float = typer.Option(0.0, "--eval-share", help="Part of the rows to hold out, such as 0.02."),
@@ -106,7 +107,7 @@ def finetune(
     if dry_run:
         _try(request, output, as_json)
     else:
-        _run(request, output, keep, resume, force, as_json)
+        _run(request, output, keep, resume, force, ignore_memory, as_json)
 
 
 def _try(request: Request, output: Path, as_json: bool) -> None:
@@ -126,7 +127,9 @@ def _try(request: Request, output: Path, as_json: bool) -> None:
         _facts(job).show(str(request.model), as_json=as_json)
 
 
-def _run(request: Request, output: Path, keep: int, resume: bool, force: bool, as_json: bool) -> None:
+def _run(
+    request: Request, output: Path, keep: int, resume: bool, force: bool, ignore_memory: bool, as_json: bool
+) -> None:
     from telechat_mindie.commands.output import byte_progress
     from telechat_mindie.training.curve import CSV, PICTURE, draw, read_points
     from telechat_mindie.training.folder import RunFolder
@@ -138,6 +141,8 @@ def _run(request: Request, output: Path, keep: int, resume: bool, force: bool, a
         for label, text in _facts(job).rows:
             print(f"{label}: {text}", file=sys.stderr)
         if not job.is_done:
+            if not ignore_memory:
+                _check_memory(job)
             try:
                 ended = _train(job)
             except KeyboardInterrupt:
@@ -186,9 +191,30 @@ def _train_rank(job: Job, rank: int) -> bool:
         return train_rank(job, rank, told)
 
 
+def _check_memory(job: Job) -> None:
+    """Raises InputError where the ranks need more than this machine has left; a card's own memory is not looked at."""
+    import psutil
+
+    from telechat_mindie.backend.device import device_name
+    from telechat_mindie.errors import InputError
+    from telechat_mindie.units import format_bytes
+
+    ranks, free = job.request.computation.ranks, psutil.virtual_memory().available
+    needed = ranks * job.memory().total
+    if device_name() == "cpu" and needed > free:
+        raise InputError(
+            "needs more memory than is free",
+            where=f"{ranks} rank{'s' if ranks > 1 else ''}",
+            expected=f"about {format_bytes(needed)}",
+            found=format_bytes(free),
+            advice="Try --recompute, --lora or shorter rows; or begin all the same with --ignore-memory.",
+        )
+
+
 def _facts(job: Job) -> Facts:
     """What is going to be done."""
     from telechat_mindie.commands.output import Facts
+    from telechat_mindie.units import format_bytes
 
     facts, request, plan = Facts(), job.request, job.plan
     lora = request.lora
@@ -210,6 +236,15 @@ def _facts(job: Job) -> Facts:
         f"after {rate.warmup_steps:,} of warm-up",
         steps=plan.steps,
         batch=plan.batch,
+    )
+    memory = job.memory()
+    parts = {name: nbytes for name, nbytes in memory.parts().items() if nbytes}
+    listed = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items())
+    facts.add(
+        "memory of each rank",
+        f"about {format_bytes(memory.total)}: {listed}",
+        ranks=request.computation.ranks,
+        memory=parts | {"total": memory.total},
     )
     if job.facts is not None:
         facts.add("goes on", f"behind step {job.facts.step:,}", resumed=job.facts.step)

@@ -23,6 +23,7 @@ from telechat_mindie.training.curve import Curve, Point
 from telechat_mindie.training.dataset import Dataset, gather_rows, mindrecord_files
 from telechat_mindie.training.folder import RunFolder
 from telechat_mindie.training.loop import Loop, Plan
+from telechat_mindie.training.memory import Memory, estimate
 from telechat_mindie.training.order import Order, held_out
 from telechat_mindie.training.result import Trained
 from telechat_mindie.training.settings import Computation, Lora, Optimization
@@ -175,6 +176,12 @@ class Job:
     def is_done(self) -> bool:
         """Whether the result is there already."""
         return self.output.exists()
+
+    def memory(self) -> Memory:
+        """What a rank will take at its highest."""
+        request = self.request
+        rows, length = self.plan.micro_batch, self.rows.length - 1
+        return estimate(self.checkpoint.config, rows, length, request.computation, request.lora)
 
 
 def prepare(request: Request, folder: RunFolder, start: Start) -> Job:

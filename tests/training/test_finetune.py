@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,8 +184,18 @@ def test_a_loss_that_is_no_number_is_told_with_the_step(tmp_path, model, data, m
     assert len(read_points(tmp_path / "run" / "loss.csv")) == 2 and (tmp_path / "run" / "loss.png").exists()
 
 
+def test_more_memory_than_is_free_is_refused_before_anything_is_loaded(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    arguments = (model, data, "-o", tmp_path / "run", "--steps", 1)
+    complaint = run(*arguments, code=2)
+    assert "1 rank: needs more memory than is free (expected about " in complaint and "found 1.0 MiB" in complaint
+    assert run(*arguments, "--resume", "--ignore-memory")["steps"] == 1
+
+
 def test_dry_run_leaves_nothing(tmp_path, model, data):
     facts = run(model, data, "-o", tmp_path / "run", "--batch-size", 4, "--dry-run")
+    memory = facts["memory"]
+    assert memory["total"] == sum(memory.values()) - memory["total"] > 0 and memory["moments"] == 2 * memory["masters"]
     assert (facts["rows"], facts["steps"], facts["max_length"]) == (12, 9, 223)
     assert not list(tmp_path.iterdir())
 
