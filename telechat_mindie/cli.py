@@ -16,7 +16,7 @@ class _Program(Sections):
 
     sections: ClassVar = {
         "Begin": ("nano", "info", "plan"),
-        "Train": ("preprocess",),
+        "Train": ("preprocess", "finetune"),
         "Build": ("convert", "build", "verify", "check"),
         "Run MindIE": ("service-config", "doctor", "launch", "status", "logs", "stop"),
         "Run without an NPU": ("serve", "generate", "chat", "bench"),

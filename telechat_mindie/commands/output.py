@@ -86,6 +86,57 @@ def _lines(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | 
         teller.join()
 
 
+@contextlib.contextmanager
+def step_progress(what: str, total: int, done: int, before: str) -> Iterator[Callable[[int, str], None]]:
+    """Progress in steps, on stderr: a bar on a terminal, elsewhere a line now and then and one for the last step.
+
+    The first step says nothing of the time that the others take, since it compiles.
+
+    Args:
+        what: that is under way.
+        total: steps in all.
+        done: before this begins.
+        before: said until the first step is done.
+
+    Yields:
+        `advance(step, facts)`: step number `step` is done; `facts` are shown beside it.
+    """
+    if logger.level > logging.INFO:
+        yield lambda _step, _facts: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        facts_column = TextColumn("{task.fields[facts]}")
+        with Progress(*columns, facts_column, console=Console(stderr=True)) as progress:
+            task = progress.add_task(what, total=total, completed=done, facts=before)
+
+            def show(step: int, facts: str) -> None:
+                if step == done + 1:
+                    progress.reset(task, completed=step, facts=facts)
+                progress.update(task, completed=step, facts=facts)
+
+            yield show
+        return
+    print(f"{what} {done + 1}/{total}  {before}", file=sys.stderr, flush=True)
+    first = said = time.monotonic()
+
+    def advance(step: int, facts: str) -> None:
+        nonlocal first, said
+        now = time.monotonic()
+        if step == done + 1:
+            first = now
+        if step in (done + 1, done + 2, total) or now - said >= LINE_SECONDS:
+            said = now
+            per_step = (now - first) / max(1, step - done - 1)
+            left = f"  {format_duration(per_step * (total - step))} left" if done + 1 < step < total else ""
+            print(f"{what} {step}/{total}  {facts}{left}", file=sys.stderr, flush=True)
+
+    yield advance
+
+
 class ProgressState:
     """How far a work is, in words: `building: 3.1 GiB of 14.3 GiB (21%), 105.2 MiB/s, about 2 min left`.
 

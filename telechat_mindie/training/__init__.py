@@ -1,1 +1,1 @@
-"""Training of the decoder that is served: data in, a checkpoint or a LoRA adapter out; runs can be resumed."""
+"""Finetuning: the decoder of `model`, trained on the rows of `data`, here or by mindformers."""
