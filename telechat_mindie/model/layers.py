@@ -41,7 +41,8 @@ class Weight(nn.Cell):
     ) -> None:
         super().__init__()
         other = {} if dtype is None else {"dtype": dtype}
-        self.weight = parts.take(f"{name}.weight", rank_shape(shape, role, parts.parallel.size), **other)
+        self.shape = rank_shape(shape, role, parts.parallel.size)
+        self.weight = parts.take(f"{name}.weight", self.shape, **other)
 
 
 class RowLinear(Weight):
@@ -57,8 +58,8 @@ class RowLinear(Weight):
         if self.parallel.size == 1:
             return self.kernels.linear_add(x, self.weight, self.bias, residual)
         # The sum follows its MatMul at once, for MindSpore to fuse them.
-        width = self.weight.shape[0]
-        total = self.parallel.sum(self.kernels.linear(flat(x, self.weight.shape[1]), self.weight)) + self.bias
+        width, inner = self.shape
+        total = self.parallel.sum(self.kernels.linear(flat(x, inner), self.weight)) + self.bias
         return laid_out(total, residual, width) + residual
 
 

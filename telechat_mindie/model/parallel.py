@@ -6,15 +6,20 @@ from mindspore import Tensor, nn, ops
 
 
 class TensorParallel(nn.Cell):
-    """The collectives of `size` ranks; with one rank they are nothing."""
+    """The collectives of `size` ranks; with one rank they are nothing.
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    Args:
+        group: of the communication group, where it is not of all processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: str | None = None) -> None:
         super().__init__()
         self.rank = rank
         self.size = size
         if size > 1:
-            self._all_reduce = ops.AllReduce()
-            self._all_gather = ops.AllGather()
+            named = {} if group is None else {"group": group}
+            self._all_reduce = ops.AllReduce(**named)
+            self._all_gather = ops.AllGather(**named)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, on every rank."""

@@ -1,0 +1,1 @@
+"""Finetuning: the decoder of `model`, trained on the rows of `data`."""
