@@ -55,7 +55,7 @@ class MultiRankRunner:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         atexit.register(self.close)
-        port = _free_port()
+        port = free_port()
         try:
             for rank in range(directory.tp):
                 arguments = {
@@ -186,7 +186,8 @@ def _as_error(answer: dict[str, Any]) -> TelechatMindieError:
     return kind(answer["error"])  # type: ignore[no-any-return]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the scheduler's address that nobody listens on."""
     with socket.socket() as probe:
         probe.bind((SCHEDULER_HOST, 0))
         port: int = probe.getsockname()[1]

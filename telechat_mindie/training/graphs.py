@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from telechat_mindie.model.decoder import TelechatForCausalLM
+from telechat_mindie.model.kernels.gradients import CrossEntropy
 from telechat_mindie.model.parallel import TensorParallel
 
 
@@ -25,14 +25,9 @@ class Loss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.decoder = decoder
         self.kernels: Any = decoder.kernels
-        self.parallel = decoder.parallel
         self.balance_alpha = balance_alpha if decoder.config.is_moe else 0.0
         self.embed_layernorm = decoder.config.embed_layernorm
-        self.first = self.parallel.rank * decoder.lm_head.weight.shape[0]
-        self.columns = decoder.lm_head.weight.shape[0]
-        places = np.zeros((self.parallel.size, 1), np.float32)
-        places[self.parallel.rank] = 1
-        self.own_place = Tensor(places)
+        self.cross_entropy = CrossEntropy(decoder.parallel, decoder.lm_head.shape[0])
 
     def construct(
         self, token_ids: Tensor, targets: Tensor, counted: Tensor, tokens: Tensor, rotary: Any, documents: Any
@@ -44,10 +39,10 @@ class Loss(nn.Cell):
             counted: [T] float32, 1 for a prediction that counts.
             tokens: their number.
             rotary: cosines and sines [T, 1, head_dim / 2].
-            documents: [rows, L] int32 of tokens that look, and of tokens that are looked at; see `kernels.mask`.
+            documents: [rows, L] int32 of tokens that look, and of tokens that are looked at; see `kernels.masks`.
         """
         model = self.decoder.model
-        inputs = (rotary[0], rotary[1], self.kernels.mask(documents[0], documents[1]))
+        inputs = (rotary[0], rotary[1], self.kernels.masks(documents[0], documents[1]))
         x = model.tok_embeddings(token_ids)
         if self.embed_layernorm:
             x = self.kernels.norm(x, model.embedding_norm.weight)
@@ -60,21 +55,7 @@ class Loss(nn.Cell):
                 balance = balance + self.kernels.balance(self.kernels.probabilities(normed, router))
             x = layer.feed_forward(x, layer.ffn_norm.weight)
         logits = self.kernels.norm_linear(x, model.norm_out.weight, self.decoder.lm_head.weight)
-        return (self.cross_entropy(logits, targets) * counted).sum() + self.balance_alpha * balance * tokens
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[T] of logits [T, columns of this rank], over all ranks' columns."""
-        if self.parallel.size == 1:
-            return ops.cross_entropy(logits, targets, reduction="none")
-        highest = ops.stop_gradient(logits).max(-1)
-        # Collectives of a CPU only add: each rank puts its own in its place of zeros.
-        highest = self.parallel.sum(self.own_place * highest.expand_dims(0)).max(0)
-        exponents = self.parallel.sum(ops.exp(logits - ops.stop_gradient(highest).expand_dims(-1)).sum(-1))
-        local = targets - self.first
-        inside = ops.logical_and(local >= 0, local < self.columns)
-        picked = ops.gather_elements(logits, 1, ops.select(inside, local, ops.zeros_like(local)).expand_dims(-1))
-        picked = self.parallel.sum(picked.reshape(-1) * ops.cast(inside, ms.float32))
-        return ops.log(exponents) + ops.stop_gradient(highest) - picked
+        return (self.cross_entropy(logits, targets)[0] * counted).sum() + self.balance_alpha * balance * tokens
 
 
 _add = ops.MultitypeFuncGraph("add_gradient")
@@ -153,23 +134,28 @@ class Update(nn.Cell):
             rate, epsilon: with the bias correction in them.
             decay: to be multiplied by `rate`.
         """
-        gradients: tuple[Tensor, ...] = ()
+        # Autodiff of a sum over ranks adds the gradients of every rank's copy of the loss.
+        share = 1.0 / (tokens * self.tensor.size)
         own, common = ops.zeros((), ms.float32), ops.zeros((), ms.float32)
+        before = tokens
         for index in range(self.count):
             group = self.data if self.cut[index] else self.ranks
-            # Autodiff of a sum over ranks adds the gradients of every rank's copy of the loss.
-            gradient = group.sum(self.totals[index]) / (tokens * self.tensor.size)
-            gradients = (*gradients, gradient)
+            if group.size > 1:
+                # One after the other, so that the ranks' sums meet in the same order.
+                before = group.sum(ops.depend(self.totals[index], before))
+                ops.assign(self.totals[index], before)
+            square = self.totals[index] * share
+            square = (square * square).sum()
             if self.cut[index]:
-                own = own + (gradient * gradient).sum()
+                own = own + square
             else:
-                common = common + (gradient * gradient).sum()
+                common = common + square
         norm = ops.sqrt(self.tensor.sum(own) + common)
-        scale = self.clip_norm / ops.maximum(norm, ops.full_like(norm, self.clip_norm))
+        share = share * self.clip_norm / ops.maximum(norm, ops.full_like(norm, self.clip_norm))
         none = ops.zeros_like(decay)
         for index in range(self.count):
             state = (self.parameters_[index], self.first[index], self.second[index])
             fall = decay if self.decayed[index] else none
-            self.adam(*state, rate, beta1, beta2, epsilon, fall, gradients[index] * scale)
+            self.adam(*state, rate, beta1, beta2, epsilon, fall, self.totals[index] * share)
             ops.assign(self.totals[index], ops.zeros_like(self.totals[index]))
         return norm

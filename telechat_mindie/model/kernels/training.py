@@ -9,6 +9,12 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.model.kernels.gradients import CausalAttention, RmsNorm, Rounding, Swiglu
+
+STRETCH = 128
+"""Queries that attend together at least; a row is cut into at most MAX_STRETCHES, for the graph grows with them."""
+
+MAX_STRETCHES = 8
 
 BLOCKED = -1e30
 """Added to a score that a token may not see; finite, so that a row of nothing else stays finite too."""
@@ -42,58 +48,40 @@ class TrainingKernels(nn.Cell):
         capacity_factor: float = 1.2,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.eps = config.norm_eps
-        self.head_dim = config.head_dim
-        self.heads = config.num_heads // tp
-        self.kv_heads = config.num_kv_heads // tp
-        self.group = self.heads // self.kv_heads
-        self.scale = config.head_dim**-0.5
         self.tp = tp
         self.num_experts = config.num_experts
         self.chosen = config.experts_per_token
         self.capacity_factor = capacity_factor
         self.lora_scale = lora_scale
-        self.narrow = dtype == "bfloat16"
-        self.emulated = emulated
+        self.rounding = Rounding(dtype, emulated)
+        self.rms_norm = RmsNorm(config.norm_eps)
+        self.swiglu = Swiglu()
+        heads, kv_heads = config.num_heads // tp, config.num_kv_heads // tp
+        self.causal_attention = CausalAttention(heads, kv_heads, config.head_dim, self.rounding)
         self.matmul = ops.MatMul(transpose_b=True)
         self.batch_matmul = ops.BatchMatMul()
-        self.batch_matmul_transposed = ops.BatchMatMul(transpose_b=True)
-        self.rsqrt = ops.Rsqrt()
-        self.mean = ops.ReduceMean(keep_dims=True)
         self.softmax = ops.Softmax(-1)
         self.gather = ops.Gather()
         self.concat = ops.Concat(-1)
         self.cast = ops.Cast()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """An operand of a product."""
-        if not self.narrow:
-            return x
-        x = self.cast(x, ms.bfloat16)
-        return self.cast(x, ms.float32) if self.emulated else x
-
-    def leave(self, x: Tensor) -> Tensor:
-        """A product, in float32."""
-        if not self.narrow:
-            return x
-        return self.cast(self.cast(x, ms.bfloat16), ms.float32)
-
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         return self.gather(weight, token_ids, 0)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * self.rsqrt(self.mean(x * x, -1) + self.eps) * weight
+        return self.rms_norm(x, weight)
 
     def linear(self, x: Tensor, weight: Tensor | tuple[Tensor, ...]) -> Tensor:
-        x = self.enter(x)
+        x = self.rounding.enter(x)
         if not isinstance(weight, tuple):
-            return self.leave(self.matmul(x, self.enter(weight)))
-        base = self.leave(self.matmul(x, self.enter(weight[0])))
+            return self.product(x, weight)
         parts: tuple[Tensor, ...] = ()
         for a, b in zip(weight[1::2], weight[2::2]):  # noqa: B905 - MindSpore's graphs know no strict
-            low = self.enter(self.leave(self.matmul(x, self.enter(a))))
-            parts = (*parts, self.leave(self.matmul(low, self.enter(b))))
-        return base + self.lora_scale * (self.concat(parts) if len(parts) > 1 else parts[0])
+            parts = (*parts, self.product(self.rounding.enter(self.product(x, a)), b))
+        return self.product(x, weight[0]) + self.lora_scale * (self.concat(parts) if len(parts) > 1 else parts[0])
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.rounding.leave(self.matmul(x, self.rounding.enter(weight)))
 
     def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return self.linear(x, weight) + bias + residual
@@ -102,44 +90,27 @@ class TrainingKernels(nn.Cell):
         return self.linear(self.norm(x, norm_weight), weight)
 
     def norm_swiglu(self, x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
-        both = self.norm_linear(x, norm_weight, weight)
-        half = both.shape[-1] // 2
-        return ops.silu(both[:, :half]) * both[:, half:]
+        return self.swiglu(self.norm_linear(x, norm_weight, weight))
 
     def attention(self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """`inputs`: cos and sin [T, 1, head_dim / 2], and the mask [rows, 1, 1, L, L] that is added to scores."""
-        cos, sin, mask = inputs
-        split, width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q = self.rotate(qkv[:, :split].reshape(-1, self.heads, self.head_dim), cos, sin)
-        k = self.rotate(qkv[:, split : split + width].reshape(-1, self.kv_heads, self.head_dim), cos, sin)
-        v = qkv[:, split + width :]
-        rows, length = mask.shape[0], mask.shape[4]
-        keys = k.reshape(rows, length, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        values = v.reshape(rows, length, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        # Query heads of one kv head lie side by side: [rows, kv, group * L, D].
-        q = q.reshape(rows, length, self.kv_heads, self.group, self.head_dim).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(rows, self.kv_heads, self.group * length, self.head_dim)
-        scores = self.leave(self.batch_matmul_transposed(self.enter(q * self.scale), self.enter(keys)))
-        scores = scores.reshape(rows, self.kv_heads, self.group, length, length) + mask
-        weights = self.softmax(scores).reshape(rows, self.kv_heads, self.group * length, length)
-        out = self.leave(self.batch_matmul(self.enter(weights), self.enter(values)))
-        out = out.reshape(rows, self.kv_heads, self.group, length, self.head_dim)
-        return out.transpose(0, 3, 1, 2, 4).reshape(rows * length, split)
+        """`inputs`: cos and sin [T, 1, head_dim / 2], and the masks that `masks` gives."""
+        return self.causal_attention(qkv, inputs[0], inputs[1], inputs[2])[0]
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding in the half layout: the pairs are (i, i + head_dim / 2)."""
-        half = self.head_dim // 2
-        first, second = x[:, :, :half], x[:, :, half:]
-        return self.concat((first * cos - second * sin, second * cos + first * sin))
+    def masks(self, query_documents: Tensor, key_documents: Tensor) -> tuple[Tensor, ...]:
+        """What is added to scores, a stretch of queries at a time [rows, 1, 1, queries, keys up to its last].
 
-    def mask(self, query_documents: Tensor, key_documents: Tensor) -> Tensor:
-        """[rows, 1, 1, L, L]: a token sees those of its document up to itself. [rows, L] int32 both."""
+        A token sees those of its document up to itself. [rows, L] int32 both.
+        """
         rows, length = query_documents.shape
-        same = query_documents.reshape(rows, length, 1) == key_documents.reshape(rows, 1, length)
-        place = ops.arange(length)
-        causal = place.reshape(length, 1) >= place.reshape(1, length)
-        hidden = 1.0 - self.cast(ops.logical_and(same, causal), ms.float32)
-        return (hidden * BLOCKED).reshape(rows, 1, 1, length, length)
+        stretch = max(STRETCH, -(-length // MAX_STRETCHES))
+        found: tuple[Tensor, ...] = ()
+        for begin in range(0, length, stretch):
+            end = min(begin + stretch, length)
+            same = query_documents[:, begin:end].reshape(rows, -1, 1) == key_documents[:, :end].reshape(rows, 1, end)
+            causal = ops.arange(begin, end).reshape(-1, 1) >= ops.arange(0, end).reshape(1, end)
+            hidden = 1.0 - self.cast(ops.logical_and(same, causal), ms.float32)
+            found = (*found, (hidden * BLOCKED).reshape(rows, 1, 1, end - begin, end))
+        return found
 
     def probabilities(self, tokens: Tensor, router: Tensor) -> Tensor:
         """[T, experts]: what the router gives each expert; float32 whatever the products' dtype."""
@@ -179,10 +150,10 @@ class TrainingKernels(nn.Cell):
         )
         nothing = ops.zeros((1, width), ms.float32)
         sent = self.gather(ops.concat((x, nothing)), ops.stop_gradient(token_of_slot)[:-1], 0)
-        sent = self.enter(sent.reshape(self.num_experts, capacity, width))
-        hidden = ops.silu(self.leave(self.batch_matmul(sent, self.enter(gate))))
-        hidden = hidden * self.leave(self.batch_matmul(sent, self.enter(up)))
-        out = self.leave(self.batch_matmul(self.enter(hidden), self.enter(down)))
+        sent = self.rounding.enter(sent.reshape(self.num_experts, capacity, width))
+        gated = self.rounding.leave(self.batch_matmul(sent, self.rounding.enter(gate)))
+        hidden = ops.silu(gated) * self.rounding.leave(self.batch_matmul(sent, self.rounding.enter(up)))
+        out = self.rounding.leave(self.batch_matmul(self.rounding.enter(hidden), self.rounding.enter(down)))
         out = out + bias.reshape(self.num_experts, 1, width) / self.tp
         out = ops.concat((out.reshape(-1, width), nothing))
         back = self.gather(out, slots, 0).reshape(self.chosen, tokens, width)
