@@ -10,11 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.model.kernels.gradients import CausalAttention, RmsNorm, Rounding, Swiglu
-
-STRETCH = 128
-"""Queries that attend together at least; a row is cut into at most MAX_STRETCHES, for the graph grows with them."""
-
-MAX_STRETCHES = 8
+from telechat_mindie.model.kernels.training_shapes import capacity, stretches
 
 BLOCKED = -1e30
 """Added to a score that a token may not see; finite, so that a row of nothing else stays finite too."""
@@ -102,10 +98,8 @@ class TrainingKernels(nn.Cell):
         A token sees those of its document up to itself. [rows, L] int32 both.
         """
         rows, length = query_documents.shape
-        stretch = max(STRETCH, -(-length // MAX_STRETCHES))
         found: tuple[Tensor, ...] = ()
-        for begin in range(0, length, stretch):
-            end = min(begin + stretch, length)
+        for begin, end in _stretches(length):
             same = query_documents[:, begin:end].reshape(rows, -1, 1) == key_documents[:, :end].reshape(rows, 1, end)
             causal = ops.arange(begin, end).reshape(-1, 1) >= ops.arange(0, end).reshape(1, end)
             hidden = 1.0 - self.cast(ops.logical_and(same, causal), ms.float32)
@@ -160,9 +154,5 @@ class TrainingKernels(nn.Cell):
         return (back * values.transpose(1, 0).expand_dims(-1)).sum(0)
 
 
-def capacity(tokens: int, chosen: int, experts: int, factor: float) -> int:
-    """Choices that an expert takes of those that `tokens` make."""
-    return min(tokens, -int(-(chosen * tokens * factor) // experts))
-
-
+_stretches = ops.constexpr(stretches)
 _capacity = ops.constexpr(capacity)
