@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -104,8 +105,10 @@ def _work(job: Callable[[int], Any], rank: int, ranks: int, device: str, port: i
         said = " ".join(str(error).split())
         answer = RankError.__name__, f"rank {rank} of {ranks}: {type(error).__name__}: {said[:400]}"
     connection.send(answer)
-    # Its peers may still be in a collective that it has left: MindSpore's own end would wait for them.
     connection.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Its peers may still be in a collective that it has left: MindSpore's own end would wait for them.
     os._exit(0)
 
 
@@ -119,12 +122,11 @@ def groups(computation: Computation, place: Place) -> tuple[Any, Any, Any]:
     if dp == 1 or tp == 1:
         tensor, data = TensorParallel(place.tp_rank, tp), TensorParallel(place.dp_rank, dp)
         return tensor, data, tensor if dp == 1 else data
-    for index in range(dp):
-        communication.create_group(f"tensor-{index}", [index * tp + rank for rank in range(tp)])
-    for index in range(tp):
-        communication.create_group(f"data-{index}", [rank * tp + index for rank in range(dp)])
+    of_tensor, of_data = f"tensor-{place.dp_rank}", f"data-{place.tp_rank}"
+    communication.create_group(of_tensor, [place.dp_rank * tp + rank for rank in range(tp)])
+    communication.create_group(of_data, [rank * tp + place.tp_rank for rank in range(dp)])
     return (
-        TensorParallel(place.tp_rank, tp, f"tensor-{place.dp_rank}"),
-        TensorParallel(place.dp_rank, dp, f"data-{place.tp_rank}"),
+        TensorParallel(place.tp_rank, tp, of_tensor),
+        TensorParallel(place.dp_rank, dp, of_data),
         TensorParallel(place.dp_rank * tp + place.tp_rank, dp * tp),
     )

@@ -81,7 +81,6 @@ class Trainer:
         self._place = Place.of(rank, computation)
         self._pad_id = config.pad_token_id if pad_id is None else pad_id
         self._rotary = RotaryTable.of(config)
-        self._inputs: dict[bytes, tuple[Any, ...]] = {}
         self._loss_sum, self._tokens = 0.0, 0
 
         take = Parameters(config, weights, computation, lora, self._place.tp_rank)

@@ -45,7 +45,8 @@ class TinyRun:
     learning_rate: float = 1e-2
 
     def trainer(self, rank: int = 0) -> Trainer:
-        config = tiny_config(**MOE if self.moe else {})
+        # Every expert is chosen: which are is a jump that no gradient knows.
+        config = tiny_config(**MOE | {"num_experts_per_tok": 4} if self.moe else {})
         tp_rank, tp = Place.of(rank, self.computation).tp_rank, self.computation.tp
         weights = array_weights(make_weights(config, "float32"), decoder_targets(config), tp_rank, tp)
         optimization = Optimization(

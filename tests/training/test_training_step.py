@@ -179,7 +179,7 @@ def test_lora_trains_factors_alone(fresh):
 
 
 def test_experts_have_gradients(fresh):
-    """With room for every choice: dropping one is a jump that no gradient knows."""
+    """With room for every choice, for a dropped one is a jump as well."""
     run = TinyRun(Computation(capacity_factor=4.0, balance_alpha=0.0), moe=True)
     check_gradients(fresh(run), tiny_rows(4))
 
