@@ -9,7 +9,32 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from telechat_mindie.commands.finetune_render import (
+    DEFAULT_LENGTH,
+    DEFAULT_RATE,
+    MINDFORMERS,
+    Cards,
+    DeviceMem,
+    Ep,
+    Interleave,
+    Loaded,
+    MasterAddr,
+    MasterPort,
+    MicroBatches,
+    Nodes,
+    Offset,
+    OptimizerShard,
+    Pp,
+    Render,
+    Variant,
+    matrices,
+    one_source,
+    refuse_others,
+    render_mindformers,
+    whole_epochs,
+)
 from telechat_mindie.commands.options import AsJson, ConfigDir, Force, Resume
+from telechat_mindie.kv_budget import DEFAULT_CARD_GB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,52 +45,116 @@ if TYPE_CHECKING:
     from telechat_mindie.training.settings import Lora
 
 _LORA = "R,ALPHA[,MODULE+MODULE...]: train a LoRA adapter, such as 8,16 or 8,16,query+key_value; default: all weights."
-_BATCH = "Rows of an optimizer step, over all ranks and micro batches."
+_BATCH = "Rows of an optimizer step, over all ranks and micro batches; default: 8."
+
+WHAT, OPTIMIZER, COMPUTATION = "What is trained, and how long", "Optimizer", "Computation"
+RESULT = "Evaluation and result"
 
 
 def finetune(
-    model: Path = typer.Argument(help="A TeleChat2 checkpoint."),
-    data: list[str] = typer.Argument(help="What `preprocess` made, or what it reads; patterns in quotes."),
-    output: Path = typer.Option(..., "-o", "--output", help="Folder of the run: its checkpoints, curve and result."),
+    context: typer.Context,
+    model: Path = typer.Argument(None, help="A TeleChat2 checkpoint."),
+    data: list[str] = typer.Argument(None, help="What `preprocess` made, or what it reads; patterns in quotes."),
+    output: Path = typer.Option(None, "-o", "--output", help="Folder of the run: its checkpoints, curve and result."),
     config: ConfigDir = None,
-    # What is trained, and how long
-    lora: str = typer.Option(None, "--lora", help=_LORA),
-    epochs: float = typer.Option(None, "--epochs", help="Times that each row is trained on; default: 3."),
-    steps: int = typer.Option(None, "--steps", help="Optimizer steps, in place of --epochs."),
-    batch_size: int = typer.Option(8, "--batch-size", help=_BATCH),
-    micro_batch: int = typer.Option(1, "--micro-batch", help="Rows that a rank computes at once."),
+    lora: str = typer.Option(None, "--lora", help=_LORA, rich_help_panel=WHAT),
+    epochs: float = typer.Option(
+        None, "--epochs", help="Times that each row is trained on; default: 3.", rich_help_panel=WHAT
+    ),
+    steps: int = typer.Option(None, "--steps", help="Optimizer steps, in place of --epochs.", rich_help_panel=WHAT),
+    batch_size: int = typer.Option(None, "--batch-size", help=_BATCH, rich_help_panel=WHAT),
+    micro_batch: int = typer.Option(
+        1, "--micro-batch", help="Rows that a rank computes at once.", rich_help_panel=WHAT
+    ),
     max_length: int = typer.Option(
-        None, "--max-length", help="Tokens of a row where data are made into rows; default: as the model was trained."
+        None,
+        "--max-length",
+        help="Tokens of a row where data are made into rows; default: as the model was trained.",
+        rich_help_panel=WHAT,
     ),
-    seed: int = typer.Option(0, "--seed", help="Of the order of rows and of the first LoRA factors."),
-    no_shuffle: bool = typer.Option(False, "--no-shuffle", help="Rows in the order of the data."),
-    # The optimizer
-    learning_rate: float = typer.Option(None, "--learning-rate", help="The highest; default: 2e-5, with --lora 2e-4."),
+    seed: int = typer.Option(
+        0, "--seed", help="Of the order of rows and of the first LoRA factors.", rich_help_panel=WHAT
+    ),
+    no_shuffle: bool = typer.Option(False, "--no-shuffle", help="Rows in the order of the data.", rich_help_panel=WHAT),
+    learning_rate: float = typer.Option(
+        None, "--learning-rate", help="The highest; default: 2e-5, with --lora 2e-4.", rich_help_panel=OPTIMIZER
+    ),
     min_learning_rate: float = typer.Option(
-        None, "--min-learning-rate", help="What the cosine ends at; default: a tenth of the highest."
+        None,
+        "--min-learning-rate",
+        help="What the cosine ends at; default: a tenth of the highest.",
+        rich_help_panel=OPTIMIZER,
     ),
-    warmup: int = typer.Option(None, "--warmup", help="Steps of linear warm-up from 0; default: 3 % of all."),
-    weight_decay: float = typer.Option(0.1, "--weight-decay", help="Of AdamW; not on norms and biases."),
-    clip: float = typer.Option(1.0, "--clip", help="Norm that the gradient is clipped to."),
-    # How it is computed
-    dtype: str = typer.Option("fp32", "--dtype", help="bf16 or fp32 computation; weights and optimizer are fp32."),
-    recompute: bool = typer.Option(False, "--recompute", help="Less memory for activations, a third more time."),
+    warmup: int = typer.Option(
+        None, "--warmup", help="Steps of linear warm-up from 0; default: 3 % of all.", rich_help_panel=OPTIMIZER
+    ),
+    weight_decay: float = typer.Option(
+        0.1, "--weight-decay", help="Of AdamW; not on norms and biases.", rich_help_panel=OPTIMIZER
+    ),
+    clip: float = typer.Option(1.0, "--clip", help="Norm that the gradient is clipped to.", rich_help_panel=OPTIMIZER),
+    dtype: str = typer.Option(
+        None,
+        "--dtype",
+        help="bf16 or fp32 computation; weights and optimizer are fp32. Default: fp32.",
+        rich_help_panel=COMPUTATION,
+    ),
+    recompute: bool = typer.Option(
+        False, "--recompute", help="Less memory for activations, a third more time.", rich_help_panel=COMPUTATION
+    ),
     no_document_mask: bool = typer.Option(
-        False, "--no-document-mask", help="Conversations of one row see each other, as in mindformers' recipe."
+        False,
+        "--no-document-mask",
+        help="Conversations of one row see each other, as in mindformers' recipe.",
+        rich_help_panel=COMPUTATION,
     ),
-    dp: int = typer.Option(1, "--dp", help="Data parallel size: copies of the model, each in a process of its own."),
-    tp: int = typer.Option(1, "--tp", help="Tensor parallel size: processes that share a copy."),
-    ignore_memory: bool = typer.Option(False, "--ignore-memory", help="Begin although memory seems too small."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, estimate the memory, train nothing."),
-    # Evaluation, checkpoints, result
-    eval_data: list[str] = typer.Option(None, "--eval", help="Held-out data, as DATA; repeatable."),
-    eval_share: float = typer.Option(0.0, "--eval-share", help="Part of the rows to hold out, such as 0.02."),
-    eval_every: int = typer.Option(0, "--eval-every", help="Steps between evaluations; 0: at the end alone."),
-    save_every: int = typer.Option(0, "--save-every", help="Steps between checkpoints; 0: at the end alone."),
-    keep: int = typer.Option(2, "--keep", min=1, help="Checkpoints that stay, the newest."),
+    dp: int = typer.Option(
+        None,
+        "--dp",
+        help="Data parallel size: copies of the model, each in a process of its own; default: 1.",
+        rich_help_panel=COMPUTATION,
+    ),
+    tp: int = typer.Option(
+        None, "--tp", help="Tensor parallel size: processes that share a copy; default: 1.", rich_help_panel=COMPUTATION
+    ),
+    ignore_memory: bool = typer.Option(
+        False, "--ignore-memory", help="Begin although memory seems too small.", rich_help_panel=COMPUTATION
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything, estimate the memory, train nothing.", rich_help_panel=COMPUTATION
+    ),
+    eval_data: list[str] = typer.Option(
+        None, "--eval", help="Held-out data, as DATA; repeatable.", rich_help_panel=RESULT
+    ),
+    eval_share: float = typer.Option(
+        0.0, "--eval-share", help="Part of the rows to hold out, such as 0.02.", rich_help_panel=RESULT
+    ),
+    eval_every: int = typer.Option(
+        0, "--eval-every", help="Steps between evaluations; 0: at the end alone.", rich_help_panel=RESULT
+    ),
+    save_every: int = typer.Option(
+        0, "--save-every", help="Steps between checkpoints; 0: at the end alone.", rich_help_panel=RESULT
+    ),
+    keep: int = typer.Option(2, "--keep", min=1, help="Checkpoints that stay, the newest.", rich_help_panel=RESULT),
     save_dtype: str = typer.Option(
-        "auto", "--save-dtype", help="auto (as MODEL's), float16, bfloat16 or float32 weights in the result."
+        "auto",
+        "--save-dtype",
+        help="auto (as MODEL's), float16, bfloat16 or float32 weights in the result.",
+        rich_help_panel=RESULT,
     ),
+    render: Render = None,
+    variant: Variant = None,
+    nodes: Nodes = 1,
+    cards: Cards = 8,
+    pp: Pp = None,
+    ep: Ep = None,
+    micro_batches: MicroBatches = None,
+    interleave: Interleave = 1,
+    offset: Offset = None,
+    optimizer_shard: OptimizerShard = None,
+    device_mem: DeviceMem = DEFAULT_CARD_GB,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = 8118,
+    load: Loaded = None,
     resume: Resume = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -73,8 +162,64 @@ def finetune(
     """Train all weights of a checkpoint, or a LoRA adapter, on conversations.
 
     OUTPUT/model is a checkpoint for `build`, OUTPUT/adapter one for `build --adapter`. It runs on a CPU; on Ascend it
-    is the same code, unproven.
+    is the same code, unproven. --render mindformers trains nothing: it writes what mindformers needs to do it on
+    Ascend machines, and without DATA only proposes how to divide the model over the cards.
+
+    Examples:
+        telechat-mindie finetune TeleChat2-7B rows -o run --lora 8,16
+        telechat-mindie finetune TeleChat2-7B rows -o run --lora 8,16 --resume
+        telechat-mindie finetune TeleChat2-115B rows -o cluster --render mindformers --nodes 8 --cards 8
+        telechat-mindie finetune --render mindformers --variant 35b --nodes 2
     """
+    from telechat_mindie.errors import InputError
+
+    refuse_others(context, rendering=render is not None)
+    if render is not None:
+        if render != MINDFORMERS:
+            raise InputError("is unknown", where="--render", expected=MINDFORMERS, found=render)
+        factors = _lora(lora, seed)
+        named = [*([] if model is None else [str(model)]), *(data or ())]  # with --variant all of them are DATA
+        render_mindformers(
+            None if variant is not None else model,
+            one_source(named if variant is not None else data),
+            output,
+            variant=variant,
+            nodes=nodes,
+            cards=cards,
+            dp=dp,
+            tp=tp,
+            pp=pp,
+            ep=ep,
+            sequence_length=max_length or DEFAULT_LENGTH,
+            global_batch=batch_size,
+            micro_batches=micro_batches,
+            batch_size=micro_batch,
+            interleave=interleave,
+            offset=offset,
+            optimizer_shard=optimizer_shard,
+            recompute="full" if recompute else None,
+            dtype=_dtype(dtype or "bf16"),
+            lora_rank=factors.rank if factors else None,
+            lora_alpha=factors.alpha if factors else 0,
+            lora_targets=matrices(factors.targets) if factors and (lora or "").count(",") > 1 else (),
+            epochs=whole_epochs(epochs),
+            learning_rate=learning_rate or DEFAULT_RATE,
+            weight_decay=weight_decay,
+            save_steps=save_every or None,
+            keep=keep,
+            seed=seed,
+            device_mem=device_mem,
+            master_addr=master_addr,
+            master_port=master_port,
+            load=load,
+            force=force,
+            as_json=as_json,
+        )
+        return
+    for name, value in (("MODEL", model), ("DATA", data), ("-o", output)):
+        if not value:
+            raise InputError("is missing", where=name, advice="telechat-mindie finetune MODEL DATA -o OUTPUT")
+
     from telechat_mindie.training.run import Request
     from telechat_mindie.training.settings import Computation
 
@@ -87,7 +232,7 @@ def finetune(
         max_length=max_length,
         epochs=epochs,
         steps=steps,
-        batch=batch_size,
+        batch=8 if batch_size is None else batch_size,
         micro_batch=micro_batch,
         learning_rate=learning_rate,
         min_learning_rate=min_learning_rate,
@@ -96,7 +241,11 @@ def finetune(
         clip=clip,
         lora=_lora(lora, seed),
         computation=Computation(
-            dtype=_dtype(dtype), recompute=recompute, document_mask=not no_document_mask, dp=dp, tp=tp
+            dtype=_dtype(dtype or "fp32"),
+            recompute=recompute,
+            document_mask=not no_document_mask,
+            dp=1 if dp is None else dp,
+            tp=1 if tp is None else tp,
         ),
         seed=seed,
         shuffle=not no_shuffle,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,38 +14,116 @@ if TYPE_CHECKING:
     from telechat_mindie.training.mindformers.layout import Cluster, Work
     from telechat_mindie.training.mindformers.propose import Proposal
 
-Nodes = Annotated[int, typer.Option("--nodes", help="Machines.")]
-Cards = Annotated[int, typer.Option("--cards", help="NPUs of each machine.")]
-Dp = Annotated[int | None, typer.Option("--dp", help="Data parallel size; default: the cards that are left.")]
-TrainTp = Annotated[int | None, typer.Option("--tp", help="Tensor parallel size; default: the smallest that fits.")]
-Pp = Annotated[int | None, typer.Option("--pp", help="Pipeline stages; default: the fewest that fit.")]
-Ep = Annotated[int | None, typer.Option("--ep", help="Expert parallel size; default: the smallest that fits.")]
-SequenceLength = Annotated[
-    int, typer.Option("--sequence-length", help="Tokens that a row trains: preprocess's --max-length.")
-]
-GlobalBatch = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
-MicroBatches = Annotated[
-    int | None, typer.Option("--micro-batches", help="Parts of a step on each card; default: 4 a stage.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences of a micro batch on a card.")]
-Interleave = Annotated[int, typer.Option("--interleave", help="Runs of layers that a stage has.")]
+MINDFORMERS = "mindformers"
+PANEL = f"With --render {MINDFORMERS}"
+DEFAULT_LENGTH = 8192
+DEFAULT_RATE = 1.5e-4
+"""What mindformers' TeleChat2 yamls have."""
+
+
+def _option(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=PANEL)
+
+
+Render = Annotated[str | None, _option("--render", f"{MINDFORMERS}: write what mindformers needs to train it.")]
+Variant = Annotated[str | None, _option("--variant", "A released size in place of MODEL, such as 7b or 115b.")]
+Nodes = Annotated[int, _option("--nodes", "Machines.")]
+Cards = Annotated[int, _option("--cards", "NPUs of each machine.")]
+Pp = Annotated[int | None, _option("--pp", "Pipeline stages; default: the fewest that fit.")]
+Ep = Annotated[int | None, _option("--ep", "Expert parallel size; default: the smallest that fits.")]
+MicroBatches = Annotated[int | None, _option("--micro-batches", "Parts of a step on each card; default: 4 a stage.")]
+Interleave = Annotated[int, _option("--interleave", "Runs of layers that a stage has.")]
 Offset = Annotated[
-    str | None, typer.Option("--offset", help="Layers of each stage above the average, as -1,1,1,-1; runs by `;`.")
+    str | None, _option("--offset", "Layers of each stage above the average, as -1,1,1,-1; runs by `;`.")
 ]
 OptimizerShard = Annotated[
-    int | None, typer.Option("--optimizer-shard", help="Copies that share weights and optimizer; default: the most.")
+    int | None, _option("--optimizer-shard", "Copies that share weights and optimizer; default: the most.")
 ]
-Recompute = Annotated[
-    str | None, typer.Option("--recompute", help="off, select or full; default: the least that fits.")
-]
-MasterAddr = Annotated[str | None, typer.Option("--master-addr", help="Address of the first machine.")]
-MasterPort = Annotated[int, typer.Option("--master-port", help="A port that is free there.")]
+DeviceMem = Annotated[float, _option("--device-mem", "Memory of a card in GB.")]
+MasterAddr = Annotated[str | None, _option("--master-addr", "Address of the first machine.")]
+MasterPort = Annotated[int, _option("--master-port", "A port that is free there.")]
 Loaded = Annotated[
-    Path | None, typer.Option("--load", help="The converted checkpoint, as the machines see it; default: in DIR.")
+    Path | None, _option("--load", "The converted checkpoint, as the machines see it; default: in OUTPUT.")
 ]
+
+_RENDERED_ALONE = {
+    "variant": "--variant",
+    "nodes": "--nodes",
+    "cards": "--cards",
+    "pp": "--pp",
+    "ep": "--ep",
+    "micro_batches": "--micro-batches",
+    "interleave": "--interleave",
+    "offset": "--offset",
+    "optimizer_shard": "--optimizer-shard",
+    "device_mem": "--device-mem",
+    "master_addr": "--master-addr",
+    "master_port": "--master-port",
+    "load": "--load",
+}
+_TRAINED_ALONE = {
+    "config": "--config",
+    "steps": "--steps",
+    "no_shuffle": "--no-shuffle",
+    "min_learning_rate": "--min-learning-rate",
+    "warmup": "--warmup",
+    "clip": "--clip",
+    "no_document_mask": "--no-document-mask",
+    "ignore_memory": "--ignore-memory",
+    "dry_run": "--dry-run",
+    "eval_data": "--eval",
+    "eval_share": "--eval-share",
+    "eval_every": "--eval-every",
+    "save_dtype": "--save-dtype",
+    "resume": "--resume",
+}
+
+_MATRICES = {
+    "query": "wq", "key_value": "wk_v", "dense": "wo", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"
+}  # fmt: skip
+"""Our modules' names -> mindformers'."""
+
 
 SHOWN = 8
 """Proposals that are printed."""
+
+
+def refuse_others(context: typer.Context, *, rendering: bool) -> None:
+    """Raises InputError where an option was given that the other way of finetuning alone has."""
+    from telechat_mindie.errors import InputError
+
+    others = _TRAINED_ALONE if rendering else _RENDERED_ALONE
+    given = [
+        option
+        for name, option in others.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        what = f"has no meaning with --render {MINDFORMERS}" if rendering else f"is for --render {MINDFORMERS}"
+        raise InputError(what, where=", ".join(given))
+
+
+def one_source(data: list[str] | None) -> Path | None:
+    """The folder or file of rows that mindformers is given."""
+    from telechat_mindie.errors import InputError
+
+    if data and len(data) > 1:
+        advice = "Put all of them through one `preprocess`."
+        raise InputError("takes one folder or file of rows", where="DATA", found=len(data), advice=advice)
+    return Path(data[0]) if data else None
+
+
+def whole_epochs(epochs: float | None) -> int:
+    from telechat_mindie.errors import InputError
+
+    if epochs is not None and (epochs < 1 or epochs != int(epochs)):
+        raise InputError("is no whole number", where="--epochs", expected="1 or more", found=f"{epochs:g}")
+    return int(epochs or 1)
+
+
+def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules by the names that mindformers has for them."""
+    return tuple(_MATRICES[name] for name in targets)
 
 
 def render_mindformers(
@@ -60,7 +138,7 @@ def render_mindformers(
     tp: int | None = None,
     pp: int | None = None,
     ep: int | None = None,
-    sequence_length: int = 8192,
+    sequence_length: int = DEFAULT_LENGTH,
     global_batch: int | None = None,
     micro_batches: int | None = None,
     batch_size: int = 1,
@@ -74,7 +152,7 @@ def render_mindformers(
     lora_targets: tuple[str, ...] = (),
     lora_dropout: float = 0.0,
     epochs: int = 1,
-    learning_rate: float = 1.5e-4,
+    learning_rate: float = DEFAULT_RATE,
     warmup_ratio: float = 0.0,
     weight_decay: float = 0.1,
     save_steps: int | None = None,

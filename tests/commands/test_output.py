@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from telechat_mindie.commands import output
-from telechat_mindie.units import format_seconds
-
-
-@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1:00 min"), (425, "7:05 min"), (12000, "3:20 h")])
-def test_seconds_as_people_read_them(seconds, text):
-    assert format_seconds(seconds) == text
 
 
 def test_a_line_now_and_then_and_the_time_left_without_the_first_step(monkeypatch, capsys):

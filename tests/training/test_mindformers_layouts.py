@@ -79,7 +79,7 @@ WRONG = {
     "one card": (
         "7b", {"dp": 1, "tp": 1, "pp": 1}, {"nodes": 1, "cards": 1}, r"on a single card .*expected 1, found 8"
     ),
-    "sequence": ("7b", {}, {"sequence_length": 8190}, r"--sequence-length: .*multiple of 16, found 8190"),
+    "sequence": ("7b", {}, {"sequence_length": 8190}, r"--max-length: .*multiple of 16, found 8190"),
     "sequence tp": (
         "7b", {"tp": 32, "dp": 1, "pp": 1}, {"sequence_length": 8176, "cards": 32, "nodes": 1},
         r"multiple of tp 32, found 8176",
@@ -250,13 +250,13 @@ def test_what_is_fixed_stays():
         assert (proposal.layout.tp, proposal.layout.global_batch, proposal.layout.recompute) == (8, 64, "full")
     with pytest.raises(InputError, match="divisor of the 8 cards of one, found 3"):
         propose(Choice(tp=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
-    with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 1 x dp 2, found 33"):
+    with pytest.raises(InputError, match=r"--batch-size: .*a multiple of batch size 1 x dp 2, found 33"):
         propose(Choice(dp=2, tp=4, pp=8, global_batch=33), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
     (one,) = propose(Choice(global_batch=32, micro_batches=8, tp=4), Work(VARIANTS["35b"], 8192), Cluster(8, 8, 64))
     assert (one.layout.dp, one.layout.pp) == (4, 4)
-    with pytest.raises(InputError, match=r"--global-batch: .*a multiple of batch size 3 x dp, found 32"):
+    with pytest.raises(InputError, match=r"--batch-size: .*a multiple of batch size 3 x dp, found 32"):
         propose(Choice(global_batch=32, batch_size=3), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64))
-    with pytest.raises(InputError, match=r"--global-batch: .*batch size 1 x dp 2 x 8 micro batches, found 32"):
+    with pytest.raises(InputError, match=r"--batch-size: .*batch size 1 x dp 2 x 8 micro batches, found 32"):
         propose(
             Choice(dp=2, tp=4, pp=8, global_batch=32, micro_batches=8), Work(VARIANTS["115b"], 8192), Cluster(8, 8, 64)
         )

@@ -208,7 +208,7 @@ def rows(tmp_path_factory) -> Path:
 
 def test_rows_are_counted_and_checked(rows, tmp_path):
     assert count_rows(rows, 32, 512) == count_rows(rows / "dataset.mindrecord", 32, 512) == 8
-    with pytest.raises(InputError, match=r"row 0: input_ids: does not fit --sequence-length 64.*65 tokens, found 33"):
+    with pytest.raises(InputError, match=r"row 0: input_ids: does not fit --max-length 64.*65 tokens, found 33"):
         count_rows(rows, 64, 512)
     with pytest.raises(InputError, match=r"row \d: input_ids: has a token that .*expected 0 to 99, found"):
         count_rows(rows, 32, 100)

@@ -76,7 +76,7 @@ def propose(choice: Choice, work: Work, cluster: Cluster) -> list[Proposal]:
     if smallest is None:
         raise fault or _indivisible(choice)
     more = _enough_nodes(choice, work, cluster)
-    advice = f"{more} such machines would do." if more else "Shorten --sequence-length, or take cards with more memory."
+    advice = f"{more} such machines would do." if more else "Shorten --max-length, or take cards with more memory."
     where = f"{cluster.world} cards of {cluster.device_gb:g} GB"
     if choice.dp and choice.tp and choice.pp:
         advice += f" A larger --device-mem than {cluster.device_gb:g} writes it all the same."
@@ -95,7 +95,7 @@ def _indivisible(choice: Choice) -> InputError:
         product += f" x {choice.micro_batches} micro batches"
     return InputError(
         "is not what the copies train in a step",
-        where="--global-batch",
+        where="--batch-size",
         expected=f"a multiple of {product}" if choice.micro_batches is None else product,
         found=choice.global_batch,
     )

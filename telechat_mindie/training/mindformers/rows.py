@@ -68,11 +68,11 @@ def _check(row: dict[str, Any], where: str, sequence_length: int, vocab_size: in
         if values.shape != (sequence_length + 1,):  # the model trains each token from those before it
             found = f"{len(values)} tokens" if values.ndim == 1 else f"shape {list(values.shape)}"
             raise InputError(
-                f"does not fit --sequence-length {sequence_length}: a row has one token more",
+                f"does not fit --max-length {sequence_length}: a row has one token more",
                 where=f"{where}: {name}",
                 expected=f"{sequence_length + 1} tokens",
                 found=found,
-                advice=f"Preprocess with --max-length {sequence_length}, or say another --sequence-length.",
+                advice=f"Preprocess with --max-length {sequence_length}, or say another --max-length.",
             )
         tokens = values if name == "input_ids" else values[values != IGNORED]
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:

@@ -44,7 +44,7 @@ def work_faults(work: Work) -> Iterator[TelechatMindieError]:
     if work.sequence_length < 1 or work.sequence_length % ATTENTION_BLOCK:
         yield InputError(
             "does not suit flash attention",
-            where="--sequence-length",
+            where="--max-length",
             expected=f"a multiple of {ATTENTION_BLOCK}",
             found=work.sequence_length,
         )
@@ -71,7 +71,7 @@ def _size_faults(layout: Layout, cluster: Cluster) -> Iterator[InputError]:
         "--tp": layout.tp,
         "--pp": layout.pp,
         "--ep": layout.ep,
-        "--batch-size": layout.batch_size,
+        "--micro-batch": layout.batch_size,
         "--micro-batches": layout.micro_batches,
         "--interleave": layout.interleave,
         "--optimizer-shard": layout.optimizer_shard,
@@ -100,7 +100,7 @@ def _tensor_faults(layout: Layout, work: Work, cluster: Cluster) -> Iterator[Tel
     if layout.sequence_parallel and work.sequence_length % tp:
         yield InputError(
             "cannot be cut by sequence parallelism",
-            where="--sequence-length",
+            where="--max-length",
             expected=f"a multiple of tp {tp}",
             found=work.sequence_length,
         )
@@ -156,7 +156,7 @@ def _batch_faults(layout: Layout, work: Work) -> Iterator[InputError]:
             where="--micro-batches",
             expected=1,
             found=layout.micro_batches,
-            advice="Raise --batch-size instead.",
+            advice="Raise --micro-batch instead.",
         )
     if work.rows is not None and work.rows < layout.global_batch:
         yield InputError(
