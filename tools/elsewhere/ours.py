@@ -47,7 +47,8 @@ SIZES = {
 MADE: dict[str, dict[str, Any]] = {
     "mha": {"training_seqlen": 256, "base_seqlen": 256},
     "theta": {
-        **{"training_seqlen": 256, "base_seqlen": 256, "max_position_embeddings": 256, "num_key_value_heads": 2},
+        **dict.fromkeys(("seq_length", "training_seqlen", "base_seqlen", "max_position_embeddings"), 1024),
+        "num_key_value_heads": 2,
         **{"rope_theta": 1000000, "rope_scaling": {"factor": 1.0, "rope_type": "dynamic"}},  # as the 7B-32K says it
     },
     "ntk": {"base_seqlen": 16},
