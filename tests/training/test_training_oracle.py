@@ -11,6 +11,7 @@ from telechat_mindie import nano
 from telechat_mindie.checkpoint.mapping import mindformers_targets
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.training.lora import A, B, trained_modules
 from telechat_mindie.training.rows import Batch
 from telechat_mindie.training.settings import Computation, Lora, Optimization
 from telechat_mindie.training.trainer import Trainer
@@ -76,7 +77,8 @@ def test_mixture_of_experts(checkpoint, dense, shared):
     trainer = Trainer(config, weights, optimization(18, 1), Computation(document_mask=False))
     results = run(trainer, dense, 18)
     np.testing.assert_allclose([result.loss for result in results], fixture["loss"], atol=2e-3)
-    np.testing.assert_allclose([result.grad_norm for result in results], fixture["grad_norm"], atol=2e-3)
+    # A choice between two experts that are nearly equal falls either way.
+    np.testing.assert_allclose([result.grad_norm for result in results], fixture["grad_norm"], rtol=2e-3)
 
 
 @pytest.mark.slow
@@ -91,8 +93,12 @@ def test_lora(checkpoint, dense, shared):
             begun[name] = fixture[f"init/{name}"] / np.float32(1 - 1e-4 * 0.1)
     trainer.load_state(begun)
     results = run(trainer, dense, 1)
-    for name, factor in trainer.trained().items():
-        np.testing.assert_allclose(factor, fixture[f"init/{name}"], atol=2e-6, err_msg=name)
+    found = trainer.trained()
+    for module in trained_modules(checkpoint.config, lora):
+        rows = module.rows(0, 1)  # as they lie in the decoder's packed weights
+        for side, order in ((A, slice(None)), (B, rows)):
+            expected = fixture[f"init/{module.name}{side}"][order]
+            np.testing.assert_allclose(found[module.name + side], expected, atol=2e-6, err_msg=module.name + side)
     results += run(trainer, {name: dense[name][ROWS:] for name in ("input_ids", "labels")}, 8)
     np.testing.assert_allclose([result.loss for result in results], fixture["loss"], atol=1e-3)
     np.testing.assert_allclose([result.grad_norm for result in results], fixture["grad_norm"], atol=1e-3)
