@@ -9,9 +9,11 @@ import jsonschema_rs
 import pytest
 import typer
 from helpers import ROOT
+from helpers.atb import make_atb_directory, make_w8a8_directory
 from helpers.fake_mindie import FakeMindie
 from helpers.json_schemas import FOLDER, checked
 from helpers.server import nano_directory
+from helpers.stand_in_trainer import StandInTrainer
 from typer.testing import CliRunner
 
 from telechat_mindie.cli import app
@@ -40,7 +42,10 @@ def test_every_command_that_prints_json_has_a_schema():
     bench = commands.pop("bench")
     commands |= {f"bench-{name}": command for name, command in bench.commands.items()}
     with_json = {name for name, command in commands.items() if any("--json" in param.opts for param in command.params)}
-    forms = {"doctor-matrix", "info-training-run", "launch-dry-run", "service-config-explain"}
+    forms = {
+        *("doctor-matrix", "finetune-dry-run", "finetune-render", "info-atb", "info-training-run", "launch-dry-run"),
+        *("plan-atb", "service-config-explain"),
+    }
     assert set(SCHEMAS) == with_json | forms
 
 
@@ -59,7 +64,7 @@ def test_documentation_names_no_schema_that_is_not_there():
 
 
 def test_a_key_too_many_or_too_few_is_noticed():
-    data = {"model_path": "m", "dtype": "float16", "tp": 1, "weight_bytes": 1}
+    data = {"model_path": "m", "backend": "ms", "dtype": "float16", "tp": 1, "weight_bytes": 1}
     checked("build", data)
     for wrong in ({**data, "new": 1}, {"model_path": "m"}, {**data, "tp": "1"}):
         with pytest.raises(AssertionError, match="build: "):
@@ -78,12 +83,38 @@ def test_from_checkpoint_to_directory(tmp_path):
     assert problems
 
 
+def test_from_checkpoint_to_directory_for_atb(tmp_path):
+    checkpoint, model = tmp_path / "checkpoint", tmp_path / "model"
+    make_atb_directory(checkpoint)
+    options = ("--checkpoint", checkpoint, "--backend", "atb", "--tp", 2)
+    assert checked("plan-atb", printed("plan", *options, "--target", tmp_path, "--device-mem", 1))["fit"]["sequences"]
+    checked("build", printed("build", model, *options))
+    checked("verify", printed("verify", model))
+    assert "quantised" not in checked("info-atb", printed("info", model))
+    checked("service-config", printed("service-config", model))
+
+
+def test_w8a8_by_msmodelslim(tmp_path):
+    source, model = tmp_path / "source", tmp_path / "model"
+    make_w8a8_directory(source)
+    shown = checked("info-atb", printed("info", source))
+    assert shown["quantised"] == "W8A8" and shown["quantised_layers"] and shown["float_layers"]
+    options = ("--checkpoint", source, "--backend", "atb")
+    assert "fit" not in checked("plan-atb", printed("plan", *options, "--target", tmp_path))
+    assert checked("build", printed("build", model, *options))["dtype"] == "W8A8"
+    checked("verify", printed("verify", model, "--against", source))
+
+
 def test_plan(tmp_path):
     checkpoint = nano_directory().parent / "checkpoint"
-    options = ("--target", tmp_path, "--device-mem", 32)
+    options = ("--target", tmp_path, "--device-mem", 16)
     full = checked("plan", printed("plan", "--checkpoint", checkpoint, *options))
     assert full["tokenizer"] and full["fit"]["kv_tokens"] > 0
-    checked("plan", printed("plan", "--variant", "7b", "--tp", 2, "--max-seq-len", 10_000_000, "--target", tmp_path))
+    assert full["smallest"] == full["fit"] == full["cards"][0]
+    options = ("--tp", 2, "--max-seq-len", 10_000_000, "--target", tmp_path, "--device-mem", 8)
+    long = checked("plan", printed("plan", "--variant", "7b", *options))
+    assert long["build_refusal"] and long["smallest"] is None and long["fit"] in long["cards"]
+    assert all(fit["refusal"] and not fit["fits"] for fit in long["cards"])
 
 
 def test_configs():
@@ -118,6 +149,47 @@ def test_preprocess(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"input": "甲", "output": "乙"}\n')
     arguments = (tmp_path / "data.jsonl", "-o", tmp_path / "rows", "--tokenizer", nano_directory(), "--max-length", 64)
     assert checked("preprocess", printed("preprocess", *arguments))["examples"] == 1
+
+
+class Trainer(StandInTrainer):
+    """As `finetune` makes one, without the seconds of a compiler."""
+
+    def __init__(self, config, weights, optimization, computation, lora, *, rank, device):
+        super().__init__(computation)
+        self._given = dict(weights)
+
+    def trained(self):
+        return self._given
+
+
+def test_finetune(tmp_path, monkeypatch):
+    monkeypatch.setattr("telechat_mindie.training.trainer.Trainer", Trainer)
+    monkeypatch.setattr("telechat_mindie.training.curve.draw", lambda *_: True)
+    monkeypatch.setenv("TELECHAT_DEVICE", "cpu")
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text('{"input": "甲", "output": "乙"}\n' * 4)
+    arguments = ("finetune", nano_directory().parent / "checkpoint", data, "-o", run, "--max-length", 63, "--steps", 1)
+    dry = checked("finetune-dry-run", printed(*arguments, "--dry-run", "--eval-share", 0.25))
+    assert (dry["lora"], dry["rows"], dry["held_out"]) == (None, 3, 1)
+    assert checked("finetune-dry-run", printed(*arguments, "--dry-run", "--lora", "4,8"))["memory"]["weights"]
+    done = checked("finetune", printed(*arguments))
+    assert done["result"] == str(run / "model") and done["eval_loss"] is None
+    (run / "loss.csv").unlink()
+    assert "loss" not in checked("finetune", printed(*arguments, "--resume"))
+    other = (*arguments[:4], tmp_path / "held-out", *arguments[5:], "--eval", data)
+    assert checked("finetune", printed(*other))["eval_loss"] == 2.0
+
+
+def test_finetune_by_mindformers(tmp_path):
+    checkpoint, data, rows = nano_directory().parent / "checkpoint", tmp_path / "data.jsonl", tmp_path / "rows"
+    data.write_text('{"input": "甲", "output": "乙"}\n' * 4)
+    printed("preprocess", data, "-o", rows, "--tokenizer", checkpoint, "--max-length", 64)
+    options = ("--render", "mindformers", "--cards", 1, "--max-length", 64)
+    made = checked("finetune-render", printed("finetune", checkpoint, rows, "-o", tmp_path / "run", *options))
+    assert made["rows"] == 4 and "finetune.yaml" in made["files"]
+    options = ("--variant", "39b-a12b", "--nodes", 16, "--pp", 4, "--offset", "-1,1,1,1")
+    proposed = checked("finetune-render", printed("finetune", "--render", "mindformers", *options))
+    assert proposed["output"] is None and proposed["proposals"][0]["offset"] == [[-1, 1, 1, 1]]
 
 
 def test_load_tests(tmp_path):
