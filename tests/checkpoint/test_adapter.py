@@ -553,14 +553,14 @@ def test_hostile_files(base, adapter, damage, message):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capfd):
     """A command in this process: (exit code, stdout, stderr)."""
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["telechat-mindie", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        return (caught.value.code or 0, *capsys.readouterr())
+        return (caught.value.code or 0, *capfd.readouterr())
 
     return main
 

@@ -538,7 +538,7 @@ def test_an_output_that_is_there_is_kept_but_for_force(run, tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capfd):
     """Runs the command line in this process: exit code, stdout, stderr."""
 
     def main(*arguments):
@@ -548,7 +548,7 @@ def command(monkeypatch, capsys):
             cli.main()
         except SystemExit as leave:
             code = leave.code or 0
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return main
 

@@ -399,18 +399,18 @@ class Done:
 
 
 @pytest.fixture
-def run_command(capsys, monkeypatch):
+def run_command(capfd, monkeypatch):
     """`run_command("status")`: the command in this process, as the console script runs it."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["telechat-mindie", *map(str, arguments)])
-        capsys.readouterr()
+        capfd.readouterr()
         code = 0
         try:
             main()
         except SystemExit as done:
             code = done.code or 0
-        return Done(code, *capsys.readouterr())
+        return Done(code, *capfd.readouterr())
 
     return run
 
