@@ -32,6 +32,8 @@ OTHERS = {
     "MS_SCHED",  # values of MS_ROLE
     "MS_WORKER",
     "MINDIE_IMAGE",  # an argument of a Dockerfile
+    "BASH_SOURCE",  # the shell's own
+    "CAUSAL_LM",  # a kind of task, to peft
 }
 
 

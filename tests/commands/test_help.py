@@ -40,7 +40,8 @@ def context(path):
 
 def test_every_module_of_a_command_is_in_the_table():
     modules = {path.stem for path in (ROOT / "telechat_mindie" / "commands").glob("*.py")}
-    helpers = {"__init__", "completion", "findings", "group", "messages", "options", "output", "service_tls"}
+    helpers = {"__init__", "completion", "ending", "findings", "group", "messages", "options", "output"}
+    helpers |= {"finetune_render", "plan_atb", "service_tls"}
     assert modules - helpers == {name.replace("-", "_") for name in NAMES}
 
 
@@ -109,7 +110,7 @@ def complete(words, shell="bash"):
 def test_the_tab_key(tmp_path):
     assert complete("telechat-mindie ser").split() == ["service-config", "serve"]
     assert complete("telechat-mindie build --dtype b").split() == ["bfloat16"]
-    assert complete("telechat-mindie convert a b --to ").split() == ["hf", "safetensors", "ckpt"]
+    assert complete("telechat-mindie convert a b --to ").split() == ["hf", "llama", "safetensors", "ckpt"]
     assert complete("telechat-mindie plan --variant 3").split() == ["3b", "35b", "39b-a12b"]
     assert complete("telechat-mindie bench serve --ap").split() == ["--api"]
     assert '"bfloat16"' in complete("telechat-mindie build --dtype ", "zsh")
