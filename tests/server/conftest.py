@@ -7,13 +7,13 @@ from helpers.fake_mindie import FakeMindie
 from helpers.page import Visits, open_browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while it is there, no other event loop runs in this process
 def browser():
     with open_browser() as browser:
         yield browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def contexts():
     """Of the browser, by their options."""
     return {}
