@@ -119,7 +119,9 @@ def _leave(fault: BaseException) -> NoReturn:
     if end is not None:
         _say(_ended(end.number))
         _exit(128 + end.number)
-    if any(isinstance(found, OSError) and found.errno == errno.EPIPE for found in chain):
+    # Our own output, not a socket's further up the chain: click makes a SystemExit of it.
+    written = fault.__context__ if isinstance(fault, SystemExit) else fault
+    if isinstance(written, OSError) and written.errno == errno.EPIPE:
         _exit(128 + signal.SIGPIPE)
     if isinstance(fault, SystemExit):
         raise fault

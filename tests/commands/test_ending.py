@@ -160,6 +160,11 @@ class TestFaults:
                 "from telechat_mindie.errors import InputError; raise InputError('is bad', where='it')",
                 "error: it: is bad",
             ),
+            (  # a socket's, not that of the output
+                "from telechat_mindie.errors import InputError; "
+                "raise InputError('is gone', where='it') from BrokenPipeError(32, 'Broken pipe')",
+                "error: it: is gone",
+            ),
         ],
     )
     def test_what_the_machine_or_the_input_lacks(self, body, said):
