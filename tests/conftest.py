@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+# A shell's background job has it ignored, and what is started here would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SHARED = ROOT.parent / "shared" / "fixtures"
 
 

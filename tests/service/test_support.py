@@ -26,7 +26,7 @@ def test_each_mindie_has_its_row():
     for release, row in zip(support.mindie_releases(), rows, strict=True):
         assert release.source and all(support.cells(row))
         assert release.ms_backend is (release.mindformers is not None)
-        assert release.ms_backend or row.telechat_mindie.startswith("no: backendType ms is gone")
+        assert release.ms_backend or row.telechat_mindie.startswith("not with ms, which is gone")
     assert [row.telechat_mindie for row in rows] != [row.telechat_mindie for row in support.matrix("zh")]
 
 
