@@ -13,7 +13,13 @@ cd "$root"
 venv=.venv-mindspore-2.7
 
 if [ ! -e "$venv/.installed" ] || [ setup.cfg -nt "$venv/.installed" ]; then
-    [ -x "$venv/bin/python" ] || "$(command -v python3.11 python3.10 | head -n 1)" -m venv "$venv"
+    if [ ! -x "$venv/bin/python" ]; then
+        python=$(command -v python3.11 || command -v python3.10) || {
+            echo "MindSpore 2.7.0 has wheels for Python 3.10 and 3.11 alone, and neither is on PATH." >&2
+            exit 1
+        }
+        "$python" -m venv "$venv"
+    fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check mindspore==2.7.0 -e .[serve] \
         pytest pytest-timeout "pytest-xdist[psutil]" hypothesis
     touch "$venv/.installed"
