@@ -96,6 +96,7 @@ def main() -> None:
     loop = Loop(trainer, data, None, Order(len(data), 0), plan, checkpoints, {}, rank=int(rank), curve=curve)
     with Listener(Path(run)) as listener:
         print("ready", flush=True)
+        sys.stdin.read()  # until it is closed: no rank saves while another looks for what is saved
         loop.run(Stop(Path(run), int(rank), int(dp) * int(tp)))
     sys.exit(128 + listener.signal if listener.signal else 0)
 

@@ -144,6 +144,7 @@ class TestTimeLimit:
     def test_waiting_is_no_processor_time(self) -> None:
         assert run_within(0.1, lambda: time.sleep(0.5) or "done") == "done"
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dropped, so stopped once more
     def test_what_stops_one_reaches_no_other(self) -> None:
         """Two thousand that end at about the limit, in several threads: each gives its result or is refused, and what
         the callers do between them is never interrupted."""

@@ -38,17 +38,21 @@ def go(folder, trainer=None, *, plan=None, held_out=None, end=None, shuffle=True
     return trainer
 
 
-def started(folder, *ranks, seconds=0.0, steps=STEPS):
-    """A run in a process of its own, which has said that it is ready."""
+def started(folder, dp=1, tp=1, *, seconds=0.0, steps=STEPS):
+    """The ranks of a run, each in a process of its own, which begin their first step together."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     make_rows(folder / "rows")
-    command = [sys.executable, SCRIPT, folder / "rows", 5, folder, steps, seconds, *ranks]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""}
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout.readline() == "ready\n", process.stderr.read()
-    return process
+    processes = []
+    for rank in range(dp * tp):
+        command = [sys.executable, SCRIPT, folder / "rows", 5, folder, steps, seconds, rank, dp, tp]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(list(map(str, command)), text=True, env=environment, **pipes))
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        process.stdin.close()
+    return processes
 
 
 def newest_state(folder, step=STEPS):
@@ -93,12 +97,11 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     expected = go(tmp_path / "whole").state()
     dice = random.Random(0)
     for _ in range(4):
-        process = started(tmp_path / "killed", seconds=0.05)
+        (process,) = started(tmp_path / "killed", seconds=0.05)
         time.sleep(dice.uniform(0.0, 0.2))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    process = started(tmp_path / "killed")
+        assert process.wait() == -signal.SIGKILL
+    (process,) = started(tmp_path / "killed")
     assert process.wait(60) == 0, process.stderr.read()
     found = newest_state(tmp_path / "killed")
     assert expected.keys() == found.keys()
@@ -110,11 +113,10 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_after_the_step_and_saves(tmp_path, number):
-    process = started(tmp_path / "run", seconds=0.3, steps=1000)
+    (process,) = started(tmp_path / "run", seconds=0.3, steps=1000)
     time.sleep(0.45)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "finishing the step and saving" in said
+    assert process.wait(30) == 128 + number and "finishing the step and saving" in process.stderr.read()
     (step,) = Checkpoints(tmp_path / "run" / "checkpoints", 2).steps()[-1:]
     assert len(read_points(tmp_path / "run" / "loss.csv")) == step
     trainer = StandInTrainer()
@@ -151,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_it_and_names_the_last_checkpoint(tmp_path
 
 def test_tensor_parallel_ranks_save_a_file_each_and_copies_of_the_model_none(tmp_path):
     run = tmp_path / "run"
-    processes = [started(run, rank, 2, 2) for rank in range(4)]
-    assert [process.wait(60) for process in processes] == [0] * 4, processes[0].stderr.read()
+    for process in started(run, dp=2, tp=2):
+        assert process.wait(60) == 0, process.stderr.read()
     path = run / "checkpoints" / f"step-{STEPS:08}"
     assert sorted(file.name for file in path.iterdir()) == ["rank_0.safetensors", "rank_1.safetensors", "run.json"]
