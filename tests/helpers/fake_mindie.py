@@ -22,6 +22,7 @@ class FakeMindie:
     pieces: list[str] = field(default_factory=lambda: ["你", "好", "，世界"])
     thoughts: list[str] = field(default_factory=list)  # come before the pieces, in a chat as reasoning_content
     delay: float = 0.0  # seconds before each piece
+    hold: threading.Event | None = None  # what comes behind the first piece waits for it
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> status and body, in the answer's place
     usage: bool = True
     broken: bool = False  # the connection ends after the first piece
@@ -127,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             if number == count:
                 reason = "stop" if count == len(pieces) else "length"
             yield number, piece, reason
+            if number == 1 and self.fake.hold is not None:
+                self.fake.hold.wait(60)
 
     def _chat(self, body):
         prompt = sum(len(message["content"]) for message in body["messages"])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+import threading
 import time
 
 import pytest
@@ -21,6 +22,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+PATIENCE = 30  # seconds, for what a busy machine does late
 
 
 @contextlib.contextmanager
@@ -38,8 +40,8 @@ def open_browser():
 class Visits:
     """Opens the page; at the end it must have loaded nothing from elsewhere and raised nothing.
 
-    Visits with the same options share a context, which costs a second: each test's service is an origin of its own, of
-    which the browser remembers nothing.
+    Visits with the same options share a context, which costs a second: what the browser remembers of an address is
+    cleared at the end, since a later service may get it again.
 
     Args:
         contexts: of the browser, by their options.
@@ -56,33 +58,62 @@ class Visits:
         key = json.dumps(options)
         if key not in self._contexts:
             self._contexts[key] = self._browser.new_context(**options)
-            self._contexts[key].set_default_timeout(10_000)
+            self._contexts[key].set_default_timeout(1000 * PATIENCE)
         page = self._contexts[key].new_page()
         self._pages.append(page)
         self._served.add(url or self._url)
         if script is not None:
             page.add_init_script(script)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("console", lambda message: self.faults.append(message.text) if message.type == "warning" else None)
-        page.on("console", lambda message: self.faults.append(message.text) if "Security" in message.text else None)
+        page.on("console", self._on_console)
         page.on("request", lambda request: self.urls.append(request.url))
         page.goto(url or self._url)
-        page.locator("#examples button").first.wait_for(state="attached")  # the scripts have run
+        wait_for_scripts(page)
         return page
+
+    def _on_console(self, message):
+        if message.type == "warning" or "Security" in message.text:
+            self.faults.append(message.text)
 
     def close(self):
         for page in self._pages:
+            session = page.context.new_cdp_session(page)
+            for origin in self._served:
+                session.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
             page.close()
         assert self.faults == []
         assert [url for url in self.urls if not url.startswith((*self._served, "data:", "blob:"))] == []
 
 
-def wait_until(page, expression):
-    """Playwright's own wait_for_function polls by an eval in the page, which the page's policy forbids."""
-    deadline = time.monotonic() + 10
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, expression
+def wait_until(page, condition):
+    """For an expression of the page, or a function here.
+
+    Playwright's own wait_for_function polls by an eval in the page, which the page's policy forbids.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not (condition() if callable(condition) else page.evaluate(condition)):
+        assert time.monotonic() < deadline, condition
         page.wait_for_timeout(20)
+
+
+def wait_for_scripts(page):
+    """A page's own event of loading does not wait for them, as they wait for the database."""
+    page.locator("#examples button").first.wait_for(state="attached")
+
+
+def reload(page):
+    page.reload()
+    wait_for_scripts(page)
+
+
+def watch(page, name):
+    """Begin to collect each text that the element `name` gets; the expression of those that it had gives them."""
+    page.evaluate(f"""() => {{
+        const element = document.getElementById("{name}");
+        window.seen = [];
+        new MutationObserver(() => seen.push(element.textContent)).observe(element, {{ childList: true }});
+    }}""")
+    return "window.seen"
 
 
 def wait_for_end(page):
@@ -108,6 +139,19 @@ def start(page, question):
 def ask(page, question):
     """Ask, and give the answer's element once it is complete."""
     answer = start(page, question)
+    wait_for_end(page)
+    return answer
+
+
+def ask_slowly(page, fake, question):
+    """As `ask`, with a rest of 0.2 seconds at least behind the first piece. It is longer than what came before, so that
+    the answer has a speed however busy the machine is."""
+    fake.hold = threading.Event()
+    began = time.monotonic()
+    answer = start(page, question)
+    answer.locator(".text:not(:empty)").wait_for()
+    page.wait_for_timeout(200 + 1000 * (time.monotonic() - began))
+    fake.hold.set()
     wait_for_end(page)
     return answer
 

@@ -12,12 +12,22 @@ export function create() {
   return { id, title: "", changed: 0, shown: null, nodes: [] };
 }
 
+/** Whether what the browser kept is a conversation: who had the page's address before may have left something else. */
+export function isSound({ title, changed, shown, nodes }) {
+  const follows = ({ id, parent, role, content }, place) => id === place && typeof content === "string"
+    && (role === "user" || role === "assistant")
+    && (parent === null || (Number.isInteger(parent) && parent >= 0 && parent < place));
+  return typeof title === "string" && Number.isFinite(changed)
+    && Array.isArray(nodes) && nodes.every((node, place) => follows(node ?? {}, place))
+    && (shown === null || Object.hasOwn(nodes, shown));
+}
+
 /** A new node at the end of the branch that `parent` ends, which is shown from then on. */
 export function add(conversation, parent, fields) {
   const node = { id: conversation.nodes.length, parent, ...fields };
   conversation.nodes.push(node);
   conversation.shown = node.id;
-  conversation.title ||= node.content.trim().split("\n", 1)[0].slice(0, TITLE_LENGTH);
+  conversation.title ||= [...node.content.trim().split("\n", 1)[0]].slice(0, TITLE_LENGTH).join("");
   return node;
 }
 

@@ -1,5 +1,6 @@
 // The list of conversations that the browser keeps.
 
+import { isSound } from "./conversation.js";
 import { $, make } from "./elements.js";
 import { openStore } from "./store.js";
 import { word } from "./words.js";
@@ -16,8 +17,9 @@ export class History {
   static async load(open, shown) {
     const history = new History();
     history.#store = await openStore();
-    history.#isKept = history.#store.isKept;
-    history.#conversations = (await history.#store.all()).sort((a, b) => b.changed - a.changed);
+    const { kept } = history.#store;
+    history.#isKept = kept !== null;
+    history.#conversations = (kept ?? []).filter(isSound).sort((a, b) => b.changed - a.changed);
     history.#open = open;
     history.#shown = shown;
     $("delete-all").addEventListener("click", () => history.#remove(history.#conversations, null));
@@ -57,7 +59,8 @@ export class History {
       });
       return make("li", { "data-id": conversation.id }, open, remove);
     }));
-    if (focused) ($("list").querySelector(`[data-id="${focused}"] .open`) ?? $("new")).focus();
+    const item = focused && [...$("list").children].find(({ dataset }) => dataset.id === focused);
+    if (focused) (item?.querySelector(".open") ?? $("new")).focus();
     $("delete-all").hidden = this.#conversations.length === 0;
     $("kept").textContent = word(this.#isKept ? "kept" : "unkept");
     $("notice").hidden = this.#removed === null;

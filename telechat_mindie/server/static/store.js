@@ -14,25 +14,24 @@ async function open() {
   return asPromise(request);
 }
 
-/** {isKept, all(), put(conversation), remove(id)}, all of them asynchronous. */
+/** {kept, put(conversation), remove(id)}: `kept` are those of earlier visits, null where the browser keeps none. The
+    others give a promise, which holds once the browser has done it. */
 export async function openStore() {
-  let database;
   try {
-    database = await open();
-  } catch { // a private window
-    const map = new Map();
+    const database = await open();
+    const within = (mode, use) => new Promise((resolve, reject) => {
+      const transaction = database.transaction(STORE, mode);
+      const request = use(transaction.objectStore(STORE));
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onabort = () => reject(transaction.error); // with no space left perhaps only here, at its end
+      transaction.commit(); // now: of a page that is left meanwhile the browser would undo it
+    });
     return {
-      isKept: false,
-      all: async () => [...map.values()],
-      put: async (conversation) => { map.set(conversation.id, conversation); },
-      remove: async (id) => { map.delete(id); },
+      kept: await within("readonly", (store) => store.getAll()),
+      put: (conversation) => within("readwrite", (store) => store.put(conversation)),
+      remove: (id) => within("readwrite", (store) => store.delete(id)),
     };
+  } catch { // a private window
+    return { kept: null, put: async () => {}, remove: async () => {} };
   }
-  const within = async (mode, use) => asPromise(use(database.transaction(STORE, mode).objectStore(STORE)));
-  return {
-    isKept: true,
-    all: () => within("readonly", (store) => store.getAll()),
-    put: (conversation) => within("readwrite", (store) => store.put(conversation)),
-    remove: (id) => within("readwrite", (store) => store.delete(id)),
-  };
 }
