@@ -7,27 +7,31 @@ const LEAST_SHARE = 0.1;
 
 let model = null;
 
-/** The name of the service's model, which is asked for until the service gives it. */
-export async function modelName() {
-  model ??= await findModel();
+/** The name of the service's model, which is asked for until the service gives it. `signal` stops that. */
+export async function modelName(signal) {
+  model ??= await findModel(signal);
   return model;
 }
 
-async function findModel() {
-  const response = await fetch("v1/models");
+async function findModel(signal) {
+  const response = await fetch("v1/models", { signal });
   if (!response.ok) throw new Error(await errorText(response));
   const name = (await response.json())?.data?.[0]?.id;
   if (typeof name !== "string") throw new Error(word("noModel"));
   return name;
 }
 
-/** The error of MindIE ({error}), of OpenAI ({error: {message}}) or of FastAPI ({detail}). */
+/** The error of MindIE ({error}), of OpenAI ({error: {message}}) or of FastAPI ({detail}); of others all they say. */
+function errorIn(data) {
+  const error = data.error ?? data.detail ?? data.message ?? data;
+  const said = error.message ?? error;
+  return typeof said === "string" ? said : JSON.stringify(said);
+}
+
 async function errorText(response) {
   const text = (await response.text()).slice(0, 2000);
   try {
-    const data = JSON.parse(text);
-    const error = data.error ?? data.detail ?? data.message;
-    return `HTTP ${response.status}: ${typeof error === "string" ? error : error?.message ?? JSON.stringify(error)}`;
+    return `HTTP ${response.status}: ${errorIn(JSON.parse(text))}`;
   } catch {
     return `HTTP ${response.status}: ${text}`;
   }
@@ -77,7 +81,7 @@ export async function answer(node, body, signal, onGrowth) {
     onGrowth();
   };
   try {
-    node.model = await modelName();
+    node.model = await modelName(signal);
     const response = await fetch("prompt" in body ? "v1/completions" : "v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
@@ -89,7 +93,7 @@ export async function answer(node, body, signal, onGrowth) {
     for await (const event of events(response)) {
       if (event === "[DONE]") { isEnded = true; continue; }
       const chunk = JSON.parse(event);
-      if (chunk.error) throw new Error(typeof chunk.error === "string" ? chunk.error : chunk.error.message);
+      if (chunk.error) throw new Error(errorIn(chunk));
       const choice = chunk.choices?.[0];
       const said = choice?.text ?? choice?.delta?.content ?? "";
       const thinks = choice?.delta?.reasoning_content ?? "";
