@@ -6,7 +6,7 @@ import random
 
 import pytest
 from helpers.fake_mindie import FakeMindie
-from helpers.page import Visits, ask, press
+from helpers.page import Visits, ask, press, reload
 
 SHOW = """async ([texts, isOver]) => {
     const { MarkdownView } = await import("/page/markdown.js");
@@ -74,6 +74,9 @@ CASES = {
         '<p><span class="math">\\(x_1\\)</span> 与 <span class="math">$\\frac{a}{b}$</span></p>'
     ),
     "故\n$$\na_1\n- b\n= c\n$$\n得": '<p>故</p><div class="math">$$\na_1\n- b\n= c\n$$</div><p>得</p>',
+    "a \\(x \\\\(y) \\) b \\[p \\\\[4pt] q \\] \\(c": (
+        '<p>a <span class="math">\\(x \\\\(y) \\)</span> b <span class="math">\\[p \\\\[4pt] q \\]</span> (c</p>'
+    ),
     "\\[\nx \\\\\ny\n\\]": '<div class="math">\\[\nx \\\\\ny\n\\]</div>',
     "1. a\n\n   $$b_1$$\n": '<ol><li><p>a</p><div class="math">$$b_1$$</div></li></ol>',
     "$5 and $6, *so* $7": "<p>$5 and $6, <em>so</em> $7</p>",
@@ -130,6 +133,26 @@ def test_only_the_last_block_is_read_again(page):
         return [read, place.firstChild.isFirst && place.children[1].isFirst, text.length];
     }""")
     assert kept and read < 4 * length
+
+
+@pytest.mark.parametrize("opening", ["\\(", "x\\[", "\\\\\\("])
+def test_formulas_that_never_end_take_no_time(page, opening):
+    """Each would be read to the end: a paragraph of them took a hundred times as long as one of as many escapes."""
+    times = page.evaluate(
+        """async (opening) => {
+            const { MarkdownView } = await import("/page/markdown.js");
+            const take = (piece) => {
+                const text = piece.repeat(16000);
+                const begin = performance.now();
+                new MarkdownView(document.createElement("div")).put(text, false);
+                return performance.now() - begin;
+            };
+            take("\\\\!");
+            return [take("\\\\!"), take(opening)];
+        }""",
+        opening,
+    )
+    assert times[1] < 15 * times[0], times
 
 
 def test_a_long_listing_grows_in_its_place(page):
@@ -255,7 +278,7 @@ def test_hostile_answers_stay_text(fake, visit):
     assert len(links) >= 3  # the harmless ones came through
     page.wait_for_timeout(100)
     assert page.evaluate("window.pwned") is None
-    page.reload()  # from what the browser kept
+    reload(page)  # from what the browser kept
     page.locator("#list .open").click()
     assert "window.pwned" in page.locator(".assistant .text").text_content()
     assert (

@@ -17,8 +17,9 @@ const DISPLAYS = [
 ];
 const FORMULAS = [
   /^\$\$(?:(?!\$\$|\n *\n)[^])+\$\$/,
-  /^\\\((?:(?!\\\)|\n *\n)[^])+\\\)/,
-  /^\\\[(?:(?!\\\]|\n *\n)[^])+\\\]/,
+  // One within another is none: each of many that never end would be read to the end of the text. \\[ is a new line.
+  /^\\\((?:\\[^()]|[^\\\n]|\n(?! *\n))+\\\)/,
+  /^\\\[(?:\\[^[\]]|[^\\\n]|\n(?! *\n))+\\\]/,
   /^\$(?![\s$])(?:\\[^\n]|[^$\\\n])*?(?:\\[^\n]|[^\s$\\])\$(?!\w)/, // $5 and $6 are prices
 ];
 const begin = (text, patterns) => patterns.map((pattern) => pattern.exec(text)?.[0]).find((found) => found);
