@@ -59,6 +59,18 @@ def test_every_documented_command_exists_with_its_options(page, line):
         pytest.fail(f"{page}: {line}: {error.message}")
 
 
+@pytest.mark.parametrize("page", ["troubleshooting.md", "troubleshooting_zh.md"])
+def test_troubleshooting_quotes_messages_that_there_are(page):
+    rows = re.findall(r"^\| (.*?) \|.*\|$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+    quoted = [text for row in rows for text in re.findall("`(.*?)`", row)]
+    assert len(quoted) > 6
+    sources = [*(ROOT / "telechat_mindie").rglob("*.py"), *(ROOT / "telechat_mindie").rglob("*.yaml")]
+    said = "".join(path.read_text(encoding="utf-8") for path in [*sources, ROOT / "tools" / "venv.sh"])
+    for text in quoted:
+        for part in re.split(r"\.\.\.|: ", text):  # what differs from case to case, and where it is
+            assert part.strip() in said, text
+
+
 def section(page: str, number: int) -> list[str]:
     """The first bash block of the README's n-th section; both languages have the same sections."""
     parts = (ROOT / page).read_text(encoding="utf-8").split("\n## ")

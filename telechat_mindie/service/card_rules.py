@@ -80,7 +80,9 @@ def check_toolkit(environment: Mapping[str, str], root: Path = Path("/")) -> Ite
         return
     home = environment.get(CANN_HOME_VARIABLE, "")
     if not home:
-        yield error("cann-home", CANN_HOME_VARIABLE, "is not set, without which MindSpore's kernels fail", SOURCE_CANN)
+        yield error(
+            "cann-home", CANN_HOME_VARIABLE, "is not set, without which kernels for the cards fail", SOURCE_CANN
+        )
     elif not (root / home.lstrip("/")).is_dir():
         yield error("cann-home", CANN_HOME_VARIABLE, f"names {home}, which is not a folder", SOURCE_CANN)
 

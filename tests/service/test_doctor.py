@@ -104,7 +104,7 @@ def text(findings) -> str:
 
 
 class TestMindie:
-    """Pitfalls 14 and 16: a MindIE without the MindSpore wrapper falls back without a word."""
+    """Pitfalls 14 and 16: the daemon of a MindIE without the MindSpore wrapper takes backendType ms all the same."""
 
     @pytest.mark.parametrize("version", ["3.0.0", "3.0.0.beta.3", "3.0.0b3", "3.1.2", "4.0.0"])
     def test_without_the_wrapper(self, stage, version):

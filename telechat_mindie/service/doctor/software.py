@@ -141,8 +141,8 @@ def check_mindie(machine: Machine) -> Iterator[Finding]:
         yield error(
             "ms-wrapper",
             found.folder,
-            f"MindIE {version or 'of unknown version'} has no {MS_WRAPPER}: it would take backendType ms and fall back "
-            "without a word",
+            f"MindIE {version or 'of unknown version'} has no {MS_WRAPPER}: its daemon would take backendType ms, and "
+            "no worker load the model",
             f"{advice} {AS_ATB}",
         )
     elif release is not None and not release.ms_backend:

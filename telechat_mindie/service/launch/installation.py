@@ -108,7 +108,7 @@ def find_installation(home: Path | None, environment: Mapping[str, str], backend
         _need_atb(python, folders, environment)
     elif not (Path(folders["mindie_llm"]) / MS_WRAPPER).is_dir() or not (release is None or release.ms_backend):
         raise LaunchError(
-            f"has no MindSpore backend: it would take backendType ms and then load the model as another backend "
+            f"has no MindSpore backend: its daemon would take backendType ms, and no worker load the model "
             f"(MindIE {version or 'of unknown version'})",
             where=folders["mindie_llm"],
             expected=f"MindIE {working_releases()}",
