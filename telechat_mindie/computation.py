@@ -99,6 +99,13 @@ def trained_theta(config: TelechatConfig) -> float:
     return float(config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2)))
 
 
+def plain_length(config: TelechatConfig) -> int:
+    """Tokens up to which the rotary embedding is the plain one, for engines that stretch none; 0 where it never is."""
+    if dynamic_ntk(1, config.training_seqlen, config.base_seqlen) != (1.0, 1.0):
+        return 0
+    return min(config.seq_length, config.training_seqlen, config.base_seqlen)
+
+
 def plain_context(config: TelechatConfig) -> int | None:
     """Tokens up to which a `dynamic` rope_type is the plain embedding; None for a model that has none.
 

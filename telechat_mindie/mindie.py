@@ -16,6 +16,8 @@ MS, ATB = "ms", "atb"
 
 BACKENDS = (MS, ATB)
 
+BACKEND_WORDS = {MS: "ms: MindSpore, by MindIE up to 3.0.0.beta.2", ATB: "atb: MindIE 3.0 and later"}
+
 HOME_VARIABLES = ("MIES_INSTALL_PATH", "MINDIE_LLM_HOME_PATH")
 """What names the folder with bin/ and conf/; the first that is set does.
 
@@ -37,7 +39,7 @@ HOME_FOLDERS = ("", "mindie-service", "mindie-llm", "latest", "latest/mindie-ser
 WRAPPERS = {MS: "modeling/model_wrapper/ms", ATB: "modeling/model_wrapper/atb"}
 MS_WRAPPER = WRAPPERS[MS]
 """The folder of the package mindie_llm that knows backendType ms. A MindIE without it passes backendType ms in its C++
-checks and then falls back to another backend without a word."""
+checks, and then its workers end with NotImplementedError (v3.0.0 mindie_llm/modeling/model_wrapper/__init__.py)."""
 
 ATB_VARIABLES = ("ATB_HOME_PATH", "ATB_SPEED_HOME_PATH")
 """What atb's own set_env.sh and that of atb-models export; without them atb_llm finds no libraries (MindIE-LLM v3.0.0

@@ -70,6 +70,11 @@ class Quantised:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def allowed_tp(self) -> tuple[int, ...]:
+        """Numbers of cards that it can be served with."""
+        return (self.tp,) if self.tp else self.config.allowed_tp()
+
     def layers(self, *, quantised: bool) -> list[str]:
         """`self_attention.query`, `lm_head`: the matrices that are quantised, or that stay float, each once."""
         names = {

@@ -89,21 +89,13 @@ def convert_staged(
     journal = Journal(staged.path, _fingerprint(plan, source, *choices), resume=options.resume)
     try:
         staged.resumable = bool(journal.records)
-        _remove_strays(staged.path, journal)
+        journal.remove_strays()
         _write(plan, source, staged.path, journal, options, progress or (lambda _: None))
     finally:
         staged.resumable = bool(journal.records)
         journal.close()
     records = [journal.records[plan.path(rank, shard)] for rank in range(plan.tp) for shard in plan.shards]
     return Written(records, journal.odd_values)
-
-
-def _remove_strays(root: Path, journal: Journal) -> None:
-    """Delete what a killed run left unfinished, so that it cannot end up in the result."""
-    kept = {root / path for path in journal.records} | {root / Journal.NAME}
-    for path in root.rglob("*"):
-        if not path.is_dir() and path not in kept:
-            path.unlink()
 
 
 def _fingerprint(plan: ConversionPlan, source: Checkpoint, *choices: object) -> str:

@@ -118,6 +118,14 @@ class Journal:
         self.records |= {record.path: record for record in records}
         self.odd_values |= odd_values
 
+    def remove_strays(self) -> None:
+        """Delete what a killed run left unfinished, so that it cannot end up in the result."""
+        root = self._path.parent
+        kept = {root / path for path in self.records} | {self._path}
+        for path in root.rglob("*"):
+            if not path.is_dir() and path not in kept:
+                path.unlink()
+
     def close(self) -> None:
         self._file.close()
 

@@ -94,8 +94,7 @@ def _show_atb_dir(directory: AtbDir, kv_gb: int, *, as_json: bool) -> None:
     shape = CacheShape(measured.kv_bytes_per_token_per_rank, measured.block_size)
     blocks, longest = shape.usable_blocks_in(kv_gb * GB), measured.default_length
     tokens, sequences = blocks * measured.block_size, shape.sequences(blocks, longest)
-    facts.add("backend", "atb: MindIE 3.0 and later", backend=measured.backend)
-    _add_shape(facts, directory.config)
+    _add_shape(facts, directory.config, measured.backend)
     facts.add("dtype", directory.dtype, dtype=directory.dtype)
     if model is not None:
         layers, left = model.layers(quantised=True), model.layers(quantised=False)
@@ -130,7 +129,7 @@ def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     weight_bytes, qkv_concat = measured.weight_bytes_per_rank, directory.manifest["qkv_concat"]
     kernels = describe_cpu_kernels(serving.dtype, tp)
     facts = Facts()
-    _add_shape(facts, config)
+    _add_shape(facts, config, measured.backend)
     concat = f"qkv_concat {'on' if qkv_concat else 'off'}"
     facts.add("dtype", f"{serving.dtype}, {concat}", dtype=serving.dtype, qkv_concat=qkv_concat)
     weights = f"{tp}, {format_bytes(weight_bytes)} of weights a rank"
@@ -147,7 +146,10 @@ def _show_model_dir(directory: ModelDir, kv_gb: int, *, as_json: bool) -> None:
     facts.show(str(directory.path), as_json=as_json)
 
 
-def _add_shape(facts: Facts, config: TelechatConfig) -> None:
+def _add_shape(facts: Facts, config: TelechatConfig, backend: str) -> None:
+    from telechat_mindie.mindie import BACKEND_WORDS
+
+    facts.add("backend", BACKEND_WORDS[backend], backend=backend)
     experts = "none"
     if config.is_moe:
         active = f"{config.active_parameter_count:,} active parameters"

@@ -56,21 +56,14 @@ def plan(
     """
     import shutil
 
-    from telechat_mindie import variants
-    from telechat_mindie.checkpoint.estimate import from_config, peak_memory, probe_disk, source_facts
-    from telechat_mindie.checkpoint.fitting import CARD_SIZES, Fitting, smallest
-    from telechat_mindie.checkpoint.generation import read_generation
-    from telechat_mindie.checkpoint.mapping import mindformers_targets
-    from telechat_mindie.checkpoint.plan import make_plan
-    from telechat_mindie.checkpoint.stream import choose_dtype
+    from telechat_mindie.checkpoint.estimate import probe_disk
+    from telechat_mindie.checkpoint.fitting import CARD_SIZES, smallest
     from telechat_mindie.checkpoint.training_run import RunChoice
-    from telechat_mindie.commands.output import Facts, print_table
-    from telechat_mindie.commands.plan_atb import atb_facts
-    from telechat_mindie.computation import refusal
+    from telechat_mindie.commands.output import print_table
+    from telechat_mindie.commands.plan_facts import Model, plan_for_atb, plan_for_ms
     from telechat_mindie.errors import InputError
     from telechat_mindie.mindie import ATB, backend_named
-    from telechat_mindie.model_dir.atb.plan import AtbOptions, refuse_ms_options
-    from telechat_mindie.model_dir.build import BuildOptions, check_lengths, read_tokenizer
+    from telechat_mindie.model_dir.atb.plan import refuse_ms_options
     from telechat_mindie.units import format_bytes, format_duration
 
     if (checkpoint is None) == (variant is None):
@@ -78,80 +71,35 @@ def plan(
     choice = RunChoice(strategy, step, tuple(other_sources or ()), packed_by_rank)
     if checkpoint is None and (config_dir or choice):
         raise InputError("is for a checkpoint", where="--config, --strategy, --step, --source, --packed-by-rank")
+    model = Model(checkpoint, variant, config_dir, choice)
     if backend_named(backend) == ATB:
         refuse_ms_options(dtype, not no_qkv_concat, max_seq_len, block_size)
-        options = AtbOptions(config_dir=config_dir, choice=choice)
-        facts = atb_facts(checkpoint, variant, options, tp, device_mem, target)
-        facts.show(str(checkpoint or variant), as_json=as_json)
-        return
-    source = (
-        from_config(variants.named(variant)) if checkpoint is None else source_facts(checkpoint, config_dir, choice)
-    )
-    config = source.config
-    targets = mindformers_targets(config, qkv_concat=not no_qkv_concat, transposed_experts=config.is_moe)
-    made = make_plan(config, targets, choose_dtype(dtype, source.dtype, config), tp)
-    length = max_seq_len or config.seq_length
-    free, peak = shutil.disk_usage(target).free, peak_memory(made)
-    short = max(0, made.output_bytes - free)
-    facts = Facts()
-    facts.add(
-        "source",
-        f"{source.tensors} tensors, {format_bytes(source.nbytes)} of {source.dtype}",
-        source={"tensors": source.tensors, "bytes": source.nbytes, "dtype": source.dtype},
-        parameters=config.parameter_count,
-    )
-    if source.assumed:
-        facts.add("assumed", source.assumed, assumed=source.assumed)
-    if source.note:
-        facts.add("note", source.note, note=source.note)
-    beside = config_dir or checkpoint
-    if beside is not None and beside.is_dir():
-        read_generation(beside, config)
-        if (beside / "tokenizer.model").exists():
-            read_tokenizer(beside, config, "chat")
-            facts.add("tokenizer", "works, with the checkpoint's own settings", tokenizer=True)
-        else:
-            facts.add("tokenizer", "not there yet; `build` tries it before it writes", tokenizer=False)
-    facts.add(
-        "output",
-        f"{tp} x {len(made.shards)} files, {format_bytes(made.output_bytes)} of {made.dtype}",
-        dtype=made.dtype,
-        tp=tp,
-        files=[{"path": made.path(0, shard), "bytes": shard.nbytes, "ranks": tp} for shard in made.shards],
-        output_bytes=made.output_bytes,
-    )
-    refused = refusal(config)
-    try:
-        check_lengths(BuildOptions(max_seq_len=max_seq_len, block_size=block_size), config)
-    except InputError as error:
-        refused = refused or str(error)
-    if refused is not None:
-        facts.add("build", f"would refuse it: {refused}", build_refusal=refused)
-    nbytes = made.rank_bytes
-    facts.add("weights a card", format_bytes(nbytes), rank_bytes=nbytes)
-    per_token = config.kv_bytes_per_token(made.dtype, tp)
-    cache = f"{format_bytes(per_token)} a token and card"
-    facts.add("KV cache", cache, kv_bytes_per_token=per_token, max_seq_len=length)
-    facts.add("peak memory", f"about {format_bytes(peak)}, whatever the model", peak_memory_bytes=peak)
+        planned = plan_for_atb(model, tp)
+    else:
+        planned = plan_for_ms(model, tp, dtype, not no_qkv_concat, max_seq_len, block_size)
+    facts, fitting = planned.facts, planned.fitting
+    free = shutil.disk_usage(target).free
+    short = max(0, planned.output_bytes - free)
     missing = f": {format_bytes(short)} too little" if short else ""
     disk = f"{format_bytes(free)} free in {target.resolve()}{missing}"
     facts.add("disk", disk, disk_free_bytes=free, disk_short_bytes=short)
     if probe:
         speed = probe_disk(target)
         # Reading and writing go on side by side; a disk that does both takes the sum.
-        seconds = (source.nbytes + made.output_bytes) / speed
+        seconds = (planned.source_bytes + planned.output_bytes) / speed
         time = f"about {format_duration(seconds)} at {format_bytes(speed)}/s, if one disk reads and writes"
         facts.add("time", time, disk_bytes_per_second=round(speed), estimated_seconds=round(seconds))
-    fitting = Fitting(config, targets, made.dtype, block_size, length)
     cards = sorted({*CARD_SIZES, *([] if device_mem is None else [device_mem])})
-    table = fitting.table(tp, cards)
+    table = fitting.table(planned.tp, cards)
     best = smallest(table)
     if device_mem is not None:
-        (fit,) = fitting.on(tp, [device_mem])
-        held = f"{fit.budget}, so {fit.budget.cache} GB of cache: {fit}"
-        facts.add(f"{tp} x {device_mem:g} GB", fit.refusal or held, fit=fit.as_dict())
+        (fit,) = (fit for row in table for fit in row if (fit.tp, fit.card) == (planned.tp, device_mem))
+        held = f"{fit.budget}, so {fit.cache:.4g} GB of cache: {fit}"
+        facts.add(f"{fit.tp} x {device_mem:g} GB", fit.refusal or held, fit=fit.as_dict())
     named = (
-        f"{best.tp} x {best.card:g} GB: {best}" if best else f"none of these holds one sequence of {length:,} tokens"
+        f"{best.tp} x {best.card:g} GB: {best}"
+        if best
+        else f"none of these holds one sequence of {fitting.longest:,} tokens"
     )
     facts.add(
         "smallest that fits",
@@ -164,8 +112,7 @@ def plan(
         return
     rows = [(str(row[0].tp), format_bytes(row[0].rank_bytes), *map(str, row)) for row in table]
     print_table("what fits", rows, ("cards (tp)", "weights each", *(f"{card:g} GB cards" for card in cards)))
-    ranks = f"rank_0 .. rank_{tp - 1}" if tp > 1 else "rank_0"
-    listing = [(made.path(0, shard).replace("rank_0", ranks), format_bytes(shard.nbytes)) for shard in made.shards]
+    listing = [(name, format_bytes(nbytes)) for name, nbytes in planned.listing]
     if len(listing) > LISTED_FILES:
         listing[LISTED_FILES - 1 :] = [(f"and {len(listing) - LISTED_FILES + 1} more", "")]
     print_table("files", listing, ("file", "size each"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from telechat_mindie.errors import InputError, TokenizerError
 from telechat_mindie.kv_budget import BLOCK_SIZES
 from telechat_mindie.model_dir.daemon_files import TOP_K_LIMIT
 from telechat_mindie.model_dir.layout import MANIFEST, ModelDir
-from telechat_mindie.model_dir.modes import path_fault
+from telechat_mindie.model_dir.modes import place_note
 from telechat_mindie.model_dir.modules import OWN_MODULES
 from telechat_mindie.model_dir.serving import BEYOND_PLAIN, MAX_BLOCK_SIZE, MAX_SEQ_LEN
 from telechat_mindie.reading import read_json, read_text, unique_keys
@@ -76,8 +75,8 @@ def build(
         InputError: an option is out of range.
     """
     options = options or BuildOptions()
-    if rule := path_fault(os.path.abspath(model_path)):  # noqa: PTH100 - as it will be named, links and all
-        on_note(f"MindIE will refuse {model_path} at this place, for a path may have {rule}: rename or move it then.")
+    if note := place_note(model_path):
+        on_note(note)
     source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
     beside = source.config_dir
     if source.note:

@@ -59,6 +59,14 @@ def path_fault(value: str) -> LiteralString:
     return ""
 
 
+def place_note(model_path: Path) -> str:
+    """What to say before a directory is made where MindIE will not take it; empty where it will."""
+    rule = path_fault(os.path.abspath(model_path))  # noqa: PTH100 - as it will be named, links and all
+    if not rule:
+        return ""
+    return f"MindIE will refuse {model_path} at this place, for a path may have {rule}: rename or move it then."
+
+
 def tree(root: Path) -> list[Path]:
     """`root` and everything below it, links not followed, at most MAX_ENTRIES."""
     entries = [root]

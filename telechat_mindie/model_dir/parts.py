@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,9 +161,8 @@ def _without_manifest(path: Path) -> tuple[str, Path, str, str]:
         row, found = match
         return "model-dir", path, f"{message}, and {row.what} (found {found})", row.advice
     if "config.json" in names and any(Path(name).suffix in WEIGHT_SUFFIXES for name in names):
-        advice = (
-            f"Build a model directory of it: telechat-mindie build {path.resolve().name}-mindie --checkpoint {path}"
-        )
+        command = shlex.join(["telechat-mindie", "build", f"{path.resolve().name}-mindie", "--checkpoint", str(path)])
+        advice = f"Build a model directory of it: {command}"
         return "model-dir", path, f"{message}, but a checkpoint's config.json and weights", advice
     return "manifest", path, message, "Make one with `telechat-mindie build MODEL_PATH --checkpoint DIR`."
 
@@ -170,7 +170,7 @@ def _without_manifest(path: Path) -> tuple[str, Path, str, str]:
 def _for_atb(path: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     """What to say of a directory of the other backend, and how its model is served on a CPU."""
     message = "was built for backendType atb of MindIE 3.0: no MindSpore loads it"
-    source = f"--checkpoint {path}"
+    source = f"--checkpoint {shlex.quote(str(path))}"
     if manifest.get("dtype") not in WEIGHT_DTYPES:
         message += f", and {manifest.get('dtype')} computes on NPUs alone"
         source = "--checkpoint DIR of the checkpoint that was quantised"

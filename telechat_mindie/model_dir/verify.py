@@ -23,7 +23,7 @@ from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, InputError, ModelDirError, name_some
 from telechat_mindie.model_dir.atb.layout import AtbDir
-from telechat_mindie.model_dir.atb.plan import atb_conversion
+from telechat_mindie.model_dir.atb.plan import atb_conversion, refuse_float_options
 from telechat_mindie.model_dir.files import changes, differences
 from telechat_mindie.model_dir.layout import ModelDir
 from telechat_mindie.model_dir.manifest import Entry, section
@@ -52,7 +52,7 @@ def check_against(
         on_note: called with what a person should know of how the checkpoint was read.
 
     Raises:
-        InputError: the manifest names more adapters, or fewer.
+        InputError: the manifest names more adapters, or fewer; an option is for another form of checkpoint.
         ModelDirError: the directory was built from a model of another shape.
         ConfigError, CheckpointError: the checkpoint is refused.
     """
@@ -66,6 +66,7 @@ def check_against(
             found=name_some(adapters) if adapters else "none",
         )
     if isinstance(directory, AtbDir) and directory.quantised is not None:
+        refuse_float_options(config_dir, choice)
         return _copies_that_differ(directory, read_quantised(checkpoint), on_start)
     source = open_checkpoint(checkpoint, config_dir, adapters, choice)
     if source.note:

@@ -10,7 +10,6 @@ from typing import Any
 from telechat_mindie import templates
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.mindie import GENERATIONS
-from telechat_mindie.model_dir.atb.rules import beyond_plain
 from telechat_mindie.service import ports, schema
 from telechat_mindie.service.certificates import Certificate, https_certificates
 from telechat_mindie.service.derive import Derived, derive
@@ -88,8 +87,8 @@ def _beyond_plain(config: dict[str, Any], facts: ModelFacts) -> Iterator[schema.
     """A maxSeqLen that the daemon takes, and that the backend computes wrong."""
     here, plain = (*DEPLOY, "maxSeqLen"), facts.plain_length
     length = typed_at(config, here)
-    if plain is not None and length is not None and beyond_plain(length, plain):
-        expected = f"at most {plain}, which is base_seqlen: atb_llm has no dynamic NTK"
+    if plain is not None and length is not None and length > plain:
+        expected = f"at most {plain}: atb_llm has no dynamic NTK"
         yield warning(here, "plain-length", expected, length, f"Set it to {plain}: longer answers are not the model's.")
 
 

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.elsewhere.layout import CODE
-from telechat_mindie.checkpoint.elsewhere.limits import limits, plain_length
+from telechat_mindie.checkpoint.elsewhere.limits import limits
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.cli import app
+from telechat_mindie.computation import plain_length
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, InputError, TokenizerError
 from telechat_mindie.model_dir.build import build

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from telechat_mindie.checkpoint.fitting import CARD_SIZES, USUAL_TP, Fitting, smallest
 from telechat_mindie.checkpoint.mapping import mindformers_targets
+from telechat_mindie.checkpoint.plan import make_plan
 from telechat_mindie.cli import app
 from telechat_mindie.kv_budget import RESERVED_BLOCKS
 from telechat_mindie.units import GB
@@ -24,7 +25,11 @@ def plan(*arguments):
 def table(variant, tp=1, longest=8192, cards=CARD_SIZES):
     config = VARIANTS[variant]
     targets = mindformers_targets(config, qkv_concat=True, transposed_experts=config.is_moe)
-    return Fitting(config, targets, "float16", 128, longest).table(tp, cards)
+
+    def rank_bytes(ranks):
+        return make_plan(config, targets, "float16", ranks).rank_bytes
+
+    return Fitting(config, "float16", 128, longest, rank_bytes, config.allowed_tp()).table(tp, cards)
 
 
 @pytest.mark.parametrize(("variant", "tp", "card"), [("3b", 1, 32), ("7b", 1, 32), ("35b", 2, 64), ("115b", 8, 64)])

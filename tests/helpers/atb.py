@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors.numpy import save_file
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.config import TelechatConfig
+from telechat_mindie.findings import Finding
+from telechat_mindie.model_dir.atb.inspect import inspect_atb
+from telechat_mindie.model_dir.modes import User
 from telechat_mindie.staging import DIR_MODE, FILE_MODE
 
 CONFIG: dict[str, Any] = {
@@ -38,6 +42,7 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 128,
     "do_sample": False,
 }
+SHARD = "model-00001-of-00001.safetensors"
 QUANTISED = ("self_attention.query", "self_attention.key_value", "self_attention.dense", "mlp.gate_proj", "mlp.up_proj")
 """What msmodelslim quantises by MindIE's recipe; down_proj and lm_head stay float."""
 
@@ -51,7 +56,7 @@ def make_atb_directory(
         weight.name: np.ones(weight.shape, dtype)
         for weight in weights(TelechatConfig.from_dict(config | {"auto_map": None})).values()
     }
-    _write(directory, config, generation, {"model-00001-of-00001.safetensors": arrays})
+    _write(directory, config, generation, {SHARD: arrays})
     return arrays
 
 
@@ -127,6 +132,11 @@ def make_w8a8sc_directory(directory: Path, tp: int = 2, prefix: str = "transform
         save_file(arrays, folder / "quant_model_weight_w8a8sc.safetensors")
         (folder / "quant_model_description.json").write_text(json.dumps(described))
     _close(directory)
+
+
+def faults(path: Path, *, full: bool = False) -> list[Finding]:
+    """What `inspect_atb` finds wrong, seen by this user."""
+    return [item for item in inspect_atb(path, User(os.geteuid()), full=full).findings if item.severity != "ok"]
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

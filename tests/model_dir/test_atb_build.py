@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.atb import make_w8a8_directory, make_w8a8sc_directory
+from helpers.atb import SHARD, faults
 from helpers.checkpoints import MOE, make_checkpoint
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
@@ -25,12 +25,10 @@ from telechat_mindie.errors import CheckpointError, ConfigError, InputError, Mod
 from telechat_mindie.model_dir.atb import build as building
 from telechat_mindie.model_dir.atb.build import build_atb
 from telechat_mindie.model_dir.atb.generation import complete
-from telechat_mindie.model_dir.atb.inspect import inspect_atb
 from telechat_mindie.model_dir.atb.layout import AtbDir
 from telechat_mindie.model_dir.atb.plan import AtbOptions
 from telechat_mindie.model_dir.build import build
 from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.model_dir.modes import User
 from telechat_mindie.model_dir.verify import check_against, check_files
 
 SMALL: dict[str, Any] = {
@@ -42,7 +40,6 @@ SMALL: dict[str, Any] = {
     "base_seqlen": 256,
     "training_seqlen": 256,
 }
-SHARD = "model-00001-of-00001.safetensors"
 FILES = {
     *("config.json", "configuration_telechat2.py", "generation_config.json", "manifest.json", "modeling_telechat2.py"),
     *(SHARD, "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
@@ -67,25 +64,6 @@ def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("w8a8") / "source"
-    make_w8a8_directory(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("w8a8sc") / "source"
-    make_w8a8sc_directory(path)
-    return path
-
-
-def faults(path: Path) -> list[str]:
-    found = inspect_atb(path, User(os.geteuid()), full=True).findings
-    return [item.message for item in found if item.severity != "ok"]
-
-
 # The directory
 
 
@@ -93,7 +71,7 @@ def test_the_files_and_their_modes(built: Path) -> None:
     assert {entry.name for entry in built.iterdir()} == FILES
     assert {entry.stat().st_mode & 0o777 for entry in built.iterdir()} == {0o640}
     assert built.stat().st_mode & 0o777 == 0o750
-    assert faults(built) == []
+    assert faults(built, full=True) == []
     manifest = json.loads((built / "manifest.json").read_text())
     assert manifest["backend"] == "atb" and manifest["dtype"] == "float16" and manifest["tp"] == 2
     assert manifest["files"].keys() == FILES - {"manifest.json"}
@@ -149,7 +127,7 @@ def test_shapes_of_the_released_sizes(
     build_atb(tmp_path / "model", tmp_path / "ckpt", AtbOptions(tp=allowed[-1]))
     directory = AtbDir.open(tmp_path / "model")
     assert directory.tp == allowed[-1] and directory.allowed_tp == allowed
-    assert faults(tmp_path / "model") == []
+    assert faults(tmp_path / "model", full=True) == []
     held = [directory.rank_bytes(tp) for tp in allowed]
     assert held == sorted(held, reverse=True)
     with pytest.raises(ConfigError, match="cannot be split into that many ranks"):
@@ -157,11 +135,15 @@ def test_shapes_of_the_released_sizes(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_note_of_lengths_that_are_computed_wrong(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_note_of_lengths_that_are_computed_wrong_and_of_a_place_that_mindie_refuses(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     notes: list[str] = []
     build_atb(tmp_path / "model", checkpoint, on_note=notes.append)
     (note,) = notes
     assert "512" in note and "no dynamic NTK" in note and "256" in note
+    build_atb(tmp_path / "模型", checkpoint, on_note=notes.append)
+    assert notes[1].startswith(f"MindIE will refuse {tmp_path / '模型'}") and notes[2:] == [note]
 
 
 # Refusals
@@ -174,6 +156,7 @@ def test_a_note_of_lengths_that_are_computed_wrong(checkpoint: Path, tmp_path: P
         ({"rope_theta": 1e6}, r"1e\+06: atb_llm computes with 10000"),
         (MOE, "4 experts: atb_llm's TeleChat has none.*backendType ms"),
         ({"embed_layernorm": True}, "leaves that norm out"),
+        ({"base_seqlen": 128}, "128, below training_seqlen 256"),
         ({"partial_rotary_factor": 0.5}, "would change what the model computes"),
     ],
 )
@@ -242,7 +225,7 @@ def test_w8a8_is_passed_on_untouched(quantised: Path, compressed: Path, tmp_path
         assert json.loads((target / "config.json").read_text())["quantize"] == kind
         assert {entry.stat().st_mode & 0o777 for entry in target.rglob("*") if entry.is_file()} == {0o640}
         assert {entry.stat().st_mode & 0o777 for entry in target.rglob("*") if entry.is_dir()} <= {0o750}
-        assert faults(target) == []
+        assert faults(target, full=True) == []
         assert check_files(AtbDir.open(target)) == [] and AtbDir.open(target).tp == made.tp
 
 
@@ -281,8 +264,11 @@ def test_a_killed_copy_is_resumed(quantised: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(building, "copy_file", copy)
     with pytest.raises(KeyboardInterrupt):
         build_atb(tmp_path / "model", quantised)
+    for name in (".config.json.new", copied[2]):  # half written
+        (tmp_path / ".model.partial" / name).write_text("x")
     build_atb(tmp_path / "model", quantised, AtbOptions(resume=True))
     assert copied[3:] == copied[2:3] and len(copied) == 4
+    assert faults(tmp_path / "model", full=True) == []  # nor anything left over
     assert hashes(tmp_path / "model") == hashes(quantised)
 
 
@@ -292,7 +278,7 @@ def test_a_killed_copy_is_resumed(quantised: Path, tmp_path: Path, monkeypatch: 
 def test_what_is_lost_is_built_again_for_the_same_backend(built: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(built, tmp_path / "model"))
     (copy / "modeling_telechat2.py").unlink()
-    (item,) = (item for item in inspect_atb(copy, User(os.geteuid())).findings if item.severity == "error")
+    (item,) = (item for item in faults(copy) if item.severity == "error")
     assert item.id == "missing-file" and item.advice.endswith("--backend atb")
 
 
@@ -317,6 +303,8 @@ def test_verify_of_quantised_ones(quantised: Path, tmp_path: Path) -> None:
     build_atb(tmp_path / "model", quantised)
     directory = AtbDir.open(tmp_path / "model")
     assert check_against(directory, quantised) == []
+    with pytest.raises(InputError, match=r"--config, --strategy.*not quantised"):
+        check_against(directory, quantised, config_dir=quantised)
     other = Path(shutil.copytree(quantised, tmp_path / "other"))
     first = sorted(other.glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:-1] + b"\x7f")
@@ -362,6 +350,30 @@ def test_the_commands(run: Any, checkpoint: Path, quantised: Path, tmp_path: Pat
     with pytest.raises(ModelDirError, match=r"has no manifest\.json to prove it by"):
         run("verify", quantised)
     assert run("build", tmp_path / "q", "--checkpoint", quantised, "--backend", "atb")["dtype"] == "W8A8"
+
+
+def test_a_plan_says_what_fits_as_for_ms(run: Any, compressed: Path) -> None:
+    options = ("--variant", "115b", "--backend", "atb", "--tp", 2, "--device-mem", 24)
+    planned = run("plan", *options)
+    assert planned["fit"]["fits"] is False and "does not hold the weights" in planned["fit"]["refusal"]
+    assert [(fit["tp"], fit["fits"]) for fit in planned["cards"]][-3:] == [(8, False), (8, False), (8, True)]
+    assert planned["smallest"] == planned["cards"][-1] and planned["smallest"]["npu_mem_gb"] == -1
+    ms = run("plan", *options[:2], *options[4:])
+    assert ms["backend"] == "ms" and ms["fit"].keys() == planned["fit"].keys()
+    # What was compressed for two cards has no other number of them.
+    only = run("plan", "--checkpoint", compressed, "--backend", "atb")
+    assert {fit["tp"] for fit in only["cards"]} == {2} == {only["tp"]}
+    assert only["source"]["dtype"] == "W8A8SC"
+
+
+def test_a_plan_probes_the_disk_where_that_is_asked(
+    run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telechat_mindie.checkpoint.estimate.probe_disk", lambda folder: 1000)
+    options = ("plan", "--checkpoint", checkpoint, "--backend", "atb", "--target", tmp_path)
+    planned = run(*options, "--probe")
+    assert planned["estimated_seconds"] == round((planned["source"]["bytes"] + planned["output_bytes"]) / 1000) > 0
+    assert "estimated_seconds" not in run(*options)
 
 
 def test_a_plan_of_a_size(run: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,21 +11,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.atb import CONFIG, GENERATION, make_atb_directory, make_w8a8_directory, make_w8a8sc_directory, merged
+from helpers.atb import (
+    CONFIG,
+    GENERATION,
+    SHARD,
+    faults,
+    make_atb_directory,
+    make_w8a8_directory,
+    make_w8a8sc_directory,
+    merged,
+)
 from safetensors.numpy import load_file, save_file
 
+from telechat_mindie.checkpoint.mapping import weights
 from telechat_mindie.checkpoint.msmodelslim import read_quantised
 from telechat_mindie.checkpoint.source import open_checkpoint
+from telechat_mindie.computation import plain_length
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import CheckpointError, ConfigError, ModelDirError, TelechatMindieError
 from telechat_mindie.findings import Finding
-from telechat_mindie.model_dir.atb.inspect import inspect_atb
 from telechat_mindie.model_dir.atb.layout import AtbDir, is_atb, rank_bytes
+from telechat_mindie.model_dir.atb.rules import model_refusals
 from telechat_mindie.model_dir.layout import ModelDir
-from telechat_mindie.model_dir.modes import User
 from telechat_mindie.variants import VARIANTS
 
-SHARD = "model-00001-of-00001.safetensors"
 DESCRIPTION = "quant_model_description.json"
 QUERY = "transformer.h.3.self_attention.query"
 
@@ -38,31 +46,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("w8a8") / "model"
-    make_w8a8_directory(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("w8a8sc") / "model"
-    make_w8a8sc_directory(path)
-    return path
-
-
 def copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target / "model"))
 
 
-def found(path: Path) -> list[Finding]:
-    return [item for item in inspect_atb(path, User(os.geteuid())).findings if item.severity != "ok"]
-
-
 def the_error(path: Path) -> Finding:
     """The one error, which `AtbDir.open` raises in one sentence with the way out."""
-    (only,) = (item for item in found(path) if item.severity == "error")
+    (only,) = (item for item in faults(path) if item.severity == "error")
     with pytest.raises((ConfigError, ModelDirError), match=re.escape(only.message)):
         AtbDir.open(path)
     return only
@@ -82,7 +72,7 @@ def edit_shard(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) 
 
 def test_directories_as_they_should_be(plain: Path, quantised: Path, compressed: Path) -> None:
     for path in (plain, quantised, compressed):
-        assert found(path) == [], path
+        assert faults(path) == [], path
         assert AtbDir.open(path).config.num_layers == 30
 
 
@@ -91,6 +81,7 @@ def test_directories_as_they_should_be(plain: Path, quantised: Path, compressed:
     [
         ({"n_layer": 24}, "atb-layers", "24 layers: below 30"),
         ({"rope_theta": 1e6}, "atb-rope-theta", "1e\\+06: atb_llm computes with 10000"),
+        ({"base_seqlen": 128}, "atb-ntk", "128, below training_seqlen 512: .* stretched at any length"),
         ({"torch_dtype": "bfloat16"}, "atb-dtype", "'bfloat16'"),
         ({"torch_dtype": None}, "atb-config-key", "another model's value"),
         ({"num_key_value_heads": None, "num_attention_heads": 4}, "atb-config-key", "in this spelling"),
@@ -140,20 +131,20 @@ def test_experts_and_the_norm_of_embeddings_are_refused(tmp_path: Path) -> None:
 def test_generation_configs_that_are_refused(plain: Path, tmp_path: Path, changes: dict[str, Any], id: str) -> None:
     path = copy(plain, tmp_path)
     edit_json(path / "generation_config.json", changes)
-    assert {item.id for item in found(path) if item.severity == "error"} == {id}
+    assert {item.id for item in faults(path) if item.severity == "error"} == {id}
 
 
 def test_generation_configs_that_are_taken(plain: Path, tmp_path: Path) -> None:
     path = copy(plain, tmp_path)
     edit_json(path / "generation_config.json", {"max_new_tokens": 509, "top_k": -1, "temperature": 0})
-    assert found(path) == []
+    assert faults(path) == []
     edit_json(path / "generation_config.json", {"max_new_tokens": None, "max_length": 3})
-    assert found(path) == []
+    assert faults(path) == []
     edit_json(path / "generation_config.json", {"system_token_id": None})
-    (only,) = found(path)
+    (only,) = faults(path)
     assert (only.severity, only.id) == ("warning", "atb-token-id")
     (path / "generation_config.json").unlink()
-    assert {item.id for item in found(path)} == {"atb-token-id", "atb-length"}
+    assert {item.id for item in faults(path)} == {"atb-token-id", "atb-length"}
 
 
 def test_weights_that_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -176,7 +167,7 @@ def test_unknown_tensors_are_passed_over(plain: Path, quantised: Path, tmp_path:
         path = copy(source, tmp_path / str(number))
         save_file({"rotary.odd": np.ones(1, np.float16)}, path / "odd.safetensors")
         (path / "odd.safetensors").chmod(0o640)
-        (only,) = found(path)
+        (only,) = faults(path)
         assert (only.id, only.severity) == ("tensor-names", "warning")
         AtbDir.open(path)
 
@@ -184,15 +175,15 @@ def test_unknown_tensors_are_passed_over(plain: Path, quantised: Path, tmp_path:
 def test_modes_paths_and_the_tokenizer(plain: Path, tmp_path: Path) -> None:
     path = copy(plain, tmp_path)
     (path / SHARD).chmod(0o644)
-    assert {item.id for item in found(path)} == {"file-mode"}
+    assert {item.id for item in faults(path)} == {"file-mode"}
     (path / SHARD).chmod(0o640)
     odd = path.rename(tmp_path / "model v2")
-    assert {item.id for item in found(odd)} == {"path"}
+    assert {item.id for item in faults(odd)} == {"path"}
     path = odd.rename(tmp_path / "model")
     (path / "tokenizer.json").unlink()
-    assert [(item.id, item.severity) for item in found(path)] == [("tokenizer", "warning")]
+    assert [(item.id, item.severity) for item in faults(path)] == [("tokenizer", "warning")]
     (path / "tokenizer.model").unlink()
-    assert [(item.id, item.severity) for item in found(path)] == [("tokenizer", "error")]
+    assert [(item.id, item.severity) for item in faults(path)] == [("tokenizer", "error")]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", DESCRIPTION, "manifest.json"])
@@ -203,7 +194,7 @@ def test_whatever_is_damaged_becomes_a_finding(quantised: Path, tmp_path: Path, 
     path = copy(quantised, tmp_path)
     (path / name).write_text(text)
     (path / name).chmod(0o640)
-    assert any(item.severity == "error" for item in found(path))
+    assert any(item.severity == "error" for item in faults(path))
     with pytest.raises(TelechatMindieError):
         AtbDir.open(path)
     with pytest.raises(TelechatMindieError):
@@ -228,8 +219,6 @@ def test_which_directories_are_for_atb(plain: Path, quantised: Path, tmp_path: P
 def test_bytes_of_a_card(label: str) -> None:
     """Every legal tp: the embedding whole, query and key_value twice, the rest divided, norms and biases not."""
     config = VARIANTS[label]
-    from telechat_mindie.checkpoint.mapping import weights
-
     table = weights(config)
     sizes = {name: 2 * int(np.prod(weight.shape)) for name, weight in table.items()}
     assert sum(sizes.values()) == config.weight_bytes("float16")
@@ -243,15 +232,11 @@ def test_bytes_of_a_card(label: str) -> None:
 
 
 def test_the_three_sizes_and_the_others() -> None:
-    from telechat_mindie.model_dir.atb.rules import model_refusals
-
     refused = {label: [refusal.id for refusal in model_refusals(config)] for label, config in VARIANTS.items()}
     assert refused == {"3b": ["atb-layers"], "7b": [], "35b": [], "115b": [], "39b-a12b": ["atb-moe"]}
 
 
 def test_published_configs(shared: Callable[[str], Path]) -> None:
-    from telechat_mindie.model_dir.atb.rules import model_refusals, plain_length
-
     published = json.loads(shared("published/configs.json").read_text())
     configs = {name: TelechatConfig.from_dict(data) for name, data in published.items()}
     refused = {name: [refusal.id for refusal in model_refusals(config)] for name, config in configs.items()}
@@ -340,7 +325,7 @@ def test_w8a8_described_otherwise(quantised: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(merged(described, changes)))
 
     rewrite({f"{QUERY}.weight": None})
-    assert any(item.id == "quantised-description" and QUERY in item.message for item in found(path))
+    assert any(item.id == "quantised-description" and QUERY in item.message for item in faults(path))
     for kind in ("W8A16", "W4A16", "W8A8_DYNAMIC", "W8A8S"):
         rewrite({"model_quant_type": kind})
         edit_json(path / "config.json", {"quantize": kind.lower()})
@@ -350,12 +335,12 @@ def test_w8a8_described_otherwise(quantised: Path, tmp_path: Path) -> None:
     edit_json(path / "config.json", {"quantize": None})
     assert "does not say how" in the_error(path).message
     rewrite({})
-    assert found(path) == []  # MindIE takes the kind from the description, too
+    assert faults(path) == []  # MindIE takes the kind from the description, too
     edit_json(path / "config.json", {"quantize": "W8A8"})
     assert "letter by letter" in the_error(path).message
     edit_json(path / "config.json", {"quantize": "w8a8"})
     file.rename(path / "quant_model_description_w8a8.json")
-    assert found(path) == []
+    assert faults(path) == []
 
 
 def test_a_float_query_beside_a_quantised_key_value(tmp_path: Path) -> None:
@@ -386,13 +371,13 @@ def test_anti_outlier_norms_and_norm_biases_are_known(quantised: Path, tmp_path:
     extra = {f"{norm}.{name}": np.ones(32, np.float16) for name in ("bias", "module.weight", "module.bias")}
     save_file(extra, path / "norms.safetensors")
     (path / "norms.safetensors").chmod(0o640)
-    assert found(path) == []
+    assert faults(path) == []
 
 
 def test_what_atb_would_take_for_plain_numbers(tmp_path: Path) -> None:
     """The embedding and lm_head are never dequantised, and keys and values stay float16."""
     make_w8a8_directory(tmp_path / "head", description={"lm_head.weight": "W8A8"})
-    assert any(item.id == "quantised-layers" and "lm_head.weight" in item.message for item in found(tmp_path / "head"))
+    assert any(item.id == "quantised-layers" and "lm_head.weight" in item.message for item in faults(tmp_path / "head"))
     make_w8a8_directory(tmp_path / "cache", description={"kv_quant_type": "C8"})
     assert "kv_quant_type 'C8'" in the_error(tmp_path / "cache").message
     make_w8a8_directory(tmp_path / "config", quantization_config={"fa_quant_type": "FAQuant", "group_size": 0})
@@ -431,7 +416,7 @@ def test_the_compressors_names_below_38_layers(tmp_path: Path) -> None:
     make_w8a8sc_directory(tmp_path / "seven", prefix="model.")
     assert "begin with model., and MindIE looks for transformer." in the_error(tmp_path / "seven").message
     make_w8a8sc_directory(tmp_path / "large", prefix="model.", n_layer=38)
-    assert found(tmp_path / "large") == []
+    assert faults(tmp_path / "large") == []
 
 
 def test_ms_refuses_what_is_quantised(quantised: Path) -> None:

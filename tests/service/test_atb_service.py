@@ -38,7 +38,7 @@ SETTINGS = {name: f"/opt/{name.lower()}" for name in ATB_VARIABLES}
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made for 512 tokens, and right up to 256."""
     path = tmp_path_factory.mktemp("atb") / "model"
-    make_atb_directory(path, base_seqlen=256)
+    make_atb_directory(path, base_seqlen=256, training_seqlen=256)
     return path
 
 

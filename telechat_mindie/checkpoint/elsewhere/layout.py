@@ -35,6 +35,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_telechat2.{ARCHITECTURE}",
 }
 
+TURN_IDS = {f"{name}_token_id": CONTROL_IDS[f"<_{name}>"] for name in ("user", "bot", "system")}
+"""What atb_llm makes a chat of, by their keys in generation_config.json."""
+
 _LOADING = {"architectures", "auto_map", "model_type", "torch_dtype", "dtype", "_name_or_path"}
 """Keys of a config.json that say how it is loaded, not what the model is."""
 
@@ -130,9 +133,8 @@ def generation_json(folders: Sequence[Path], config: TelechatConfig) -> dict[str
     generation = read_generation(found.parent if found else folders[0], config)
     lengths = {"max_new_tokens", "max_length"}
     length = {} if lengths & generation.written.keys() else {"max_new_tokens": generation.max_new_tokens}
-    turns = {f"{name}_token_id": CONTROL_IDS[f"<_{name}>"] for name in ("user", "bot", "system")}
     texts = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
-    return length | texts | {"eos_token_id": generation.eos_token_id} | turns | generation.written
+    return length | texts | {"eos_token_id": generation.eos_token_id} | TURN_IDS | generation.written
 
 
 def tokenizer_files(folders: Sequence[Path], config: TelechatConfig) -> dict[str, bytes]:

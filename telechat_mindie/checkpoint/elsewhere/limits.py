@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from telechat_mindie.computation import dynamic_ntk
+from telechat_mindie.computation import plain_length
 from telechat_mindie.config import TelechatConfig
 
 
@@ -50,10 +50,3 @@ def _llama(config: TelechatConfig) -> Iterator[str]:
             f"A Llama has no Dynamic NTK: it is right up to {config.training_seqlen} of {config.seq_length} tokens, "
             "which its config.json says."
         )
-
-
-def plain_length(config: TelechatConfig) -> int:
-    """Tokens up to which the rotary embedding is the plain one; 0 where it never is."""
-    if dynamic_ntk(1, config.training_seqlen, config.base_seqlen) != (1.0, 1.0):
-        return 0
-    return min(config.training_seqlen, config.base_seqlen)

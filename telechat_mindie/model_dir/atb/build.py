@@ -11,20 +11,22 @@ from typing import Any
 
 import telechat_mindie
 from telechat_mindie.checkpoint.copying import copy_file
-from telechat_mindie.checkpoint.elsewhere.layout import generation_json, hugging_face_files
+from telechat_mindie.checkpoint.elsewhere.layout import hugging_face_files
 from telechat_mindie.checkpoint.msmodelslim import Quantised
 from telechat_mindie.checkpoint.pipeline import Progress
 from telechat_mindie.checkpoint.plan import ConversionPlan
 from telechat_mindie.checkpoint.source import Checkpoint
 from telechat_mindie.checkpoint.stream import check_space, convert_staged
 from telechat_mindie.checkpoint.writer import FileRecord, Journal
+from telechat_mindie.computation import plain_length
 from telechat_mindie.errors import CheckpointError
 from telechat_mindie.mindie import ATB
 from telechat_mindie.model_dir.atb.generation import complete
 from telechat_mindie.model_dir.atb.layout import CONFIG, GENERATION, AtbDir
 from telechat_mindie.model_dir.atb.plan import AtbOptions, AtbPlan, open_source, plan_atb
-from telechat_mindie.model_dir.atb.rules import DTYPE, beyond_plain, plain_length
+from telechat_mindie.model_dir.atb.rules import DTYPE, beyond_plain
 from telechat_mindie.model_dir.manifest import MANIFEST
+from telechat_mindie.model_dir.modes import place_note
 from telechat_mindie.staging import StagedDirectory, dump_json, write_file
 
 INDEX = "model.safetensors.index.json"
@@ -54,6 +56,8 @@ def build_atb(
         InputError: an option is out of range.
     """
     options = options or AtbOptions()
+    if note := place_note(model_path):
+        on_note(note)
     source = open_source(checkpoint, options)
     config, folders = source.config, (source.path,) if isinstance(source, Quantised) else source.folders
     if isinstance(source, Checkpoint) and source.note:
@@ -91,7 +95,7 @@ def _texts(source: Checkpoint | Quantised, folders: tuple[Path, ...]) -> dict[st
     files = hugging_face_files(folders, config, DTYPE)
     if "tokenizer.json" not in files:
         raise CheckpointError("holds no tokenizer.model", where=folders[-1], advice="Copy the tokenizer's files there.")
-    files[GENERATION] = dump_json(complete(generation_json(folders, config), config))
+    files[GENERATION] = dump_json(complete(json.loads(files[GENERATION]), config))
     if isinstance(source, Quantised):
         files[CONFIG] = dump_json(json.loads(files[CONFIG]) | {"quantize": source.kind.lower()})
     return files
@@ -111,6 +115,7 @@ def _copied(source: Quantised, staged: StagedDirectory, resume: bool, progress: 
     journal = Journal(staged.path, hashlib.sha256(json.dumps(decisive).encode()).hexdigest(), resume=resume)
     try:
         staged.resumable = bool(journal.records)
+        journal.remove_strays()
         check_space(staged.path, sum(size for name, size, _ in facts if name not in journal.records))
         for name, size, _ in facts:
             if name in journal.records:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from telechat_mindie.checkpoint.elsewhere.layout import TURN_IDS
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.text.control_tokens import CONTROL_IDS
 
-TOKEN_IDS = {
-    "user_token_id": CONTROL_IDS["<_user>"],
-    "bot_token_id": CONTROL_IDS["<_bot>"],
-    "eos_token_id": CONTROL_IDS["<_end>"],
-    "system_token_id": CONTROL_IDS["<_system>"],
-}
+TOKEN_IDS = TURN_IDS | {"eos_token_id": CONTROL_IDS["<_end>"]}
 """Each one integer, put into a chat's list of ids (input_builder_telechat.py:36-52). Without a system_token_id the
 user's stands before a system text."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,13 +22,13 @@ from telechat_mindie.checkpoint.msmodelslim import (
 )
 from telechat_mindie.checkpoint.quantised_tensors import PER_OUTPUT, quantised_problems
 from telechat_mindie.checkpoint.sharding import Role
-from telechat_mindie.computation import check_computation
+from telechat_mindie.computation import check_computation, plain_length
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.errors import ConfigError, ModelDirError
 from telechat_mindie.findings import Finding, error, warning
 from telechat_mindie.mindie import ATB, GENERATIONS
 from telechat_mindie.model_dir.atb.generation import check_generation
-from telechat_mindie.model_dir.atb.rules import BUILD, DTYPE, config_refusals, model_refusals, plain_length
+from telechat_mindie.model_dir.atb.rules import BUILD, DTYPE, config_refusals, model_refusals
 from telechat_mindie.model_dir.manifest import MANIFEST, REBUILD_AS, Entry, backend_of, check_manifest, sound_entries
 from telechat_mindie.model_dir.parts import attempt
 from telechat_mindie.reading import read_json
@@ -196,17 +197,13 @@ class AtbDir:
     @property
     def tp(self) -> int:
         """Cards where nobody names any: what it was compressed for, else what `build --tp` said, else one."""
-        if self.quantised is not None and self.quantised.tp:
-            return self.quantised.tp
         said = self.manifest.get("tp")
-        return said if type(said) is int and said in self.allowed_tp else 1
+        return said if type(said) is int and said in self.allowed_tp else self.allowed_tp[0]
 
     @cached_property
     def allowed_tp(self) -> tuple[int, ...]:
         """Numbers of cards that it can be served with; atb_llm cuts the weights as it loads them."""
-        if self.quantised is not None and self.quantised.tp:
-            return (self.quantised.tp,)
-        return self.config.allowed_tp()
+        return self.config.allowed_tp() if self.quantised is None else self.quantised.allowed_tp
 
     @property
     def plain_length(self) -> int:
@@ -214,12 +211,19 @@ class AtbDir:
 
     def rank_bytes(self, tp: int) -> int:
         """Weights of one card: the embedding whole, query and key_value twice, the rest as it is cut."""
-        if self.quantised is not None and self.quantised.tp:
-            sizes = [0] * self.quantised.tp
-            for name, tensor in self.tensors.items():
-                sizes[int(name.removeprefix("part").partition("-")[0])] += tensor.nbytes
-            return max(sizes)
+        if self.quantised is not None:
+            return quantised_bytes(self.quantised, tp)
         return rank_bytes({name: tensor.nbytes for name, tensor in self.tensors.items()}, self.config, tp)
+
+
+def quantised_bytes(model: Quantised, tp: int) -> int:
+    """`rank_bytes` of a quantised model: of its largest part, where it is compressed for the number of cards."""
+    if not model.tp:
+        return rank_bytes({name: tensor.nbytes for name, tensor in model.tensors.items()}, model.config, tp)
+    parts: Counter[str] = Counter()
+    for name, tensor in model.tensors.items():
+        parts[name.partition("/")[0]] += tensor.nbytes
+    return max(parts.values())
 
 
 def rank_bytes(sizes: Mapping[str, int], config: TelechatConfig, tp: int) -> int:

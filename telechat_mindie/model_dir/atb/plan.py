@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from telechat_mindie.checkpoint.convert import HUGGING_FACE_SHARD_BYTES
 from telechat_mindie.checkpoint.formats.containers import TORCH_SAFETENSORS
 from telechat_mindie.checkpoint.mapping import hugging_face_targets
-from telechat_mindie.checkpoint.msmodelslim import (
-    QUANTISE_AGAIN,
-    W8A8SC,
-    Quantised,
-    description_file,
-    read_quantised,
-)
+from telechat_mindie.checkpoint.msmodelslim import QUANTISE_AGAIN, Quantised, description_file, read_quantised
 from telechat_mindie.checkpoint.plan import ConversionPlan, make_plan
 from telechat_mindie.checkpoint.quantised_tensors import quantised_problems
 from telechat_mindie.checkpoint.source import Checkpoint, open_checkpoint
@@ -26,7 +21,7 @@ from telechat_mindie.computation import check_computation
 from telechat_mindie.config import TelechatConfig
 from telechat_mindie.dtypes import DTYPES
 from telechat_mindie.errors import CheckpointError, ConfigError, InputError
-from telechat_mindie.model_dir.atb.layout import CONFIG, rank_bytes
+from telechat_mindie.model_dir.atb.layout import CONFIG, quantised_bytes, rank_bytes
 from telechat_mindie.model_dir.atb.rules import BLOCK_SIZE, DTYPE, model_refusals
 
 
@@ -50,7 +45,8 @@ class AtbPlan:
         config: of the model.
         tp: cards.
         files: names and bytes of the files with weights.
-        sizes: bytes of each tensor, by Hugging Face name; those of one rank for W8A8SC.
+        weights: bytes of them that a card holds, by how many share the model.
+        allowed_tp: how many can.
         kind: float16, W8A8 or W8A8SC.
         conversion: how the weights are made; None where they are copied.
     """
@@ -58,7 +54,8 @@ class AtbPlan:
     config: TelechatConfig
     tp: int
     files: Mapping[str, int]
-    sizes: Mapping[str, int]
+    weights: Callable[[int], int]
+    allowed_tp: tuple[int, ...]
     kind: str = DTYPE
     conversion: ConversionPlan | None = None
 
@@ -69,7 +66,7 @@ class AtbPlan:
     @property
     def rank_bytes(self) -> int:
         """Weights that one card holds."""
-        return sum(self.sizes.values()) if self.kind == W8A8SC else rank_bytes(self.sizes, self.config, self.tp)
+        return self.weights(self.tp)
 
 
 def open_source(checkpoint: Path, options: AtbOptions) -> Checkpoint | Quantised:
@@ -79,22 +76,32 @@ def open_source(checkpoint: Path, options: AtbOptions) -> Checkpoint | Quantised
     Raises:
         ConfigError, CheckpointError, InputError: as `build_atb`.
     """
-    source: Checkpoint | Quantised
     if description_file(checkpoint) is not None:
-        if options.adapters or options.config_dir or options.choice:
-            raise InputError(
-                "is for a checkpoint that is not quantised",
-                where="--adapter, --config, --strategy, --step, --source",
-                advice="Merge and convert first (`convert --to hf`), then quantise.",
-            )
-        source = read_quantised(checkpoint)
-        for rule, clause in quantised_problems(source):
-            if rule != "unknown":
-                raise CheckpointError(clause, where=checkpoint, advice=QUANTISE_AGAIN)
-    else:
-        source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
-    refuse(source.config, (source.path if isinstance(source, Quantised) else source.config_dir) / CONFIG)
+        return open_quantised(checkpoint, options)
+    source = open_checkpoint(checkpoint, options.config_dir, options.adapters, options.choice)
+    refuse(source.config, source.config_dir / CONFIG)
     return source
+
+
+def open_quantised(checkpoint: Path, options: AtbOptions) -> Quantised:
+    """What msmodelslim made. Raises as `open_source`."""
+    refuse_float_options(options.config_dir, options.choice, options.adapters)
+    source = read_quantised(checkpoint)
+    for rule, clause in quantised_problems(source):
+        if rule != "unknown":
+            raise CheckpointError(clause, where=checkpoint, advice=QUANTISE_AGAIN)
+    refuse(source.config, source.path / CONFIG)
+    return source
+
+
+def refuse_float_options(config_dir: Path | None, choice: RunChoice | None, adapters: tuple[str, ...] = ()) -> None:
+    """Raises InputError for what only a checkpoint that is not quantised has."""
+    if adapters or config_dir or choice:
+        raise InputError(
+            "is for a checkpoint that is not quantised",
+            where="--adapter, --config, --strategy, --step, --source, --packed-by-rank",
+            advice="Merge and convert first (`convert --to hf`), then quantise.",
+        )
 
 
 def refuse_ms_options(
@@ -125,19 +132,20 @@ def plan_atb(source: Checkpoint | Quantised, tp: int) -> AtbPlan:
     Raises:
         ConfigError, InputError: the model cannot be shared by so many.
     """
-    if not isinstance(source, Quantised):
-        return plan_float16(source.config, tp)
-    if source.kind == W8A8SC:
+    return plan_quantised(source, tp) if isinstance(source, Quantised) else plan_float16(source.config, tp)
+
+
+def plan_quantised(source: Quantised, tp: int) -> AtbPlan:
+    """The same of a model whose files are copied."""
+    if source.tp:
         if tp not in (1, source.tp):
             raise InputError("is not what it was compressed for", where=f"--tp {tp}", expected=source.tp)
         tp = source.tp
-        sizes = {name: tensor.nbytes for name, tensor in source.tensors.items() if name.startswith("part0-")}
     else:
         source.config.check_tp(tp)
-        sizes = {name: tensor.nbytes for name, tensor in source.tensors.items()}
     weights = [name for name in source.files if name.endswith(".safetensors")]
     files = {name: (source.path / name).stat().st_size for name in weights}
-    return AtbPlan(source.config, tp, files, sizes, source.kind)
+    return AtbPlan(source.config, tp, files, partial(quantised_bytes, source), source.allowed_tp, source.kind)
 
 
 def plan_float16(config: TelechatConfig, tp: int) -> AtbPlan:
@@ -147,7 +155,7 @@ def plan_float16(config: TelechatConfig, tp: int) -> AtbPlan:
     files = {made.path(0, shard): shard.nbytes for shard in made.shards}
     targets = [target for shard in made.shards for target in shard.targets]
     sizes = {target.name: DTYPES[DTYPE].itemsize * math.prod(target.shape) for target in targets}
-    return AtbPlan(config, tp, files, sizes, conversion=made)
+    return AtbPlan(config, tp, files, partial(rank_bytes, sizes, config), config.allowed_tp(), conversion=made)
 
 
 def atb_conversion(config: TelechatConfig) -> ConversionPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from telechat_mindie.computation import plain_length
 from telechat_mindie.config import TelechatConfig
 
 DTYPE = "float16"
@@ -63,6 +64,12 @@ def model_refusals(config: TelechatConfig) -> Iterator[Refusal]:
     if config.rope_theta != ROPE_THETA:
         message = f"{config.rope_theta:g}: atb_llm computes with {ROPE_THETA:g} all the same, so every answer is wrong"
         yield Refusal("atb-rope-theta", "rope_theta", message, ELSEWHERE)
+    if not plain_length(config):
+        message = (
+            f"{config.base_seqlen}, below training_seqlen {config.training_seqlen}: the rotary embedding is stretched "
+            "at any length, and atb_llm stretches none, so every answer is wrong"
+        )
+        yield Refusal("atb-ntk", "base_seqlen", message, MS_ALONE)
     if config.embed_layernorm:
         message = "true: atb_llm leaves that norm out, so every answer is wrong"
         yield Refusal("atb-embed-layernorm", "embed_layernorm", message, MS_ALONE)
@@ -92,13 +99,8 @@ def config_refusals(data: Mapping[str, Any]) -> Iterator[Refusal]:
         yield Refusal("atb-dtype", "torch_dtype", message, BUILD)
 
 
-def plain_length(config: TelechatConfig) -> int:
-    """Tokens up to which atb_llm computes what the model does: it has no dynamic NTK."""
-    return min(config.seq_length, config.base_seqlen)
-
-
 def beyond_plain(length: int, plain: int) -> str:
     """What to say of sequences of `length` tokens, where up to `plain` all is well; empty for those."""
     if length <= plain:
         return ""
-    return f"is {length}, and atb_llm has no dynamic NTK: beyond base_seqlen {plain} its answers are not the model's"
+    return f"is {length}, and atb_llm has no dynamic NTK: beyond {plain} tokens its answers are not the model's"
