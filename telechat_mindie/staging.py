@@ -83,6 +83,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_file_target(path: Path) -> None:
+    """Refuse before a long work what `write_file` could not write after it.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written, or the file is a folder.
+    """
+    if not path.parent.is_dir():
+        raise OutputError("parent folder is missing", where=path, advice=f"mkdir -p {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError("cannot be written", where=path, advice="Choose another folder or name.")
+
+
 class StagedDirectory:
     """A directory that appears under its name complete, or not at all.
 

@@ -17,6 +17,7 @@ from telechat_mindie.errors import InputError
 from telechat_mindie.text.thoughts import TAGS, Piece, ThoughtParser, thought_parser
 
 if TYPE_CHECKING:
+    from telechat_mindie.engine.output import Output
     from telechat_mindie.engine.params import GenerationParams
     from telechat_mindie.model_dir.layout import ServingConfig
 
@@ -42,6 +43,28 @@ class Figures:
     prompt_tokens: int | None
     cut: bool
 
+    @classmethod
+    def of(cls, last: Output) -> Figures:
+        """Of an answer by the embedded engine, from its last output."""
+        from telechat_mindie.engine.output import FinishReason
+
+        timings = last.timings
+        return cls(
+            first_seconds=(timings.first_token or timings.now) - timings.arrival,
+            seconds=timings.now - timings.arrival,
+            generated_tokens=last.generated_tokens,
+            prompt_tokens=last.prompt_tokens,
+            cut=last.finish_reason in (FinishReason.LENGTH, FinishReason.MAX_SEQ),
+        )
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of those behind the first; None where there are none, or not known."""
+        decode = self.seconds - self.first_seconds
+        if self.generated_tokens is None or self.generated_tokens < 2 or decode <= 0:
+            return None
+        return (self.generated_tokens - 1) / decode
+
     def __str__(self) -> str:
         parts = []
         if self.prompt_tokens is not None:
@@ -49,9 +72,8 @@ class Figures:
         if self.generated_tokens is not None:
             parts.append(f"{self.generated_tokens} out")
         parts.append(f"first after {self.first_seconds * 1000:.0f} ms")
-        decode = self.seconds - self.first_seconds
-        if self.generated_tokens is not None and self.generated_tokens > 1 and decode > 0:
-            parts.append(f"then {(self.generated_tokens - 1) / decode:.1f} tokens/s")
+        if (speed := self.tokens_per_second) is not None:
+            parts.append(f"then {speed:.1f} tokens/s")
         if self.cut:
             parts.append("cut for its length")
         return ", ".join(parts)
@@ -115,8 +137,6 @@ class LocalAnswers:
         self._params, self.sampling = local_params(sampling, self._serving), sampling
 
     def answer(self, messages: Sequence[Message], emit: Emit) -> Figures:
-        from telechat_mindie.engine.output import FinishReason
-
         tokenizer = self._local.tokenizer
         prompt_ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         thoughts = thought_parser(tokenizer, prompt_ids, tokenizer.chat_template)
@@ -129,14 +149,7 @@ class LocalAnswers:
             emit(piece)
         if output.error:
             raise InputError(output.error)
-        timings = output.timings
-        return Figures(
-            first_seconds=(timings.first_token or timings.now) - timings.arrival,
-            seconds=timings.now - timings.arrival,
-            generated_tokens=output.generated_tokens,
-            prompt_tokens=output.prompt_tokens,
-            cut=output.finish_reason in (FinishReason.LENGTH, FinishReason.MAX_SEQ),
-        )
+        return Figures.of(output)
 
 
 class RemoteAnswers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,12 +158,10 @@ def _measure(plan: Plan) -> Outcome:
 
 def _check_targets(output: Path | None, plot: Path | None) -> None:
     """Refuse before a test what could not be written after it: also where matplotlib is missing."""
-    from telechat_mindie.errors import OutputError
+    from telechat_mindie.staging import check_file_target
 
-    if output is not None and not output.parent.is_dir():
-        raise OutputError("parent folder is missing", where=output, advice=f"mkdir -p {output.parent}")
-    if output is not None and output.is_dir():
-        raise OutputError("is a folder", where=output, advice="Name a file in it.")
+    if output is not None:
+        check_file_target(output)
     if plot is not None:
         from telechat_mindie.loadtest.plot import check_target
 
@@ -201,7 +198,7 @@ def _report(plan: Plan, outcome: Outcome, *, as_json: bool, output: Path | None,
             print(f"note: {note}")
     for kind, count in report.failed.items():
         example = next(record.message for record in outcome.records if record.error == kind)
-        print(f"{count} failed, {kind}: {example}", file=sys.stderr)
+        logger.warning(f"{count} failed, {kind}: {example}")
     if report.succeeded == 0:
         raise typer.Exit(1)
     if plot is not None:

@@ -39,7 +39,7 @@ def generate(
         telechat-mindie generate model "What is MindIE?"
         telechat-mindie generate model "Once upon a time" --raw --temperature 0.8 --seed 1
     """
-    from telechat_mindie.client.answers import local_params
+    from telechat_mindie.client.answers import Figures, local_params
     from telechat_mindie.client.dialects import Sampling
     from telechat_mindie.engine.local import open_local
     from telechat_mindie.errors import InputError
@@ -75,10 +75,7 @@ def generate(
             print(output.text, end="", flush=True)
     if output.error:
         raise InputError(output.error)
-    timings = output.timings
-    prefill = (timings.first_token or timings.now) - timings.arrival
-    decode = timings.now - timings.arrival - prefill
-    speed = (output.generated_tokens - 1) / decode if decode > 0 else 0.0
+    figures = Figures.of(output)
     if as_json:
         from telechat_mindie.commands.output import print_json
 
@@ -88,17 +85,14 @@ def generate(
                 "finish_reason": output.finish_reason.value if output.finish_reason else None,
                 "prompt_tokens": output.prompt_tokens,
                 "generated_tokens": output.generated_tokens,
-                "seconds_to_first_token": prefill,
-                "tokens_per_second": speed,
+                "seconds_to_first_token": figures.first_seconds,
+                "tokens_per_second": figures.tokens_per_second or 0.0,
                 "seed": output.seed,
             }
         )
         return
     print()
-    logger.info(
-        f"[{output.prompt_tokens} tokens in, {output.generated_tokens} out, "
-        f"first after {prefill * 1000:.0f} ms, then {speed:.1f} tokens/s]"
-    )
+    logger.info(f"[{figures}]")
 
 
 def _stdin() -> str:

@@ -197,7 +197,7 @@ def _announce(prepared: Prepared, prompt: str, answer: Answer | None, fault: str
         if answer is not None:
             print(f"{prompt!r} was answered in {answer.seconds:.2f} s: {answer.text}")
     if fault is not None:
-        print(f"warning: it is up and stays up, but the first request failed: {fault}", file=sys.stderr)
+        logger.warning(f"it is up and stays up, but the first request failed: {fault}")
     sys.stdout.flush()
 
 
@@ -218,7 +218,8 @@ def _tell(findings: list[Finding], model_path: Path) -> None:
     from telechat_mindie.service.launch.errors import LaunchError
 
     for finding in findings:
-        print(f"{finding.severity}: {finding.where}: {finding.message}. {finding.advice}".rstrip(), file=sys.stderr)
+        say = logger.error if finding.severity == "error" else logger.warning
+        say(f"{finding.where}: {finding.message}. {finding.advice}".rstrip())
     errors = sum(finding.severity == "error" for finding in findings)
     if errors:
         raise LaunchError(

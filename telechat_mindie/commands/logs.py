@@ -31,16 +31,10 @@ def logs(
     run = find_run(state_home(os.environ), name, or_last=True)
     tail = LogTail(run.log)
     tail.skip_to_last(lines)
-    try:
-        while follow and run.is_active():
-            _print(tail.read())
-            time.sleep(POLL_SECONDS)
-        _print(tail.read(final=True))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # As `logs | head` does; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    while follow and run.is_active():
+        _print(tail.read())
+        time.sleep(POLL_SECONDS)
+    _print(tail.read(final=True))
 
 
 def _print(lines: list[str]) -> None:

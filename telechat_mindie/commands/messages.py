@@ -64,11 +64,12 @@ class _Stderr(logging.StreamHandler):
 
 
 class _Line(logging.Formatter):
-    """`warning: ...`; what is only for information stands without a word before it."""
+    """`warning: ...`, behind the time where there is one; what is for information alone has no word before it."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.levelno != logging.INFO:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telechat_mindie.commands.messages import logger
 from telechat_mindie.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where no terminal shows a bar."""
@@ -40,19 +43,15 @@ def _progress(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int
     if logger.level > logging.INFO:  # unset where a tool works without the commands' options
         yield lambda _total: lambda _count: None
     elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[counted]}"), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        with _bars(what) as bars:
 
             def start(total: int | None) -> Advance:
                 state = ProgressState(what, form, total)
-                task = bars.add_task(what, total=total, counted="")
+                task = bars.add_task(what, total=total, said="")
 
                 def advance(count: int) -> None:
                     state.done += count
-                    bars.update(task, advance=count, counted=state.counted)
+                    bars.update(task, advance=count, said=state.counted)
 
                 return advance
 
@@ -88,7 +87,7 @@ def _lines(what: str, form: Callable[[float], str]) -> Iterator[Callable[[int | 
 
 @contextlib.contextmanager
 def step_progress(what: str, total: int, done: int, before: str) -> Iterator[Callable[[int, str], None]]:
-    """Progress in steps, on stderr: a bar on a terminal, elsewhere a line now and then and one for the last step.
+    """The same for steps, each of which has something to say: a line for the first two, for the last, and now and then.
 
     The first step says nothing of the time that the others take, since it compiles.
 
@@ -103,38 +102,41 @@ def step_progress(what: str, total: int, done: int, before: str) -> Iterator[Cal
     """
     if logger.level > logging.INFO:
         yield lambda _step, _facts: None
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        facts_column = TextColumn("{task.fields[facts]}")
-        with Progress(*columns, facts_column, console=Console(stderr=True)) as progress:
-            task = progress.add_task(what, total=total, completed=done, facts=before)
+    elif sys.stderr.isatty():
+        with _bars(what) as bars:
+            task = bars.add_task(what, total=total, completed=done, said=f"{done}/{total}  {before}")
 
             def show(step: int, facts: str) -> None:
                 if step == done + 1:
-                    progress.reset(task, completed=step, facts=facts)
-                progress.update(task, completed=step, facts=facts)
+                    bars.reset(task, completed=step)
+                bars.update(task, completed=step, said=f"{step}/{total}  {facts}")
 
             yield show
-        return
-    print(f"{what} {done + 1}/{total}  {before}", file=sys.stderr, flush=True)
-    first = said = time.monotonic()
+    else:
+        print(f"{what} {done + 1}/{total}  {before}", file=sys.stderr, flush=True)
+        first = said = time.monotonic()
 
-    def advance(step: int, facts: str) -> None:
-        nonlocal first, said
-        now = time.monotonic()
-        if step == done + 1:
-            first = now
-        if step in (done + 1, done + 2, total) or now - said >= LINE_SECONDS:
-            said = now
-            per_step = (now - first) / max(1, step - done - 1)
-            left = f"  {format_duration(per_step * (total - step))} left" if done + 1 < step < total else ""
-            print(f"{what} {step}/{total}  {facts}{left}", file=sys.stderr, flush=True)
+        def advance(step: int, facts: str) -> None:
+            nonlocal first, said
+            now = time.monotonic()
+            if step == done + 1:
+                first = now
+            if step in (done + 1, done + 2, total) or now - said >= LINE_SECONDS:
+                said = now
+                per_step = (now - first) / max(1, step - done - 1)
+                left = f"  {format_duration(per_step * (total - step))} left" if done + 1 < step < total else ""
+                print(f"{what} {step}/{total}  {facts}{left}", file=sys.stderr, flush=True)
 
-    yield advance
+        yield advance
+
+
+def _bars(what: str) -> Progress:
+    """For a terminal: the work, a bar, the field `said`, and the time that it took and will take."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 class ProgressState:

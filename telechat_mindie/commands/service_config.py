@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,13 +130,12 @@ def _make_certificates(rendered: RenderedConfig, home: Path | None, replace: boo
         raise InputError("does not know MindIE's home", where=OPTION, advice="Name it: --mindie-home DIR.")
     generation = rendered.options.generation
     made = make_trial_certificates(rendered.config, generation, home, replace=replace)
-    print(
-        f"warning: test certificates, not for production, in {home}: {len(made.files)} files until "
-        f"{made.until:%Y-%m-%d}; {made.readme} lists them and says how a client uses its own",
-        file=sys.stderr,
+    logger.warning(
+        f"test certificates, not for production, in {home}: {len(made.files)} files until "
+        f"{made.until:%Y-%m-%d}; {made.readme} lists them and says how a client uses its own"
     )
     if made.note:
-        print(f"warning: {made.note}", file=sys.stderr)
+        logger.warning(made.note)
     return changed(rendered, certificates=https_certificates(rendered.config, generation, home))
 
 
@@ -163,11 +161,11 @@ def _tell(rendered: RenderedConfig, home: Path | None) -> None:
     from telechat_mindie.service.certificates import fault
 
     for violation in rendered.warnings:
-        print(f"warning: {violation}", file=sys.stderr)
+        logger.warning(violation)
     if home is not None:
         for item in rendered.certificates:
             if item.present and (reason := fault(item, home, os.geteuid())):
-                print(f"warning: {item.path}: names {item.file}, {reason[0]}. {reason[1]}", file=sys.stderr)
+                logger.warning(f"{item.path}: names {item.file}, {reason[0]}. {reason[1]}")
     absent = [f"{item.file} ({item.path.rpartition('.')[2]})" for item in rendered.certificates if not item.present]
     if absent:
         state = "must be in MindIE's home" if home is None else f"are missing in {home}"
@@ -185,7 +183,7 @@ def _tell_cards(rendered: RenderedConfig, cards: Cards, dtype: str, assumed: str
     held = cards_held(state_home(os.environ))
     rows: list[list[int]] = rendered.config["BackendConfig"]["npuDeviceIds"]
     for finding in check_devices(cards, [device for row in rows for device in row], dtype, held):
-        print(f"warning: {finding.where}: {finding.message}. {finding.advice}", file=sys.stderr)
+        logger.warning(f"{finding.where}: {finding.message}. {finding.advice}")
     if assumed is not None:
         logger.info(f"note: {assumed}")
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from telechat_mindie.errors import InputError, OutputError
+from telechat_mindie.errors import InputError
 from telechat_mindie.installing import MissingExtraError
 from telechat_mindie.loadtest.compare import LATENCIES, PERCENTILES, Comparison
 from telechat_mindie.loadtest.record import Record
 from telechat_mindie.loadtest.report import Report, in_flight
-from telechat_mindie.staging import write_file
+from telechat_mindie.staging import check_file_target, write_file
 
 try:
     from matplotlib.figure import Figure
@@ -37,10 +36,7 @@ def check_target(file: Path) -> None:
     if _format(file) not in formats:
         expected = " or ".join(f".{name}" for name in ("png", "svg", "pdf", *sorted(formats)) if name in formats)
         raise InputError("has no ending of a picture", where=file, expected=expected, found=file.suffix or "none")
-    if not file.parent.is_dir():
-        raise OutputError("parent folder is missing", where=file, advice=f"mkdir -p {file.parent}")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise OutputError("cannot be written", where=file, advice="Choose another folder or name.")
+    check_file_target(file)
 
 
 def write_plot(file: Path, records: Sequence[Record], title: str) -> None:
@@ -74,6 +70,8 @@ def write_comparison(file: Path, comparison: Comparison) -> None:
         OutputError: the file cannot be written.
     """
     names = [path.stem for path in comparison.files]
+    if names[0] == names[1]:
+        names = [str(path) for path in comparison.files]
     rates = [f"{report['output_tokens_per_second']:,.1f}" for report in comparison.reports]
     figure = _figure(f"{names[0]}: {rates[0]}, {names[1]}: {rates[1]} output tokens/s")
     for axes, (label, key) in zip(figure.subplots(2, 2).flat, LATENCIES, strict=True):

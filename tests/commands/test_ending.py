@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,8 @@ from helpers.server import nano_directory
 
 from telechat_mindie import staging
 from telechat_mindie.nano import write_checkpoint
+from telechat_mindie.service.launch.processes import Identity
+from telechat_mindie.service.launch.rundir import LaunchPlan, RunDirectory
 
 PYTHON = (sys.executable, "-c")
 PROGRAM = (sys.executable, "-m", "telechat_mindie")
@@ -183,11 +186,24 @@ class TestOutput:
         assert done.returncode == 2
         assert done.stderr == "error: the output cannot be written: No space left on device\n"
 
-    def test_nobody_reads(self):
+    @pytest.mark.parametrize("arguments", [SHORT, ("logs", "nano-1025")], ids=lambda words: words[0])
+    def test_nobody_reads(self, tmp_path, arguments):
+        urls = {"business": "http://127.0.0.1:1025", "management": "http://127.0.0.1:1026"}
+        plan = LaunchPlan("nano-1025", "/m", "2.3", ("x",), {}, {}, urls, None, "nano", Identity(1, 1.0))
+        recorded = RunDirectory(tmp_path / "telechat-mindie" / "nano-1025")
+        recorded.create(plan, "{}")
+        recorded.log.write_text("a line\n")
         reading, writing = os.pipe()
         os.close(reading)
         with open(writing, "w") as closed:
-            done = subprocess.run([*PROGRAM, *SHORT], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
+            done = subprocess.run(
+                [*PROGRAM, *arguments],
+                stdout=closed,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=300,
+                env=os.environ | {"XDG_STATE_HOME": str(tmp_path)},
+            )
         assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
     def test_streams_that_are_closed(self, tmp_path):
@@ -308,20 +324,26 @@ class TestStaging:
 
 @pytest.fixture(scope="module")
 def tool():
+    """tools/interrupt.py."""
     spec = importlib.util.spec_from_file_location("interrupt", ROOT / "tools" / "interrupt.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def inputs(tool, tmp_path_factory):
+    """A model directory and a checkpoint."""
+    return tool.make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["generate", "chat", "serve", "build", "bench"])
-def test_interrupted_at_any_moment(tool, tmp_path, name):
+def test_interrupted_at_any_moment(tool, inputs, tmp_path, name):
     """Few moments here; tools/interrupt.py has as many as one likes."""
-    model, checkpoint = tool.make_inputs(tmp_path)
-    with tool.server(model) as url:
-        scenario = next(entry for entry in tool.scenarios(model, checkpoint, url) if entry.name == name)
-        found = tool.endings(scenario, tmp_path / "runs", 6)
+    with tool.server(inputs[0]) if name == "bench" else contextlib.nullcontext("") as url:
+        scenario = next(entry for entry in tool.scenarios(*inputs, url) if entry.name == name)
+        found = tool.endings(scenario, tmp_path, 6)
     faults = [f"{ending.moment:.2f} s: {ending.faults()}" for ending in found if ending.faults()]
     assert not faults
     assert any(ending.code for ending in found), "every run had ended before its moment"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,10 +13,13 @@ import sys
 import pytest
 import typer
 from helpers import ROOT
+from helpers.server import nano_directory
+from typer.testing import CliRunner
 
 from telechat_mindie.cli import app
 from telechat_mindie.commands import messages
 from telechat_mindie.commands.group import PROGRAM
+from telechat_mindie.service import schema
 from telechat_mindie.service.launch import rundir
 from telechat_mindie.service.launch.processes import Identity
 
@@ -77,7 +82,7 @@ def test_options_stand_in_sections():
 def test_help_of_the_program_is_quick_and_imports_little():
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"
-        "from telechat_mindie.cli import main\n"
+        "from telechat_mindie.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'mindspore', 'numpy', 'sentencepiece', 'jinja2', 'rich', 'pydantic', 'yaml', 'asyncio'}\n"
@@ -181,10 +186,21 @@ def test_how_much_is_said_by_a_command(monkeypatch, tmp_path):
     assert (messages.logger.level, messages.logger.handlers) == before
 
 
+@pytest.mark.parametrize(("options", "said"), [((), True), (("-q",), True), (("-qq",), False)])
+def test_a_command_s_warnings_are_of_the_log(tmp_path, options, said):
+    config = schema.default_config("2.0") | {"mine": 1}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    arguments = (str(nano_directory()), "--template", str(tmp_path / "c.json"), "--mindie", "2.0", "--insecure-http")
+    done = CliRunner().invoke(app, ["service-config", *arguments, *options])
+    assert done.exit_code == 0 and ("warning: $.mine: unknown-key" in done.stderr) is said
+
+
 def test_a_line_of_the_log(capsys):
     line = messages._Line()
     record = logging.LogRecord("telechat_mindie.x", logging.WARNING, "", 0, "slow: %s", ("disk",), None)
     assert line.format(record) == "warning: slow: disk"
+    timed = messages._Line("%(asctime)s %(message)s").format(record)
+    assert re.fullmatch(r"[-\d]+ [:,\d]+ warning: slow: disk", timed)  # a server's: the time is first in every line
     record.levelno = logging.INFO
     assert line.format(record) == "slow: disk"
     stream = messages._Stderr()

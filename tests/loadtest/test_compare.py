@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from helpers.fake_mindie import FakeMindie
+from typer.testing import CliRunner
 
+from telechat_mindie.cli import app
 from telechat_mindie.errors import ConfigError, InputError, OutputError
 from telechat_mindie.loadtest import plot
 from telechat_mindie.loadtest.compare import Measure, compare
@@ -108,6 +111,23 @@ def test_the_picture_of_a_comparison(figures, tmp_path):
     before, after = ([bar.get_height() for bar in bars] for bars in figure.axes[3].containers)
     assert before == pytest.approx([1000] * 4) and after == pytest.approx([2000] * 4)
     assert figure.get_suptitle() == "before: 3.3, after: 2.0 output tokens/s"
+
+
+def test_files_of_one_name_are_told_apart_in_a_picture(figures, tmp_path):
+    paths = [tmp_path / folder / "report.json" for folder in ("old", "new")]
+    for path in paths:
+        path.parent.mkdir()
+        write_report(path)
+    plot.write_comparison("x.png", compare(*paths))
+    assert labels(figures[0].axes[0]) == [str(path) for path in paths]
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with FakeMindie() as fake:
+        arguments = ["bench", "serve", "--url", fake.url, "--output", str(tmp_path / "x.json")]
+        refused = CliRunner().invoke(app, arguments).exception
+        assert isinstance(refused, OutputError) and "x.json: cannot be written" in str(refused) and not fake.requests
 
 
 def test_a_comparison(tmp_path):
