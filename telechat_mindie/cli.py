@@ -1,13 +1,12 @@
-"""The command table of `telechat-mindie`."""
+"""The command table of `telechat-mindie`; `__main__` runs it."""
 
 from __future__ import annotations
 
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import typer
 
 from telechat_mindie import __version__
-from telechat_mindie.commands.ending import run
 from telechat_mindie.commands.group import SETTINGS, Sections
 
 
@@ -47,8 +46,3 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
     if version:
         print(f"telechat-mindie {__version__}")
         raise typer.Exit
-
-
-def main() -> NoReturn:
-    """Run a command of this process's command line; see `commands.ending`."""
-    run(app)

@@ -134,7 +134,7 @@ def test_commands_that_compute_nothing_import_no_framework(tmp_path):
     """Each command in a fresh interpreter, in the order in which they need each other's output."""
     code = (
         "import sys\n"
-        "from telechat_mindie.cli import main\n"
+        "from telechat_mindie.__main__ import main\n"
         "code = 0\n"
         "try:\n"
         "    main()\n"

@@ -43,7 +43,7 @@ def test_it_works_from_any_directory(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]\n"
         "import telechat_mindie; assert telechat_mindie.__file__.startswith(sys.path[0])\n"
-        "from telechat_mindie.cli import main\n"
+        "from telechat_mindie.__main__ import main\n"
     )
     for arguments in (["nano", "ckpt"], ["build", "model", "--checkpoint", "ckpt"], ["info", "model"]):
         done = subprocess.run(

@@ -137,7 +137,6 @@ def duration(scenario: Scenario, folder: Path) -> float:
 
 def endings(scenario: Scenario, folder: Path, moments: int, workers: int = 2) -> list[Ending]:
     """A run for each of so many moments, at most `workers` at a time."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
     whole = duration(scenario, _fresh(folder / "whole"))
 
     def run(index: int) -> Ending:
@@ -234,6 +233,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20, help="of each command; default: %(default)s")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
     print(
         "| command | moments | exit codes | resumed | slowest end, s | faults |", "|---|---|---|---|---|---|", sep="\n"
     )

@@ -12,12 +12,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from helpers import cli
 from helpers.checkpoints import CONFIG, MOE, make_checkpoint
 from helpers.reference import logits
 from helpers.torch_archive import write_torch_archive
 from safetensors.numpy import load_file, save_file
 
-from telechat_mindie import cli
 from telechat_mindie.checkpoint import reader
 from telechat_mindie.checkpoint.adapters import factors as adapter_factors
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore

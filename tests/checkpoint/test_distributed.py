@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, cli
 from helpers.checkpoints import MOE, make_checkpoint
 from helpers.json_schemas import checked
 from helpers.strategies import (
@@ -26,7 +26,6 @@ from helpers.strategies import (
 )
 from safetensors.numpy import load_file
 
-from telechat_mindie import cli
 from telechat_mindie.checkpoint.convert import MindSporeForm, OutputOptions, to_hugging_face, to_mindspore
 from telechat_mindie.checkpoint.formats import mindspore as mindspore_format
 from telechat_mindie.checkpoint.formats import tensors

@@ -33,7 +33,7 @@ SHARD = "model-00001-of-00001.safetensors"
 # A build in a process of its own, with shards small enough that a kill finds some finished and some not.
 SMALL_SHARDS = (
     "import sys, telechat_mindie.checkpoint.plan as plan; plan.SHARD_BYTES = 2_000_000\n"
-    "from telechat_mindie.cli import main; sys.argv[0] = 'telechat-mindie'; main()"
+    "from telechat_mindie.__main__ import main; sys.argv[0] = 'telechat-mindie'; main()"
 )
 
 

@@ -142,7 +142,7 @@ MISTAKES = {
 
 def invoke(*arguments, **options):
     done = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
-    if isinstance(done.exception, TelechatMindieError):  # cli.main prints it; see test_ending.py
+    if isinstance(done.exception, TelechatMindieError):  # commands.ending prints it
         return 2, str(done.exception)
     assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
     return done.exit_code, done.stderr + done.stdout

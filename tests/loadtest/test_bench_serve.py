@@ -175,7 +175,7 @@ def test_a_missing_library_is_named():
         "import sys\n"
         "sys.modules[sys.argv[1]] = None\n"
         "sys.argv[1:] = ['bench', 'serve', '--plot', 'x.png']\n"
-        "from telechat_mindie.cli import main; main()"
+        "from telechat_mindie.__main__ import main; main()"
     )
     for library in ("matplotlib.figure", "aiohttp"):
         done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, timeout=60)

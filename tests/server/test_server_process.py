@@ -142,7 +142,7 @@ class TestRefusals:
     def test_libraries_that_are_not_installed(self):
         code = (
             "import sys; sys.modules['fastapi'] = None; sys.argv = ['telechat-mindie', 'serve', sys.argv[1]]; "
-            "from telechat_mindie.cli import main; main()"
+            "from telechat_mindie.__main__ import main; main()"
         )
         command = [sys.executable, "-c", code, str(nano_directory())]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

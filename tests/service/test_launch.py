@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 from helpers import certificates, stand_in_daemon
+from helpers.cli import main
 from helpers.json_schemas import checked
 
-from telechat_mindie.cli import main
 from telechat_mindie.model_dir.build import BuildOptions, build
 from telechat_mindie.nano import write_checkpoint
 from telechat_mindie.service import schema

@@ -623,7 +623,7 @@ class TestImage:
         assert f'COPY ["{wheel.name}", "/tmp/"]' in text and f'"/tmp/{wheel.name}"]' in text and "==" not in text
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--quiet"]
         subprocess.run([*command, "--target", str(tmp_path / "site"), str(wheel)], check=True, timeout=100)
-        code = "import sys, telechat_mindie.cli as cli; print(cli.__file__); sys.argv = ['x', '--version']; cli.main()"
+        code = "import sys, telechat_mindie.cli as cli; print(cli.__file__); sys.argv = ['x', '--version']; cli.app()"
         done = subprocess.run(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
              "sys.meta_path = [each for each in sys.meta_path if 'Editable' not in repr(each)]; " + code],

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers import cli
 from helpers.checkpoints import CONFIG, make_checkpoint
 from helpers.strategies import write_ckpt
 
-from telechat_mindie import cli
 from telechat_mindie.checkpoint.formats.mindspore import read_mindspore_ckpt
 from telechat_mindie.checkpoint.formats.tensors import TensorReader
 from telechat_mindie.commands.finetune_render import render_mindformers
