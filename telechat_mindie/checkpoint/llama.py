@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader
-from telechat_mindie.checkpoint.mapping import Part, Target, differences, weights
+from telechat_mindie.checkpoint.mapping import EMBEDDINGS, HEAD, Part, Target, differences, weights
 from telechat_mindie.checkpoint.mindformers import put_together
 from telechat_mindie.checkpoint.pieces import Zeros
 from telechat_mindie.checkpoint.sharding import Role
@@ -87,10 +87,15 @@ def zero_biases(targets: list[Target], dtype: str) -> tuple[list[Target], dict[s
 def tiled_weights(stored: Mapping[str, StoredTensor], config: TelechatConfig, where: Path) -> dict[str, TiledWeight]:
     """Every weight that the config asks for, from the tensors of a Llama form. The zero biases are read.
 
+    Tied embeddings are both weights, for transformers writes a tied Llama without its head.
+
     Raises:
         CheckpointError: names, shapes or dtypes do not fit the config, or a bias is not zero.
     """
     targets = llama_targets(config)
+    embeddings = stored.get(_llama_name(EMBEDDINGS))
+    if config.tie_word_embeddings and embeddings is not None:
+        stored = {HEAD: embeddings, **stored}
     biases = {_bias(target.name): target.shape[:1] for target in targets if target.name.endswith(_WITHOUT_BIAS)}
     expected = {target.name: target.shape for target in targets}
     given = {name: tensor.shape for name, tensor in stored.items()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
+import sys
+import types
 
 import pytest
 from helpers.checkpoints import MOE, make_checkpoint
@@ -81,6 +84,29 @@ def test_the_configuration_takes_every_key_that_is_written(tmp_path):
     init = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     arguments = {argument.arg for argument in init.args.args} - {"self"}
     assert EXPLICIT.keys() - {"torch_dtype"} | MOE.keys() <= arguments
+
+
+class PretrainedConfig:
+    """What the configuration asks of transformers' own."""
+
+    def __init__(self, **others):
+        vars(self).update(others)
+
+    def to_dict(self):
+        return {**vars(self), "model_type": self.model_type, "transformers_version": "5.19.0"}
+
+
+@pytest.mark.parametrize("changes", [{"seq_length": 2048}, {"base_seqlen": 128}, MOE])
+def test_what_transformers_saves_is_the_same_model(tmp_path, monkeypatch, changes):
+    hf = convert(tmp_path, **changes)
+    transformers = types.ModuleType("transformers")
+    monkeypatch.setattr(transformers, "PretrainedConfig", PretrainedConfig, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    made = runpy.run_path(str(hf / "configuration_telechat2.py"))["TeleChat2Config"](**read(hf, "config.json"))
+    source = TelechatConfig.from_directory(tmp_path / "ckpt")
+    # vLLM's limit, which a config.json may not say beside seq_length
+    assert made.max_position_embeddings == min(source.seq_length, source.training_seqlen, source.base_seqlen)
+    assert TelechatConfig.from_dict(made.to_dict()) == source
 
 
 def test_experts_are_named_as_the_code_reads_them(tmp_path):

@@ -147,6 +147,17 @@ def test_zero_biases_that_a_tool_left_out(forms, tmp_path):
     assert bits(tmp_path / "hf") == bits(tmp_path / "direct")
 
 
+def test_tied_embeddings_without_a_head(tmp_path):
+    """As transformers writes a tied model, whose head is no weight of its own."""
+    weights = make_checkpoint(tmp_path / "ckpt", "float16", tie_word_embeddings=True)
+    to_llama(open_checkpoint(tmp_path / "ckpt"), tmp_path / "llama", OutputOptions())
+    copy = change(tmp_path, tmp_path, lm_head__weight=None)
+    assert json.loads((copy / "config.json").read_text())["tie_word_embeddings"] is True
+    to_hugging_face(open_checkpoint(copy), tmp_path / "hf", OutputOptions())
+    (shard,) = (tmp_path / "hf").glob("*.safetensors")
+    assert load_file(shard)["lm_head.weight"].tobytes() == weights["transformer.word_embeddings.weight"].tobytes()
+
+
 def test_learned_biases_have_no_way_back(forms, tmp_path):
     root, _ = forms
     bias = load_file(root / "llama" / SHARD)["model.layers.1.mlp.up_proj.bias"]

@@ -13,7 +13,7 @@ class TeleChat2Config(PretrainedConfig):
         seq_length: tokens that the model is offered with, by Dynamic NTK beyond `base_seqlen`.
         training_seqlen, base_seqlen: tokens that Dynamic NTK goes by; `seq_length` where None.
         max_position_embeddings: tokens up to which the rotary embedding is the plain one. vLLM knows no other, and
-            takes this for the longest sequence.
+            takes this for the longest sequence. It follows from the others, so it is not saved.
     """
 
     model_type = "telechat"
@@ -77,3 +77,6 @@ class TeleChat2Config(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **others,
         )
+
+    def to_dict(self):
+        return {key: value for key, value in super().to_dict().items() if key != "max_position_embeddings"}
