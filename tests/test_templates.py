@@ -74,11 +74,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "telechat.py.j2": {}, "telechat_config.py.j2": {}, "telechat_tokenizer.py.j2": {},
     "mindformers_finetune.yaml.j2": {
         "config": CONFIG, "label": "L1", "seed": 80001, "checkpoint": "P1", "divided": True, "epochs": 80002,
-        "weight_decay": 80003.5, "learning_rate": 80004.5, "learning_rate_end": 80005.5, "warmup_ratio": 80006.5,
+        "weight_decay": 80003.5, "learning_rate": 80004.5, "learning_rate_end": 80005.5,
         "sequence_length": 80007, "data": "P2", "save_steps": 80008, "keep": 80009, "device_memory": "M1",
         "eos_token_id": 80010, "shard_threshold_kb": 80026, "gradient_groups": 80027, "capacity_factor": 80028.5,
         "param_dtype": "D1", "dtype": "D2", "offset": [80011, 80012],
-        "lora": {"rank": 80013, "alpha": 80014, "dropout": 80015.5, "modules": "T1"},
+        "lora": {"rank": 80013, "alpha": 80014, "modules": "T1"},
         "layout": {
             "dp": 80016, "tp": 80017, "pp": 80018, "ep": 80019, "micro_batches": 80020, "batch_size": 80021,
             "interleave": 80022, "optimizer_shard": 80023, "recompute": "R1", "world": 80024, "global_batch": 80025,

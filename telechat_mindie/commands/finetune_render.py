@@ -46,37 +46,11 @@ Loaded = Annotated[
     Path | None, _option("--load", "The converted checkpoint, as the machines see it; default: in OUTPUT.")
 ]
 
-_RENDERED_ALONE = {
-    "variant": "--variant",
-    "nodes": "--nodes",
-    "cards": "--cards",
-    "pp": "--pp",
-    "ep": "--ep",
-    "micro_batches": "--micro-batches",
-    "interleave": "--interleave",
-    "offset": "--offset",
-    "optimizer_shard": "--optimizer-shard",
-    "device_mem": "--device-mem",
-    "master_addr": "--master-addr",
-    "master_port": "--master-port",
-    "load": "--load",
-}
 _TRAINED_ALONE = {
-    "config": "--config",
-    "steps": "--steps",
-    "no_shuffle": "--no-shuffle",
-    "min_learning_rate": "--min-learning-rate",
-    "warmup": "--warmup",
-    "clip": "--clip",
-    "no_document_mask": "--no-document-mask",
-    "ignore_memory": "--ignore-memory",
-    "dry_run": "--dry-run",
-    "eval_data": "--eval",
-    "eval_share": "--eval-share",
-    "eval_every": "--eval-every",
-    "save_dtype": "--save-dtype",
-    "resume": "--resume",
+    *("config", "steps", "no_shuffle", "min_learning_rate", "warmup", "clip", "no_document_mask", "ignore_memory"),
+    *("dry_run", "eval_data", "eval_share", "eval_every", "save_dtype", "resume"),
 }
+"""Parameters of the command that mindformers is not told; those that it alone is told stand in PANEL."""
 
 _MATRICES = {
     "query": "wq", "key_value": "wk_v", "dense": "wo", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"
@@ -92,12 +66,12 @@ def refuse_others(context: typer.Context, *, rendering: bool) -> None:
     """Raises InputError where an option was given that the other way of finetuning alone has."""
     from telechat_mindie.errors import InputError
 
-    others = _TRAINED_ALONE if rendering else _RENDERED_ALONE
-    given = [
-        option
-        for name, option in others.items()
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
+    given = []
+    for option in context.command.params:
+        is_others = option.name in _TRAINED_ALONE if rendering else getattr(option, "rich_help_panel", None) == PANEL
+        source = context.get_parameter_source(option.name or "")
+        if is_others and source is not None and source.name == "COMMANDLINE":
+            given.append(option.opts[0])
     if given:
         what = f"has no meaning with --render {MINDFORMERS}" if rendering else f"is for --render {MINDFORMERS}"
         raise InputError(what, where=", ".join(given))
@@ -150,10 +124,8 @@ def render_mindformers(
     lora_rank: int | None = None,
     lora_alpha: float = 16,
     lora_targets: tuple[str, ...] = (),
-    lora_dropout: float = 0.0,
     epochs: int = 1,
     learning_rate: float = DEFAULT_RATE,
-    warmup_ratio: float = 0.0,
     weight_decay: float = 0.1,
     save_steps: int | None = None,
     keep: int = 3,
@@ -193,7 +165,7 @@ def render_mindformers(
     config = _config(checkpoint, variant)
     lora = None
     if lora_rank is not None:
-        lora = Lora(lora_rank, lora_alpha, lora_targets or adaptable(config), lora_dropout)
+        lora = Lora(lora_rank, lora_alpha, lora_targets or adaptable(config))
     choice = Choice(
         dp=dp,
         tp=tp,
@@ -222,7 +194,6 @@ def render_mindformers(
             checkpoint=load,
             epochs=epochs,
             learning_rate=learning_rate,
-            warmup_ratio=warmup_ratio,
             weight_decay=weight_decay,
             save_steps=save_steps,
             keep=keep,

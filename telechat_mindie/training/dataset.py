@@ -107,8 +107,8 @@ def gather_rows(files: Sequence[Path], flat: Path, config: TelechatConfig) -> Da
     digest = hashlib.sha256()
     with reporting_os_errors(flat), flat.open("wb") as file:
         for path in files:
-            for number, row in enumerate(_read(path)):
-                token_ids, labels = _checked(row, f"{path}: row {number}", config.vocab_size, length)
+            for number, row in enumerate(read_rows(path)):
+                token_ids, labels = checked_row(row, f"{path}: row {number}", config.vocab_size, length)
                 length = len(token_ids)
                 tokens = Batch(token_ids[None], labels[None]).tokens(config.pad_token_id)
                 if not tokens:
@@ -125,8 +125,12 @@ def gather_rows(files: Sequence[Path], flat: Path, config: TelechatConfig) -> Da
     return Dataset(flat, length, np.arange(count), trained, left_out, digest.hexdigest())
 
 
-def _checked(row: Any, where: str, vocab_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and labels of a row, which has `length` tokens like those before it, if there are any."""
+def checked_row(row: Any, where: str, vocab_size: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and labels of a row, which has `length` tokens like those before it, if there are any.
+
+    Raises:
+        InputError: it has not, it is no row of tokens, or it has an id that the model has no embedding for.
+    """
     if absent := [name for name in COLUMNS if name not in row]:
         raise InputError(f"has no column {absent[0]}", where=where, found=", ".join(sorted(row)))
     token_ids, labels = (row[name] for name in COLUMNS)
@@ -154,8 +158,8 @@ def _checked(row: Any, where: str, vocab_size: int, length: int) -> tuple[np.nda
     return token_ids, labels
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file, in its order."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file, in its order. Raises InputError for one that cannot be read."""
     from mindspore.mindrecord import FileReader
 
     try:

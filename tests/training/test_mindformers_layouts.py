@@ -262,10 +262,19 @@ def test_what_is_fixed_stays():
         )
 
 
-@pytest.mark.parametrize("flag", ["dp", "tp", "pp", "ep", "global_batch", "micro_batches", "batch_size", "interleave"])
-def test_nothing_is_smaller_than_one(flag):
-    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')}: is too small .*at least 1, found 0"):
-        Choice(**{flag: 0})
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        *((name, f"--{name}") for name in ("dp", "tp", "pp", "ep", "interleave")),
+        ("micro_batches", "--micro-batches"),
+        ("optimizer_shard", "--optimizer-shard"),
+        ("global_batch", "--batch-size"),  # as the command calls them
+        ("batch_size", "--micro-batch"),
+    ],
+)
+def test_nothing_is_smaller_than_one(name, flag):
+    with pytest.raises(InputError, match=f"^{flag}: is too small .*at least 1, found 0"):
+        Choice(**{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_rows_are_counted_and_checked(rows, tmp_path):
     assert count_rows(rows, 32, 512) == count_rows(rows / "dataset.mindrecord", 32, 512) == 8
     with pytest.raises(InputError, match=r"row 0: input_ids: does not fit --max-length 64.*65 tokens, found 33"):
         count_rows(rows, 64, 512)
-    with pytest.raises(InputError, match=r"row \d: input_ids: has a token that .*expected 0 to 99, found"):
+    with pytest.raises(InputError, match=r"row \d: input_ids: has an id that .*expected 0 to 99, found"):
         count_rows(rows, 32, 100)
     with pytest.raises(InputError, match="holds no mindrecord file"):
         count_rows(tmp_path, 32, 512)
@@ -220,7 +220,7 @@ def test_rows_are_counted_and_checked(rows, tmp_path):
         count_rows(tmp_path, 32, 512)
     alone.write_bytes(b"not one")
     Path(f"{alone}.db").write_bytes(b"neither")
-    with pytest.raises(InputError, match="is no mindrecord file that can be read"):
+    with pytest.raises(InputError, match=r"dataset.mindrecord: cannot be read: "):
         count_rows(tmp_path, 32, 512)
     with pytest.raises(InputError, match="data is not there"):
         count_rows(tmp_path / "none", 32, 512)
@@ -256,6 +256,10 @@ def test_the_command_writes_all_or_nothing(rows, tmp_path, capsys):
         render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL)
     render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL, force=True, epochs=3)
     assert "epochs: 3" in (tmp_path / "run" / "finetune.yaml").read_text()
+    (tmp_path / "run" / "checkpoint.ckpt").touch()  # what the first of its README's commands makes
+    with pytest.raises(OutputError, match=r"checkpoint\.ckpt: would be deleted by --force"):
+        render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL, force=True)
+    (tmp_path / "run" / "checkpoint.ckpt").unlink()
     (tmp_path / "run" / "output").mkdir()
     with pytest.raises(OutputError, match="holds what a run has trained"):
         render_mindformers(tmp_path / "ckpt", rows, tmp_path / "run", **SMALL, force=True)
@@ -287,7 +291,7 @@ def test_the_command_refuses_by_name(options, sentence):
     [
         ({"epochs": 0}, "--epochs: is too small .*found 0"),
         ({"learning_rate": 0.0}, "--learning-rate: .*above 0, below 1, found 0.0"),
-        ({"warmup_ratio": 1.0}, "--warmup-ratio: .*found 1.0"),
+        ({"save_steps": 0}, "--save-every: is too small .*found 0"),
         ({"master_port": 80}, "--master-port: .*1024 to 65535, found 80"),
         ({"keep": 0}, "--keep: is too small"),
     ],

@@ -120,7 +120,6 @@ class Lora:
     rank: int = 8
     alpha: float = 16
     targets: tuple[str, ...] = ATTENTION + FEED_FORWARD
-    dropout: float = 0.0
 
 
 def adaptable(config: TelechatConfig) -> tuple[str, ...]:

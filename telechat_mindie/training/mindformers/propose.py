@@ -44,9 +44,11 @@ class Choice:
     recompute: str | None = None
 
     def __post_init__(self) -> None:
-        numbers = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
-        for fault in too_small({flag: value for flag, value in numbers.items() if isinstance(value, int)}):
-            raise fault
+        flags = {"global_batch": "--batch-size", "batch_size": "--micro-batch"}
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                for fault in too_small({flags.get(name, f"--{name.replace('_', '-')}"): value}):
+                    raise fault
 
 
 @dataclass(frozen=True)

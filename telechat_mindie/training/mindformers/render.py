@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ YAML, README, ENVIRONMENT = "finetune.yaml", "README.md", "environment.sh"
 RUN_OUTPUT = "output"
 """Where mindformers writes, below the folder that is made."""
 
+_START = re.compile(r"start_node_\d+\.sh")
+
 UNKNOWN_SAVE_STEPS = 500
 """Steps between checkpoints where the number of rows is not known."""
 
@@ -41,7 +44,6 @@ class Run:
         source: the checkpoint's folder, which has its config.json and tokenizer; None where only its size is known.
         checkpoint: the converted one that mindformers loads; None: in the folder that is made.
         learning_rate: at its highest; a tenth of it is left at the end.
-        warmup_ratio: part of all steps in which it rises.
         save_steps: steps between two checkpoints; None: an epoch.
         keep: checkpoints that are kept.
         master_addr: of the first machine; None: asked for when the run starts.
@@ -52,7 +54,6 @@ class Run:
     checkpoint: Path | None = None
     epochs: int = 1
     learning_rate: float = 1.5e-4
-    warmup_ratio: float = 0.0
     weight_decay: float = 0.1
     save_steps: int | None = None
     keep: int = 3
@@ -61,11 +62,10 @@ class Run:
     master_port: int = 8118
 
     def __post_init__(self) -> None:
-        for fault in too_small({"--epochs": self.epochs, "--save-steps": self.save_steps, "--keep": self.keep}):
+        for fault in too_small({"--epochs": self.epochs, "--save-every": self.save_steps, "--keep": self.keep}):
             raise fault
         fits = {
             "--learning-rate": (0 < self.learning_rate < 1, "above 0, below 1", self.learning_rate),
-            "--warmup-ratio": (0 <= self.warmup_ratio < 1, "from 0, below 1", self.warmup_ratio),
             "--weight-decay": (0 <= self.weight_decay < 1, "from 0, below 1", self.weight_decay),
             "--master-port": (1024 <= self.master_port < 65536, "1024 to 65535", self.master_port),
             "--seed": (0 <= self.seed < 2**32, "0 to 4294967295", self.seed),
@@ -81,12 +81,15 @@ def write_run(
     """Make the folder `output`, all of it or nothing, and give its files' names.
 
     Raises:
-        OutputError: it exists, cannot be written, or holds what a run has trained.
+        OutputError: it exists, cannot be written, or holds what a run has trained or what was converted for one.
         ConfigError: a path that no file can name.
     """
     output = output.absolute()
-    if (output / RUN_OUTPUT).exists():
-        raise OutputError("holds what a run has trained", where=output / RUN_OUTPUT, advice="Choose another folder.")
+    if force and (output / YAML).is_file():
+        for path in sorted(output.iterdir()):
+            if path.name not in (YAML, README, ENVIRONMENT) and not _START.fullmatch(path.name):
+                what = "holds what a run has trained" if path.name == RUN_OUTPUT else "would be deleted by --force"
+                raise OutputError(what, where=path, advice="Choose another folder, or take it away yourself.")
     files = render_run(output, run, proposal, work, cluster)
     with StagedDirectory(output, replace=force, marker=YAML) as staged:
         for name, text in files.items():
@@ -161,7 +164,6 @@ def _lora_values(lora: Lora) -> dict[str, Any]:
     return {
         "rank": lora.rank,
         "alpha": lora.alpha,
-        "dropout": lora.dropout,
         "modules": modules,
         "scale": f"{lora.alpha / lora.rank:g}",
     }

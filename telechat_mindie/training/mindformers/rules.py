@@ -50,11 +50,9 @@ def work_faults(work: Work) -> Iterator[TelechatMindieError]:
         )
     if lora is None:
         return
-    if lora.rank < 1 or lora.alpha <= 0 or not 0 <= lora.dropout < 1:
-        found = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
-        yield InputError(
-            "is out of range", where="LoRA", expected="rank >= 1, alpha > 0, 0 <= dropout < 1", found=found
-        )
+    if lora.rank < 1 or lora.alpha <= 0:
+        found = f"rank {lora.rank}, alpha {lora.alpha:g}"
+        yield InputError("is out of range", where="LoRA", expected="rank >= 1, alpha > 0", found=found)
     allowed = adaptable(config)
     if not lora.targets or (unknown := [name for name in lora.targets if name not in allowed]):
         yield InputError(
