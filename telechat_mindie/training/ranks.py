@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ def run_ranks(job: Callable[[int], Result], ranks: int, device: str = "cpu") -> 
         return [job(0)]
     context = multiprocessing.get_context("spawn")
     port = free_port()
+    resource_tracker.ensure_running()  # its start unblocks what is blocked below
     processes: list[Any] = []
     connections: list[Any] = []
     try:
@@ -49,7 +51,12 @@ def run_ranks(job: Callable[[int], Result], ranks: int, device: str = "cpu") -> 
             process = context.Process(target=_work, args=(job, rank, ranks, device, port, theirs), name=f"rank {rank}")
             processes.append(process)
             connections.append(ours)
-            process.start()
+            # Inherited: from its first moment, before it can say so itself, Ctrl-C is not for it.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             theirs.close()  # so that the end of the process is the end of what comes from it
         return _results(connections, processes)
     finally:
@@ -88,7 +95,6 @@ def _results(connections: list[Any], processes: list[Any]) -> list[Any]:
 def _work(job: Callable[[int], Any], rank: int, ranks: int, device: str, port: int, connection: Connection) -> None:
     """What a rank's process does."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("MS_WORKER_NUM", "MS_NODE_ID"):
         os.environ.pop(name, None)
     os.environ |= {"MS_SCHED_HOST": SCHEDULER_HOST, "MS_SCHED_PORT": str(port)}

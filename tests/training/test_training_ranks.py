@@ -45,6 +45,17 @@ def assert_same_weights(parts, weights):
         np.testing.assert_allclose(array, whole[name], atol=1e-4, err_msg=name)
 
 
+def blocked_signals(rank):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_not_for_the_ranks_from_their_first_moment_on():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert run_ranks(blocked_signals, 2) == [before | {signal.SIGINT}] * 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 def refuse(rank):
     if rank == 1:
         raise InputError("is wrong", where="rows")
