@@ -26,7 +26,7 @@ class RunFolder:
         path: made if it is not there.
         keep: how many of the newest checkpoints stay.
         resume: go on with the run that is there, if there is one.
-        force: begin anew in place of a run that is there.
+        force: begin anew in place of a run that is there, which stays until `begin`.
 
     Raises:
         OutputError: a run or something else is there, another process works in it, or it cannot be written.
@@ -36,7 +36,7 @@ class RunFolder:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link
         self.checkpoints = Checkpoints(self.path / _CHECKPOINTS, keep)
         self.scratch = self.path / _SCRATCH
-        self._resume = resume
+        self.resume = resume
         self._force = force
 
     def __enter__(self) -> RunFolder:
@@ -50,11 +50,6 @@ class RunFolder:
                 os.close(self._lock)
                 raise OutputError("another run works here", where=self.path, advice="Wait for it to end.") from None
             write_file(self.path / MARKER, dump_json({"made_by": f"telechat-mindie {telechat_mindie.__version__}"}))
-            if not self._resume:
-                for name in (CSV, PICTURE):
-                    (self.path / name).unlink(missing_ok=True)
-                for name in (_CHECKPOINTS, *_RESULTS):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
             self._clean()
             self.checkpoints.clean()
             self.scratch.mkdir(mode=DIR_MODE)
@@ -63,6 +58,22 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._clean()
         os.close(self._lock)
+
+    def begin(self) -> None:
+        """Take away the run that was there before, unless this one goes on with it. Comes behind every check."""
+        if self.resume:
+            return
+        with reporting_os_errors(self.path):
+            for name in (CSV, PICTURE):
+                (self.path / name).unlink(missing_ok=True)
+            for name in (_CHECKPOINTS, *_RESULTS):
+                if (self.path / name).exists():
+                    shutil.rmtree(self.path / name)
+        self.checkpoints.clean()
+
+    def saved(self) -> list[int]:
+        """Steps of the run that this one goes on with, ascending."""
+        return self.checkpoints.steps() if self.resume else []
 
     def result(self, *, lora: bool) -> Path:
         """Where the result of a run comes to stand."""
@@ -80,12 +91,13 @@ class RunFolder:
             raise OutputError(
                 f"holds something else than a run (no {MARKER})", where=self.path, advice="Choose another folder."
             )
-        steps = self.checkpoints.steps()
-        if steps and not self._resume and not self._force:  # what saved nothing is lost by nobody
+        kept = [f"step {step} is saved" for step in self.checkpoints.steps()[-1:]]
+        kept += [name for name in _RESULTS if (self.path / name).exists()]
+        if kept and not self.resume and not self._force:  # what saved nothing is lost by nobody
             raise OutputError(
                 "holds a run",
                 where=self.path,
-                found=f"step {steps[-1]} is saved",
+                found=kept[0],
                 advice="Go on with it by --resume, or begin anew in its place with --force.",
             )
 

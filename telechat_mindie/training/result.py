@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,9 +60,6 @@ class Trained:
             settings = peft_config(lora) | {"base_model_name_or_path": str(base.path)}
             write_file(staged.path / CONFIG, dump_json(settings))
             staged.commit()
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, tp_rank: int) -> Path:
         return self._folder / f"rank_{tp_rank}" / f"checkpoint_{tp_rank}{SAFETENSORS.suffix}"

@@ -125,8 +125,8 @@ class Computation:
         dtype: of matrix products and of what enters and leaves them, of COMPUTE_DTYPES; weights, norms, softmax,
             residuals and the optimizer are float32. A CPU has no products in bfloat16: there operands and results are
             rounded to it and the product is float32's, which is what a card's cube computes, and slower than float32.
-        recompute: keep of each layer what enters attention and feed-forward, and compute the rest again. That saves
-            memory on a card; on a CPU, where a graph gives none back before it ends, it does not (`memory`).
+        recompute: keep of each layer what enters attention and feed-forward, and compute the rest again. For a card,
+            where it is unproven; on a CPU, where a graph gives no memory back before it ends, it takes more (`memory`).
         document_mask: tokens of a row see their own document alone, and their positions count from its start.
         capacity_factor: an expert of a MoE takes at most ceil(chosen * tokens * factor / experts) of a rank's tokens.
         balance_alpha: weight of the MoE's auxiliary loss, in each layer.

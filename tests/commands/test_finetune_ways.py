@@ -29,6 +29,10 @@ def finetune(*arguments):
         (("--render", "mindformers", "--variant", "7b", "--epochs", 1.5), "--epochs: is no whole number"),
         (("--render", "mindformers", "--variant", "7b", "a", "b"), "DATA: takes one folder or file of rows"),
         (("--render", "mindformers", "ckpt", "--variant", "7b", "-o", "x"), "ckpt"),  # then it is DATA
+        (
+            ("--render", "mindformers", "--variant", "7b", "--max-length", 0),
+            "--max-length: does not suit flash attention (expected a multiple of 16, found 0)",
+        ),
         ((), "MODEL: is missing"),
         (("ckpt",), "DATA: is missing"),
         (("ckpt", "rows"), "-o: is missing"),

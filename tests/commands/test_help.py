@@ -46,7 +46,7 @@ def context(path):
 def test_every_module_of_a_command_is_in_the_table():
     modules = {path.stem for path in (ROOT / "telechat_mindie" / "commands").glob("*.py")}
     helpers = {"__init__", "completion", "ending", "findings", "group", "messages", "options", "output"}
-    helpers |= {"finetune_render", "plan_facts", "service_tls"}
+    helpers |= {"finetune_options", "finetune_render", "finetune_run", "plan_facts", "service_tls"}
     assert modules - helpers == {name.replace("-", "_") for name in NAMES}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from telechat_mindie.checkpoint.source import open_checkpoint
 from telechat_mindie.cli import app
 from telechat_mindie.errors import TelechatMindieError
+from telechat_mindie.installing import install_extra
 from telechat_mindie.training.checkpoints import Checkpoints
 from telechat_mindie.training.curve import PICTURE, draw, read_points
 from telechat_mindie.training.lora import A, B, initial_factors, trained_modules
@@ -39,7 +41,7 @@ class CommandTrainer(StandInTrainer):
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    def trained(self):
+    def trained(self, *, copied=True):
         if self._lora is None:
             return dict(self._given)
         arrays = {}
@@ -189,7 +191,25 @@ def test_more_memory_than_is_free_is_refused_before_anything_is_loaded(tmp_path,
     arguments = (model, data, "-o", tmp_path / "run", "--steps", 1)
     complaint = run(*arguments, code=2)
     assert "1 rank: needs more memory than is free (expected about " in complaint and "found 1.0 MiB" in complaint
+    assert "--recompute" not in complaint  # which takes more on a CPU
     assert run(*arguments, "--resume", "--ignore-memory")["steps"] == 1
+    # The run that --force is to replace stays until nothing can be refused any more.
+    run(*arguments, "--force", code=2)
+    run(model, "absent.jsonl", "-o", tmp_path / "run", "--force", "--ignore-memory", code=2)
+    assert checkpoint_state(tmp_path / "run", 1) and (tmp_path / "run" / "model").is_dir()
+    assert run(*arguments, "--seed", 1, "--force", "--ignore-memory")["steps"] == 1
+
+
+def test_what_is_said_at_the_end_can_be_typed(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr("telechat_mindie.training.curve.draw", lambda *_: False)
+    output = tmp_path / "my run"
+    arguments = [str(model), str(data), "-o", str(output), "--steps", "1", "--max-length", "223", "--lora", "4,8"]
+    done = RUNNER.invoke(app, ["finetune", *arguments])
+    assert done.exit_code == 0, done.exception
+    command = done.stdout.splitlines()[-1]
+    expected = ["telechat-mindie", "build", "model_path", "--checkpoint", str(model), "--adapter"]
+    assert shlex.split(command) == [*expected, str(output / "adapter")]
+    assert f"no loss.png: {install_extra('plot')}\n" in done.stderr and "matplotlib" in install_extra("plot")
 
 
 def test_dry_run_leaves_nothing(tmp_path, model, data):

@@ -23,7 +23,23 @@ def test_a_run_that_is_there_is_kept_unless_told(tmp_path):
     with RunFolder(tmp_path / "run", 2, resume=True) as folder:
         assert folder.checkpoints.steps() == [4]
     with RunFolder(tmp_path / "run", 2, force=True) as folder:
+        assert folder.saved() == [] and folder.checkpoints.steps() == [4]  # until all that can be refused was looked at
+        folder.begin()
         assert folder.checkpoints.steps() == []
+
+
+@pytest.mark.parametrize("result", ["model", "adapter"])
+def test_a_result_is_kept_whose_checkpoints_were_removed(tmp_path, result):
+    with RunFolder(tmp_path / "run", 2):
+        (tmp_path / "run" / result).mkdir()
+    with pytest.raises(OutputError, match=rf"holds a run \(found {result}\)"), RunFolder(tmp_path / "run", 2):
+        pass
+    with RunFolder(tmp_path / "run", 2, resume=True) as folder:
+        folder.begin()
+        assert (tmp_path / "run" / result).exists()
+    with RunFolder(tmp_path / "run", 2, force=True) as folder:
+        folder.begin()
+        assert not (tmp_path / "run" / result).exists()
 
 
 def test_a_run_that_saved_nothing_is_begun_anew(tmp_path):
@@ -31,6 +47,7 @@ def test_a_run_that_saved_nothing_is_begun_anew(tmp_path):
         with RunFolder(tmp_path / "run", 2) as folder:
             (folder.path / "loss.csv").touch()
     with RunFolder(tmp_path / "run", 2) as folder:
+        folder.begin()
         assert not (folder.path / "loss.csv").exists()
 
 
