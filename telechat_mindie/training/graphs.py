@@ -82,6 +82,8 @@ class Accumulate(nn.Cell):
 
 
 class Evaluate(nn.Cell):
+    """A summed loss over all ranks; nothing changes."""
+
     def __init__(self, loss: Loss, data: TensorParallel) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss
@@ -101,7 +103,7 @@ class Update(nn.Cell):
         decayed: which parameters decay.
         cut: which are a rank's own part, the others being the same in a tensor parallel group.
         clip_norm: most that the norm of all gradients may be.
-        ranks: all; `data`: those with the same part of the weights; `tensor`: those with the same rows.
+        groups: all ranks, those with the same part of the weights, and those with the same rows.
     """
 
     def __init__(

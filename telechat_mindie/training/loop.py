@@ -99,8 +99,9 @@ class Loop:
             seconds = time.monotonic() - began
             complete = step == plan.steps
             stopped = stop.after(step) and not complete
-            looked = self._held_out is not None and (complete or _due(step, plan.eval_every))
-            eval_loss = self._evaluate(self._held_out) if looked and self._held_out else None
+            eval_loss = None
+            if self._held_out is not None and (complete or _due(step, plan.eval_every)):
+                eval_loss = self._evaluate(self._held_out)
             if self._curve is not None:
                 point = Point(
                     step, result.loss, eval_loss, result.learning_rate, result.grad_norm, result.tokens, seconds
@@ -144,12 +145,13 @@ class Loop:
 
     def _save(self, step: int) -> None:
         """Every rank of one copy of the model writes its part; the first gives the checkpoint its name."""
-        tp = self._trainer.computation.tp
         if self._place.dp_rank == 0:
-            self._checkpoints.save_rank(step, self._place.tp_rank, self._trainer.state())
+            self._checkpoints.save_rank(
+                step, self._place.tp_rank, self._trainer.state(copied=False)
+            )  # written before the next step
         if self._first:
             position = self._order.position(step * self._plan.batch)
-            self._checkpoints.commit(step, position, tp, self._settings)
+            self._checkpoints.commit(step, position, self._trainer.computation.tp, self._settings)
 
 
 def _due(step: int, every: int) -> bool:

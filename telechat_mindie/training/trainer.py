@@ -157,18 +157,25 @@ class Trainer:
         self._loss_sum, self._tokens = 0.0, 0
         return result
 
-    def trained(self) -> dict[str, np.ndarray]:
+    def trained(self, *, copied: bool = True) -> dict[str, np.ndarray]:
         """This rank's part of what was trained: weights by the decoder's names, or LoRA's factors by mindformers'.
 
         `weights.hugging_face_weights` and `lora.peft_tensors` put the ranks' parts together.
-        """
-        return {name: parameter.asnumpy().copy() for name, parameter in self._parameters.items()}
 
-    def state(self) -> dict[str, np.ndarray]:
-        """What the next step depends on, between updates: masters, `adam_m.` and `adam_v.` of each, `global_step`."""
+        Args:
+            copied: else the arrays change with the next step, but on a CPU take no memory of their own.
+        """
+        return _arrays(self._parameters, "", copied)
+
+    def state(self, *, copied: bool = True) -> dict[str, np.ndarray]:
+        """What the next step depends on, between updates: masters, `adam_m.` and `adam_v.` of each, `global_step`.
+
+        Args:
+            copied: as for `trained`.
+        """
         found: dict[str, np.ndarray] = {}
         for prefix, side in self._state_tensors():
-            found |= {prefix + name: parameter.asnumpy().copy() for name, parameter in side.items()}
+            found |= _arrays(side, prefix, copied)
         return found | {"global_step": np.array([self.step], np.int64)}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -225,3 +232,8 @@ class Trainer:
             mutable((Tensor(cos[:, None]), Tensor(sin[:, None]))),
             mutable((Tensor(numbers), Tensor(seen))),
         )
+
+
+def _arrays(parameters: Mapping[str, Any], prefix: str, copied: bool) -> dict[str, np.ndarray]:
+    arrays = {prefix + name: parameter.asnumpy() for name, parameter in parameters.items()}
+    return {name: array.copy() for name, array in arrays.items()} if copied else arrays

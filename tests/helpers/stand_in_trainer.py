@@ -66,7 +66,7 @@ class StandInTrainer:
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         return 2.0 * batch.tokens(3), batch.tokens(3)
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self, *, copied: bool = True) -> dict[str, np.ndarray]:
         return {"weights": self._weights, "moment": self._moment, "global_step": np.array([self.step])}
 
     def load_state(self, state) -> None:

@@ -93,6 +93,18 @@ def test_checkpoints_say_where_in_the_data_they_are(tmp_path):
     assert [(facts.epoch, facts.row) for facts in map(checkpoints.facts, (3, 6))] == [(1, 1), (2, 2)]
 
 
+def test_a_checkpoint_is_written_without_a_second_state_in_memory(tmp_path):
+    asked = []
+
+    class Asked(StandInTrainer):
+        def state(self, *, copied=True):
+            asked.append(copied)
+            return super().state()
+
+    go(tmp_path / "run", Asked(), plan=Plan(2, 4, 2, save_every=1))
+    assert asked == [False, False]
+
+
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     expected = go(tmp_path / "whole").state()
     dice = random.Random(0)

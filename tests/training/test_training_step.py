@@ -121,6 +121,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(fresh):
         assert np.array_equal(array, states[1][name]), name
 
 
+def test_what_is_written_at_once_is_not_held_twice(fresh):
+    trained = fresh()
+    copies, views = trained.state(), trained.state(copied=False)
+    assert copies.keys() == views.keys() >= trained.trained(copied=False).keys()
+    for name, array in (views | trained.trained(copied=False)).items():
+        assert np.array_equal(array, copies[name]) and not np.shares_memory(array, copies[name]), name
+        assert name == "global_step" or np.shares_memory(array, trained.state(copied=False)[name]), name
+
+
 def test_a_document_does_not_see_its_neighbour(fresh):
     trained, batch = fresh(), tiny_rows(4)
     other = Batch(batch.input_ids.copy(), batch.labels.copy())
