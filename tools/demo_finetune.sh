@@ -14,7 +14,7 @@ show() {
 }
 
 answer() {
-    telechat-mindie generate "$1" "$question" 2>/dev/null
+    telechat-mindie -q generate "$1" "$question"
 }
 
 question=生抽与老抽的区别？
@@ -33,6 +33,8 @@ show telechat-mindie finetune telechat2-nano rows -o run --lora 8,16 --steps 12 
     --learning-rate 5e-3 --warmup 0
 show telechat-mindie build after --checkpoint telechat2-nano --adapter run/adapter
 
-printf '\n$ telechat-mindie generate before %s\n%s\n' "$question" "$(answer before)"
-printf '\n$ telechat-mindie generate after %s\n%s\n' "$question" "$(answer after)"
-[ "$(answer after)" != "$(answer before)" ] || { echo "the answer did not change" >&2; exit 1; }
+before=$(answer before)
+after=$(answer after)
+printf '\n$ telechat-mindie generate before %s\n%s\n' "$question" "$before"
+printf '\n$ telechat-mindie generate after %s\n%s\n' "$question" "$after"
+[ "$after" != "$before" ] || { echo "the answer did not change" >&2; exit 1; }
