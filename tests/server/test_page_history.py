@@ -270,7 +270,8 @@ def test_what_the_browser_kept_need_not_be_conversations(visit):
             { nodes: [question, { ...answer, content: 7 }] },
             { nodes: [question, { ...answer, role: "system" }] },
             { nodes: [question, { ...answer, id: 0 }] },
-            { nodes: [question, null] }, { nodes: null }, { shown: 2 }, { shown: undefined }, { title: {} }, { changed: "x" },
+            { nodes: [question, null] }, { nodes: null }, { shown: 2 }, { shown: undefined },
+            { title: {} }, { changed: "x" },
         ];
         const records = changes.map((change, id) => ({ ...kept, id, ...change }));
         const title = "<img src=/pwned onerror=window.pwned=1>";
