@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from telechat_mindie.config import SPELLINGS, TelechatConfig
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.config_json import SPELLINGS
 from telechat_mindie.dtypes import WEIGHT_DTYPES
 from telechat_mindie.errors import ConfigError
 

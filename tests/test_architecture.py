@@ -18,6 +18,7 @@ PACKAGE = "telechat_mindie"
 FLOORS = (
     {"errors"},
     {"mindie", "soc", "units", "dtypes", "reading", "staging", "findings", "templates", "foreign", "installing"},
+    {"config_json"},
     {"config"},
     {"computation", "variants", "kv_budget", "text"},
     {"tokenizer", "checkpoint", "data", "nano"},

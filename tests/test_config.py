@@ -10,7 +10,8 @@ from helpers.checkpoints import CONFIG, MOE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from telechat_mindie.config import SPELLINGS, TelechatConfig
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.config_json import SPELLINGS
 from telechat_mindie.errors import ConfigError
 from telechat_mindie.variants import VARIANTS, label_for
 

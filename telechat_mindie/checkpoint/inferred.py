@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from telechat_mindie.checkpoint.formats.strategy import Layout, Strategy
+from telechat_mindie.checkpoint.formats.strategy import Strategy
+from telechat_mindie.checkpoint.formats.strategy_layout import Layout
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor
 from telechat_mindie.checkpoint.mapping import OPTIMIZER_PREFIX, mindformers_targets, training_state
 from telechat_mindie.config import TelechatConfig

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal, overload
 
 from telechat_mindie.checkpoint.distributed import gather, part_by_part
-from telechat_mindie.checkpoint.formats.strategy import MAX_RUN_RANKS, Strategy, read_strategy
+from telechat_mindie.checkpoint.formats.strategy import Strategy, read_strategy
+from telechat_mindie.checkpoint.formats.strategy_layout import MAX_RUN_RANKS
 from telechat_mindie.checkpoint.formats.tensors import StoredTensor, TensorReader, read_files
 from telechat_mindie.checkpoint.inferred import PACKED, infer_strategy
 from telechat_mindie.checkpoint.mapping import training_state

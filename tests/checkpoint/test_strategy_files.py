@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from telechat_mindie.checkpoint.formats import strategy
-from telechat_mindie.checkpoint.formats.strategy import Layout, read_strategy
+from telechat_mindie.checkpoint.formats.strategy import read_strategy
+from telechat_mindie.checkpoint.formats.strategy_layout import Layout
 from telechat_mindie.errors import CheckpointError, TelechatMindieError
 
 LAYOUTS = {

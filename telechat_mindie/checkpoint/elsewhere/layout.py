@@ -21,7 +21,8 @@ from telechat_mindie.checkpoint.elsewhere.tokenizer_json import token_json, toke
 from telechat_mindie.checkpoint.formats.bounds import open_bounded
 from telechat_mindie.checkpoint.generation import read_generation
 from telechat_mindie.computation import trained_theta
-from telechat_mindie.config import LLAMA_SECTION, SPELLINGS, TelechatConfig
+from telechat_mindie.config import TelechatConfig
+from telechat_mindie.config_json import LLAMA_SECTION, SPELLINGS
 from telechat_mindie.reading import read_json
 from telechat_mindie.staging import dump_json
 from telechat_mindie.text.control_tokens import CONTROL_IDS
