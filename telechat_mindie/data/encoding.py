@@ -17,6 +17,8 @@ from telechat_mindie.data.conversations import read_conversation
 from telechat_mindie.data.examples import Example, encode
 from telechat_mindie.data.records import Record
 from telechat_mindie.errors import InputError, TelechatMindieError
+from telechat_mindie.text import chat_template
+from telechat_mindie.text.time_limit import run_within
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 MAX_WORKERS = 8
@@ -67,6 +69,13 @@ class Encoder:
             fault = str(error)
             return Encoded(record.where, None, fault if fault.startswith(record.where) else f"{record.where}: {fault}")
 
+    def batch(self, records: list[Record]) -> list[Encoded]:
+        """Several at once, under one limit of time: the thread that each would need takes longer than its work."""
+        try:
+            return run_within(chat_template.MAX_SECONDS, lambda: list(map(self, records)))
+        except TimeoutError:
+            return list(map(self, records))  # each under its own, which says whose template takes too long
+
 
 def encode_records(encoding: Encoding, records: Iterable[Record], total_bytes: int) -> Iterator[Encoded]:
     """Each record's example, in order.
@@ -80,7 +89,8 @@ def encode_records(encoding: Encoding, records: Iterable[Record], total_bytes: i
     encoder = encoding.open()  # here first, where a fault is the caller's own
     workers = min(os.cpu_count() or 1, MAX_WORKERS)
     if total_bytes < _ALONE_BYTES or workers == 1:
-        yield from map(encoder, records)
+        for batch in _batches(records):
+            yield from encoder.batch(batch)
         return
     # Not forked: a copy of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
@@ -125,4 +135,4 @@ def _start_worker(encoding: Encoding) -> None:
 
 
 def _encode_batch(batch: list[Record]) -> list[Encoded]:
-    return list(map(_encoder, batch))
+    return _encoder.batch(batch)

@@ -23,6 +23,7 @@ from telechat_mindie.data.packing import IGNORED, PADDING
 from telechat_mindie.data.recipe import Markers, Recipe
 from telechat_mindie.data.records import Record, read_records
 from telechat_mindie.errors import InputError, TelechatMindieError
+from telechat_mindie.text.chat_template import default_template
 from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 RUNNER = CliRunner()
@@ -261,6 +262,17 @@ def test_a_task_is_bounded_in_records_and_bytes(monkeypatch):
     monkeypatch.setattr("telechat_mindie.data.encoding._BATCH_BYTES", 10)
     batches = list(_batches(Record("", b"x" * size) for size in (1, 1, 1, 1, 20, 4, 7, 1)))
     assert [[len(record.data) for record in batch] for batch in batches] == [[1, 1, 1], [1, 20], [4, 7], [1]]
+
+
+def test_a_record_whose_template_takes_too_long_is_named(tmp_path, data, monkeypatch):
+    checkpoint = write_tiny_checkpoint(tmp_path)
+    template = default_template()
+    endless = "{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}"
+    template += "{% if messages[0].content == '老抽' %}" + endless + "{% endif %}"
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    monkeypatch.setattr("telechat_mindie.text.chat_template.MAX_SECONDS", 0.5)
+    encoded = list(encode_records(Encoding(checkpoint), read_records(data), 0))
+    assert [each.fault for each in encoded] == ["", "", f"{data}:3: chat template: takes more than 0.5 seconds"]
 
 
 def test_a_worker_that_is_killed_is_told_in_a_sentence(data, checkpoint, monkeypatch):

@@ -141,6 +141,15 @@ class TestTimeLimit:
         with pytest.raises(TimeoutError):
             run_within(0.05, stubborn)
 
+    def test_a_limit_within_a_limit_is_the_outer_one(self) -> None:
+        def inner() -> list[int | None]:
+            return [threading.get_ident(), run_within(0.001, lambda: sum(range(10**6)) and threading.get_ident())]
+
+        outer, own = run_within(5, inner)
+        assert outer == own != threading.get_ident()
+        with pytest.raises(TimeoutError):
+            run_within(0.05, lambda: run_within(100, lambda: [None for _ in iter(int, 1)]))
+
     def test_waiting_is_no_processor_time(self) -> None:
         assert run_within(0.1, lambda: time.sleep(0.5) or "done") == "done"
 
