@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 def run_ranks(job: Callable[[int], Result], ranks: int, device: str = "cpu") -> list[Result]:
     """Call `job(rank)` in a process for each rank, joined to one group; one rank runs in this process.
 
-    When a rank fails or dies the others are ended, and all are when this process ends, however it does. Ctrl-C is for
-    this process alone.
+    All stay until each has its result. When a rank fails or dies the others are ended, and all are when this process
+    ends, however it does. Ctrl-C is for this process alone.
 
     Args:
         job: to be pickled, and its result too.
@@ -114,8 +114,9 @@ def _work(job: Callable[[int], Any], rank: int, ranks: int, device: str, port: i
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Its peers may still be in a collective that it has left: MindSpore's own end would wait for them.
-    os._exit(0)
+    # It stays until it is killed: its peers may be at work, and one that is just joining ends when another is gone.
+    while True:
+        signal.pause()
 
 
 def groups(computation: Computation, place: Place) -> tuple[Any, Any, Any]:

@@ -50,7 +50,7 @@ def blocked_signals(rank):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_not_for_the_ranks_from_their_first_moment_on():
+def test_ranks_may_be_done_at_once_and_ctrl_c_is_never_for_them():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert run_ranks(blocked_signals, 2) == [before | {signal.SIGINT}] * 2
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
