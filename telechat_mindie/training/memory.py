@@ -94,10 +94,12 @@ LOGITS = 14
 """Arrays as large as the logits that a step makes, as measured."""
 
 WIDTHS = {"hidden": 54, "keys": 30, "ffn": 18, "scores": 6}
+ROUTED, EXPERT_WIDTHS = 55, {"hidden": 8, "ffn": 11}
 """Arrays that a layer makes in a step, forwards and backwards: of a token's hidden size, of its keys, of its
-feed-forward, and of attention's weights. MindSpore's graphs on a CPU give no memory back before they end, so all of
-them count, and recomputing takes memory instead of saving it; the counts are of the operators, less those that the
-compiler removes, set to what was measured."""
+feed-forward, and of attention's weights; for experts as many more of a token's hidden size in place of the
+feed-forward, and of the hidden size and the feed-forward of what experts are given. MindSpore's graphs on a CPU give no
+memory back before they end, so all of them count, and recomputing takes memory instead of saving it; the counts are of
+the operators, less those that the compiler removes, set to what was measured."""
 
 
 def _factor_elements(config: TelechatConfig, lora: Lora, tp: int) -> int:
@@ -115,10 +117,14 @@ def _activations(config: TelechatConfig, rows: int, length: int, computation: Co
     """Elements of the layers' arrays."""
     tokens, tp = rows * length, computation.tp
     seen = sum((end - begin) * end for begin, end in stretches(length))
-    inner = config.ffn_size // tp
+    ffn = config.ffn_size // tp
+    a_token = WIDTHS["hidden"] * config.hidden_size + WIDTHS["keys"] * config.kv_size // tp
+    layer = tokens * a_token + WIDTHS["scores"] * rows * config.num_heads // tp * seen
     if config.is_moe:
         chosen, experts = config.experts_per_token, config.num_experts
-        inner = inner * experts * capacity(tokens, chosen, experts, computation.capacity_factor) // tokens
-    a_token = WIDTHS["hidden"] * config.hidden_size + WIDTHS["keys"] * config.kv_size // tp + WIDTHS["ffn"] * inner
-    layer = tokens * a_token + WIDTHS["scores"] * rows * config.num_heads // tp * seen
+        slots = experts * capacity(tokens, chosen, experts, computation.capacity_factor)
+        layer += slots * (EXPERT_WIDTHS["hidden"] * config.hidden_size + EXPERT_WIDTHS["ffn"] * ffn)
+        layer += ROUTED * tokens * config.hidden_size
+    else:
+        layer += WIDTHS["ffn"] * tokens * ffn
     return config.num_layers * (layer * 3 // 2 if computation.recompute else layer)

@@ -45,12 +45,16 @@ print("PEAK", int(status["VmHWM"].split()[0]) << 10)
 
 
 @pytest.mark.slow
-def test_a_process_takes_what_was_estimated():
-    command = [sys.executable, "-c", RUN, json.dumps(SHAPE), str(ROWS), str(LENGTH)]
+@pytest.mark.parametrize(
+    "more", [{}, {"ffn_size": 640, "num_experts": 8, "experts_per_token": 2}], ids=["dense", "moe"]
+)
+def test_a_process_takes_what_was_estimated(more):
+    shape = SHAPE | more
+    command = [sys.executable, "-c", RUN, json.dumps(shape), str(ROWS), str(LENGTH)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert "PEAK" in done.stdout, done.stderr[-2000:]
     peak = int(done.stdout.rpartition("PEAK")[2])
-    assert estimate(TelechatConfig(**SHAPE), ROWS, LENGTH).total == pytest.approx(peak, rel=0.1)
+    assert estimate(TelechatConfig(**shape), ROWS, LENGTH).total == pytest.approx(peak, rel=0.1)
 
 
 def test_parts_of_a_full_run():
