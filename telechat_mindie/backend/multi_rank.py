@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,9 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from telechat_mindie.text.tokenizer import TelechatTokenizer
 
 START_TIMEOUT = 300.0
 """Seconds for all ranks to load and find each other."""
+
+READ_AHEAD_BYTES = 32 << 20
+"""Asked of the system at a time."""
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +185,10 @@ def open_runner(model_path: Path, num_blocks: int, block_size: int, cpu_mem_size
     """A ModelRunner in this process for a directory of one rank, else a MultiRankRunner: the same to its caller."""
     _log.info("loading weights: %s", model_path)
     begin = time.monotonic()
-    if ModelDir.open(model_path).tp > 1:
+    directory = ModelDir.open(model_path)
+    folders = map(directory.rank_folder, range(directory.tp))
+    read_ahead([file for folder in folders for file in sorted(folder.glob("*.safetensors"))])
+    if directory.tp > 1:
         runner: Any = MultiRankRunner(model_path, num_blocks, block_size, cpu_mem_size)
     else:
         from telechat_mindie.backend.model_runner import ModelRunner
@@ -187,6 +196,21 @@ def open_runner(model_path: Path, num_blocks: int, block_size: int, cpu_mem_size
         runner = ModelRunner(str(model_path), 0, cpu_mem_size, block_size, num_blocks=num_blocks)
     _log.debug("loaded in %.1f s, with a cache of %d blocks", time.monotonic() - begin, num_blocks)
     return runner
+
+
+def read_ahead(files: Sequence[Path]) -> None:
+    """Have the system read files into its page cache in the background.
+
+    Weights are mapped, and before they are used comes MindSpore's import, which takes seconds.
+    """
+
+    def read() -> None:
+        for file in files:
+            with contextlib.suppress(OSError), file.open("rb") as opened:  # whoever needs it will say what is wrong
+                for begin in range(0, file.stat().st_size, READ_AHEAD_BYTES):
+                    os.posix_fadvise(opened.fileno(), begin, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+    threading.Thread(target=read, name="read ahead", daemon=True).start()
 
 
 def _as_error(answer: dict[str, Any]) -> TelechatMindieError:

@@ -47,7 +47,7 @@ class RankWeights:
         self._reader.__exit__()
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: str = "") -> Parameter:
-        """The parameter called `name`, over the memory that its file was read into; each weight is given once.
+        """The parameter called `name`, over its file's pages where that has its dtype; each weight is given once.
 
         Raises:
             ModelDirError: there is no such weight, or its shape is another.
@@ -64,7 +64,7 @@ class RankWeights:
 
     def _load(self, name: str) -> np.ndarray:
         if name in self._stored:
-            return self._reader.load(self._stored.pop(name))
+            return self._reader.map(self._stored.pop(name))
         if name.endswith("attention.w_qkv.weight"):
             query = self._load(name.replace("w_qkv", "wq"))
             key_value = self._load(name.replace("w_qkv", "wk_v"))

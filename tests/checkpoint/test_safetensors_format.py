@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -49,8 +50,45 @@ def assert_same_arrays(stored: dict[str, StoredTensor], arrays: dict[str, np.nda
     assert stored.keys() == arrays.keys()
     with TensorReader() as reader:
         for name, array in arrays.items():
-            loaded = reader.load(stored[name])
-            assert (loaded.dtype, loaded.shape, loaded.tobytes()) == (array.dtype, array.shape, array.tobytes())
+            for found in (reader.load(stored[name]), reader.map(stored[name])):
+                assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
+
+
+def test_mapped_arrays_are_the_files_pages(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    array = np.arange(1 << 20, dtype=np.float32)
+    safetensors.numpy.save_file({"x": array, "y": array}, path)
+    stored = read_safetensors(path)
+    with TensorReader() as reader:
+        first, again, other = (reader.map(stored[name]) for name in "xxy")
+        assert np.shares_memory(first, again) and not np.shares_memory(first, other)
+    path.rename(tmp_path / "b.safetensors")  # what stands under the name later does not matter
+    path.write_bytes(b"other")
+    assert np.array_equal(other, array)
+    first[0] = 7  # this process's own
+    assert again[0] == 7
+    assert_same_arrays(read_safetensors(tmp_path / "b.safetensors"), {"x": array, "y": array})
+
+
+def test_what_cannot_be_mapped_is_loaded(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "odd.safetensors", {"x": entry("F32", (1,), (0, 4))} | {"y": entry("U8", (1,), (4, 5))}, bytes(5)
+    )
+    (tensor,) = (each for each in read_safetensors(path).values() if each.name == "x")
+    shifted = dataclasses.replace(
+        tensor, extents=(dataclasses.replace(tensor.extents[0], offset=tensor.extents[0].offset + 1),)
+    )
+    with TensorReader() as reader:
+        assert reader.map(shifted).tobytes() == bytes(4)
+
+
+def test_a_file_that_got_shorter_is_not_mapped(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"x": np.zeros(1000)}, tmp_path / "a.safetensors")
+    stored = read_safetensors(tmp_path / "a.safetensors")
+    for size, sentence in ((500, "ends inside tensor x"), (0, "cannot be mapped")):
+        os.truncate(tmp_path / "a.safetensors", size)
+        with TensorReader() as reader, pytest.raises(CheckpointError, match=sentence):
+            reader.map(stored["x"])
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import stat
 from collections import OrderedDict
@@ -127,6 +128,7 @@ class TensorReader:
 
     def __init__(self) -> None:
         self._descriptors: OrderedDict[Path, int] = OrderedDict()  # the one that was used last is last
+        self._mapped: dict[Path, mmap.mmap] = {}  # each lives as long as an array over it
 
     def __enter__(self) -> TensorReader:
         return self
@@ -135,6 +137,7 @@ class TensorReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._mapped.clear()
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `tensor` from byte `start` on.
@@ -160,12 +163,7 @@ class TensorReader:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], extent.offset + begin + done)
             if count == 0:
-                raise CheckpointError(
-                    f"ends inside tensor {name}",
-                    where=extent.file,
-                    expected=f"{extent.nbytes} bytes from offset {extent.offset}",
-                    advice="The file was truncated or changed while it was read; download it again.",
-                )
+                raise _truncated(extent, name)
             done += count
 
     def load(self, tensor: StoredTensor) -> np.ndarray:
@@ -174,3 +172,40 @@ class TensorReader:
         if tensor.nbytes:
             self.read_into(tensor, 0, array.reshape(-1).view(np.uint8).data)
         return array
+
+    def map(self, tensor: StoredTensor) -> np.ndarray:
+        """The whole tensor over its file's pages, which all processes share; read when they are first touched.
+
+        What is written to it stays in this process, and is not in the file. The file must not get shorter while the
+        array lives. A tensor of several pieces, or of one that is not aligned to its elements, is loaded.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        dtype = DTYPES[tensor.dtype].numpy
+        is_one = type(tensor) is StoredTensor and len(tensor.extents) == 1
+        if not is_one or not tensor.nbytes or tensor.extents[0].offset % dtype.itemsize:
+            return self.load(tensor)
+        (extent,) = tensor.extents
+        pages = self._pages(extent.file)
+        if len(pages) < extent.offset + tensor.nbytes:
+            raise _truncated(extent, tensor.name)
+        return np.frombuffer(pages, dtype, math.prod(tensor.shape), extent.offset).reshape(tensor.shape)
+
+    def _pages(self, file: Path) -> mmap.mmap:
+        if file not in self._mapped:
+            descriptor = self._descriptor(file)
+            try:
+                self._mapped[file] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:  # no room in the address space; an empty file
+                raise CheckpointError(f"cannot be mapped: {error}", where=file) from None
+        return self._mapped[file]
+
+
+def _truncated(extent: Extent, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"ends inside tensor {name}",
+        where=extent.file,
+        expected=f"{extent.nbytes} bytes from offset {extent.offset}",
+        advice="The file was truncated or changed while it was read; download it again.",
+    )
