@@ -114,12 +114,13 @@ def _check_memory(job: Job) -> None:
     ranks, free = job.request.computation.ranks, psutil.virtual_memory().available
     needed = ranks * job.memory().total
     if device_name() == "cpu" and needed > free:
+        lora = "--lora, " if job.request.lora is None else ""
         raise InputError(
             "needs more memory than is free",
             where=f"{ranks} rank{'s' if ranks > 1 else ''}",
             expected=f"about {format_bytes(needed)}",
             found=format_bytes(free),
-            advice="Try --lora, a smaller --micro-batch or shorter rows; or begin all the same with --ignore-memory.",
+            advice=f"Try {lora}a smaller --micro-batch or shorter rows; or begin all the same with --ignore-memory.",
         )
 
 
