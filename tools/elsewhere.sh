@@ -12,10 +12,10 @@ set -euo pipefail
 fixtures=${1:+$(cd "$1" && pwd)}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-venvs=${2:-$work/venvs}
-source "$(dirname "$0")/venv.sh"
+mkdir -p "${2:-$work/venvs}"
+venvs=$(cd "${2:-$work/venvs}" && pwd)
+source "$(dirname "$0")/venv.sh" "" # not with this script's own arguments
 
-mkdir -p "$venvs"
 if [ ! -e "$venvs/transformers/.done" ]; then
     python -m venv "$venvs/transformers"
     "$venvs/transformers/bin/python" -m pip install --quiet "torch==2.13.0+cpu" "transformers==4.55.*" numpy
