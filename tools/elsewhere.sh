@@ -6,7 +6,7 @@
 # FIXTURES: a folder of NAME/ckpt, checkpoints that are compared besides telechat2-nano (mixtures of experts: moe*,
 # models with Dynamic NTK: ntk*). VENVS: where the two environments are kept, for another run.
 #
-# It takes 0.6 GB of downloads, 4.6 GB of disk, 3 GB of memory, and about 10 minutes on two free cores. The environments
+# It takes 0.6 GB of downloads, 4.6 GB of disk, 3 GB of memory, and about 7 minutes on two free cores. The environments
 # have torch's build for CPUs, which is not on PyPI: pip has to know torch's own index (PIP_EXTRA_INDEX_URL).
 set -euo pipefail
 fixtures=${1:+$(cd "$1" && pwd)}
