@@ -185,10 +185,8 @@ def open_runner(model_path: Path, num_blocks: int, block_size: int, cpu_mem_size
     """A ModelRunner in this process for a directory of one rank, else a MultiRankRunner: the same to its caller."""
     _log.info("loading weights: %s", model_path)
     begin = time.monotonic()
-    directory = ModelDir.open(model_path)
-    folders = map(directory.rank_folder, range(directory.tp))
-    read_ahead([file for folder in folders for file in sorted(folder.glob("*.safetensors"))])
-    if directory.tp > 1:
+    read_ahead(sorted(model_path.glob("rank_*/*.safetensors")))
+    if ModelDir.open(model_path).tp > 1:
         runner: Any = MultiRankRunner(model_path, num_blocks, block_size, cpu_mem_size)
     else:
         from telechat_mindie.backend.model_runner import ModelRunner

@@ -146,9 +146,8 @@ class Loop:
     def _save(self, step: int) -> None:
         """Every rank of one copy of the model writes its part; the first gives the checkpoint its name."""
         if self._place.dp_rank == 0:
-            self._checkpoints.save_rank(
-                step, self._place.tp_rank, self._trainer.state(copied=False)
-            )  # written before the next step
+            state = self._trainer.state(copied=False)  # it is written before the next step
+            self._checkpoints.save_rank(step, self._place.tp_rank, state)
         if self._first:
             position = self._order.position(step * self._plan.batch)
             self._checkpoints.commit(step, position, self._trainer.computation.tp, self._settings)

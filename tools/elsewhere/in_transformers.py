@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 def compare_tokenizer(folder: Path, expected: dict[str, Any]) -> list[str]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     other, lost = [], []
     for case in expected["texts"]:
         ids = tokenizer.encode(case["text"], add_special_tokens=False)

@@ -176,8 +176,8 @@ class TensorReader:
     def map(self, tensor: StoredTensor) -> np.ndarray:
         """The whole tensor over its file's pages, which all processes share; read when they are first touched.
 
-        What is written to it stays in this process, and is not in the file. The file must not get shorter while the
-        array lives. A tensor of several pieces, or of one that is not aligned to its elements, is loaded.
+        What is written to it stays in this process, and is not in the file. The file stays open while the array lives,
+        and must not get shorter. A tensor of several pieces, or of one that is not aligned to its elements, is loaded.
 
         Raises:
             CheckpointError: as `load`.
